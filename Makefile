@@ -1,0 +1,40 @@
+# Every target makes the environment it needs: a virtual environment in .venv, the package installed in it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   install, then the whole job on embedded data: teacher, students, table, runs/quickstart/report.html"
+	@echo "make test         install, then the tests"
+	@echo "make check        install, then lint, format, types and import rules"
+	@echo "make format       rewrite the sources in the project's format"
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python scripts/quickstart.py
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) *.egg-info
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing torch and the other packages: about two minutes and 6 GB"
+	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[dev]'
+	touch $@

@@ -1,0 +1,29 @@
+"""What a user did wrong ends in one line and exit code 2, never in a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+__all__ = ["InputError", "run_command"]
+
+
+class InputError(ValueError):
+    """Bad input: a missing path, a wrong key, a broken file. The message says what is wrong and what to do, in one
+    line."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Call `main()` as a program: an InputError becomes `error: ...` on stderr and exit code 2, Ctrl-C exit code
+    130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        sys.stderr.close()
+        raise SystemExit(141) from None

@@ -1,0 +1,158 @@
+"""Weight files: read without executing anything, checked strictly, written atomically.
+
+`.safetensors` is read first choice; any other file goes through `torch.load(weights_only=True)`, which refuses
+pickled code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from longclip_teacher.errors import InputError
+
+__all__ = ["WeightsFile", "load_strictly", "read_weights", "torch_load", "write_weights"]
+
+logger = logging.getLogger(__name__)
+_SAFE_TORCH_LOAD = (2, 10)  # weights_only=True had bypasses before this release
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A weight file as read: the tensors by key, the safetensors metadata (empty for torch files), the file's
+    sha256."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    sha256: str
+
+
+def read_weights(path: str | Path) -> WeightsFile:
+    """Read a state dict from `path` to the CPU.
+
+    Accepts safetensors and torch files that hold a state dict, bare or under the key `state_dict`; DDP's `module.`
+    prefix is removed. Raises InputError in one line for a missing, truncated or executable file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no weight file at {path}")
+    metadata: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is not a whole safetensors file ({_first_line(error)}): fetch it again") from None
+    else:
+        tensors = _state_dict(torch_load(path), path)
+    sha256 = _sha256(path)
+    logger.info("read %s (%d tensors, sha256 %s)", path, len(tensors), sha256)
+    return WeightsFile(path, tensors, metadata, sha256)
+
+
+def torch_load(path: Path) -> object:
+    """`torch.load(weights_only=True)` to the CPU, with one-line errors for TorchScript, pickled code and damage."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _SAFE_TORCH_LOAD:
+        warnings.warn(
+            f"torch {torch.__version__} reads untrusted .pt files less safely than 2.10; prefer safetensors",
+            stacklevel=2,
+        )
+    if _is_torchscript(path):
+        raise InputError(
+            f"{path} is a TorchScript archive, which can run code: use the model's safetensors or state dict instead"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if "Unsupported" in text or "GLOBAL" in text or ("weights_only" in text.split("\n")[0] and "global" in text):
+            raise InputError(
+                f"{path} holds pickled code or objects, which is refused: export its tensors as safetensors"
+            ) from None
+        raise InputError(f"{path} is not a whole torch weight file ({_first_line(error)})") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not a whole torch weight file ({_first_line(error)}): fetch it again") from None
+
+
+def write_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write safetensors atomically: readers see the old file or the whole new one, also after a crash."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        save_file(
+            {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
+            temporary,
+            dict(metadata),
+        )
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep a shared run folder unreadable
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """`load_state_dict(strict=True)` whose failure is one line naming the first missing, unexpected or misshapen
+    keys."""
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in tensors]
+    unexpected = [key for key in tensors if key not in wanted]
+    misshapen = [
+        f"{key} is {tuple(tensors[key].shape)}, not {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in tensors and tensors[key].shape != wanted[key].shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", misshapen))
+        if names
+    ]
+    if problems:
+        raise InputError(f"{source} does not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(dict(tensors), strict=True)
+
+
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path} holds no state dict (a mapping from names to tensors)")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") or "/code/" in name for name in archive.namelist())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:160]

@@ -1,0 +1,127 @@
+"""Captions to token ids: open_clip's ids on all kinds of text, truncation, trimming, buckets."""
+
+from __future__ import annotations
+
+import pickle
+import random
+
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import (
+    EOT,
+    SOT,
+    VOCAB_SIZE,
+    CaptionTokenizer,
+    caption_lengths,
+    first_sentence,
+    length_buckets,
+    trim,
+    truncate,
+)
+
+PLAIN = """A navy board in red frame. top-left shows; large (zero) on dark, man's WE'LL don't 1984 3.5% #1 _x_ "so" """
+ODD = """
+naïve café Ünïcödé ﬁne Ｆｕｌｌ “curly” it’s â€™ Ã© 日本語 привет مرحبا हिन्दी 👍🏽 👩‍👩‍👧 🇫🇷 é ½ ① Ⅷ … — ß İstanbul ſ K
+&amp; &lt;b&gt; &#39; &quot; &amp;amp; &nbsp; &eacute; AT&T & &; <end_of_text> <START_OF_TEXT> <|endoftext|> </w> <br/>
+"""
+ODDITIES = [*ODD.split(), "\x00", "\x1b[31m", "\x7f", "\x85", "\u200b", "\u00ad", "\ufeff", "\ufffd", "\x08x"]
+SEPARATORS = [" "] * 12 + ["", "\n", "\r\n", "\t", "  ", "\x0b", "\x0c", "\x1c", "\u00a0", "\u2003", "\u2028"]
+
+
+def varied_captions(count: int, seed: int) -> list[str]:
+    """Plain captions and, every second one, captions with something strange in them."""
+    draw = random.Random(seed)
+    captions = []
+    for index in range(count):
+        pool = PLAIN.split() + (ODDITIES if index % 2 else [])
+        separators = SEPARATORS if index % 2 else [" ", " ", "\n", "\t"]
+        captions.append("".join(draw.choice(pool) + draw.choice(separators) for _ in range(draw.randint(0, 40))))
+    return captions
+
+
+@pytest.fixture(scope="module")
+def reference() -> SimpleTokenizer:
+    return SimpleTokenizer()
+
+
+def test_ids_are_open_clips_on_thousands_of_captions(reference: SimpleTokenizer) -> None:
+    tokenizer = CaptionTokenizer()
+    captions = varied_captions(3000, seed=0)
+    assert sum(caption.isascii() for caption in captions) > 1000
+    assert torch.equal(tokenizer(captions), reference(captions, 248))
+    assert torch.equal(tokenizer(captions, 30), reference(captions, 30))
+    counts = [tokenizer.count_tokens(caption) for caption in captions[:300]]
+    assert counts == [len(reference.encode(caption)) + 2 for caption in captions[:300]]
+
+
+def test_every_ascii_character_within_and_between_words(reference: SimpleTokenizer) -> None:
+    texts = [f"Red{char}dog {char} The{char}{char}cat{char}" for char in map(chr, range(0xA2))]
+    assert torch.equal(CaptionTokenizer()(texts), reference(texts, 248))
+
+
+def test_rows_are_start_caption_end_padding() -> None:
+    tokenizer = CaptionTokenizer()
+    row = tokenizer("a cat")[0]
+    assert row.dtype == torch.int64
+    assert (row[0], row[3], row[4:].sum()) == (SOT, EOT, 0)
+    assert tokenizer([]).shape == (0, 248)
+    assert tokenizer(["", "a"], context_length=77).shape == (2, 77)
+    assert VOCAB_SIZE == EOT + 1 == SimpleTokenizer().vocab_size
+
+
+def test_truncation_keeps_the_end_token() -> None:
+    tokenizer = CaptionTokenizer(10)
+    long_caption = "red " * 50
+    tokens = tokenizer(long_caption)
+    assert tokens.shape == (1, 10)
+    assert tokens[0, -1] == EOT
+    assert (tokens == EOT).sum() == 1
+    assert tokenizer.count_tokens(long_caption) == 52
+    with pytest.raises(InputError, match="1 tokens"):
+        tokenizer("a", context_length=1)
+
+
+def test_a_pickled_tokenizer_is_small_and_the_same() -> None:
+    tokenizer = CaptionTokenizer(100)
+    tokenizer("fill the memo")
+    data = pickle.dumps(tokenizer)
+    copy = pickle.loads(data)  # noqa: S301
+    assert len(data) < 200
+    assert torch.equal(copy("a cat"), tokenizer("a cat"))
+
+
+def test_trim_and_lengths_find_the_end_even_where_zero_is_a_word() -> None:
+    tokens = CaptionTokenizer()(["! ! ! !", "a cat", ""])
+    assert caption_lengths(tokens).tolist() == [6, 4, 2]
+    assert torch.equal(trim(tokens), tokens[:, :6])
+
+
+def test_truncate_equals_tokenising_at_the_shorter_context() -> None:
+    texts = ["red " * 50, "red " * 8, "red " * 7, "red", ""]
+    tokenizer = CaptionTokenizer()
+    full = tokenizer(texts)
+    before = full.clone()
+    assert torch.equal(truncate(full, 10), tokenizer(texts, 10))
+    assert torch.equal(truncate(full, 248), full)
+    assert torch.equal(full, before)
+
+
+def test_first_sentence() -> None:
+    assert first_sentence("A dog. It runs. Fast.") == "A dog"
+    assert first_sentence("3.5 dogs") == "3.5 dogs"
+
+
+def test_length_buckets_hold_every_row_once_and_waste_little() -> None:
+    draw = random.Random(0)
+    lengths = [draw.randint(2, 248) for _ in range(500)]
+    buckets = length_buckets(lengths)
+    assert sorted(row for rows in buckets for row in rows) == list(range(500))
+    padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in buckets)
+    assert padded < 1.2 * sum(lengths)
+    assert all(len(rows) >= 8 for rows in buckets[:-1])
+    assert all(lengths[rows[0]] == max(lengths[row] for row in rows) for rows in buckets)
+    assert length_buckets([100] * 20) == [list(range(20))]
+    assert length_buckets([]) == []
