@@ -1,0 +1,381 @@
+"""Pack pictures and captions into indexed webdataset shards for training."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from caption_sources import Pair, read_coco, read_folder, read_sharegpt4v, read_table
+from rich.console import Console
+from rich.progress import track
+
+from eval.images import IMAGE_SUFFIXES, open_image
+from longclip_teacher.errors import InputError, run_command
+from training.shard_index import ShardRecord, expand_patterns, read_manifest
+from training.shard_writer import caption_member, index_shard, write_manifest, write_shard
+
+_STDERR = Console(stderr=True)
+_JPEG_QUALITY = 95
+
+
+@dataclass(kw_only=True)
+class Output:
+    """What every importer takes."""
+
+    out: Path
+    """Folder for the shards and their manifest.json. Started again, the command keeps the shards that are done."""
+    name: str = "train"
+    """First part of the shards' file names."""
+    include: tuple[str, ...] = ()
+    """Glob patterns on the picture's path as the source writes it; at least one must match (* matches / too)."""
+    exclude: tuple[str, ...] = ()
+    """Glob patterns on the picture's path; none may match."""
+    limit: int | None = None
+    """Take the first so many pictures that the patterns leave."""
+    val_share: float = 0.0
+    """Share of the pictures, chosen by a hash of their path, that goes to OUT/val instead, as image/N.jpg and
+    caption/N.txt, which evaluation and --data.val read."""
+    resize: int | None = None
+    """Shrink pictures to this shorter side in pixels, as JPEG of quality 95. Smaller ones keep their bytes, as all do
+    without this."""
+    shard_size: int = 5000
+    """Pictures in a shard."""
+    workers: int = os.cpu_count() or 1
+    """Processes. The shards are the same whatever their number."""
+    max_missing_share: float = 0.02
+    """Share of pictures that may be missing, unreadable or without a caption; they are listed in OUT/missing.txt."""
+
+    def check(self) -> None:
+        """Raise InputError for numbers that mean nothing."""
+        if not 0 <= self.val_share < 1 or not 0 <= self.max_missing_share <= 1:
+            raise InputError("--val-share and --max-missing-share are shares between 0 and 1")
+        if min(self.shard_size, self.workers, self.limit or 1, self.resize or 1) < 1:
+            raise InputError("--shard-size, --workers, --limit and --resize must be 1 or more")
+        if not self.name or "." in self.name or "/" in self.name:
+            raise InputError(f"--name {self.name!r}: give a plain name without dots and slashes")
+
+
+@dataclass(kw_only=True)
+class ShareGPT4V(Output):
+    """ShareGPT4V's JSON and the folder below which its pictures lie. The first sentence becomes the short caption."""
+
+    json: Path
+    """share-captioner_coco_lcs_sam_1246k_1107.json, or any JSON of such rows (image, conversations)."""
+    images: Path
+    """Folder to which the rows' paths are relative."""
+    split: Literal["train", "test", "all"] = "train"
+    """Rows 0 to 999 are the retrieval test of Long-CLIP, the rest is for training."""
+
+    def pairs(self) -> Iterator[Pair]:
+        """The rows of the split."""
+        return read_sharegpt4v(self.json, self.images, self.split)
+
+
+@dataclass(kw_only=True)
+class Coco(Output):
+    """A COCO captions JSON. A picture keeps all of its captions; training draws one each time."""
+
+    json: Path
+    """annotations/captions_train2017.json or the like."""
+    images: Path
+    """Folder with the pictures, for example train2017."""
+
+    def pairs(self) -> Iterator[Pair]:
+        """The captioned pictures."""
+        return read_coco(self.json, self.images)
+
+
+@dataclass(kw_only=True)
+class Folder(Output):
+    """Pictures with a .txt of the same name beside each, sub-folders too, or image/N.jpg with caption/N.txt."""
+
+    images: Path
+    """The folder."""
+
+    def pairs(self) -> Iterator[Pair]:
+        """The folder's pairs by path."""
+        return read_folder(self.images)
+
+
+@dataclass(kw_only=True)
+class Tsv(Output):
+    """A tab-separated table without quoting: picture path, long caption, perhaps short caption. A header is skipped."""
+
+    file: Path
+    """The table, UTF-8."""
+    images: Path | None = None
+    """Folder to which the paths are relative; the table's own by default."""
+
+    def pairs(self) -> Iterator[Pair]:
+        """The table's rows."""
+        return read_table(self.file, self.images or self.file.parent, "\t")
+
+
+@dataclass(kw_only=True)
+class Csv(Tsv):
+    """A comma-separated table: picture path, long caption, perhaps short caption. A header is skipped."""
+
+    def pairs(self) -> Iterator[Pair]:
+        """The table's rows."""
+        return read_table(self.file, self.images or self.file.parent, ",")
+
+
+@dataclass(kw_only=True)
+class Index:
+    """Write the manifest of shards that exist already, such as img2dataset's; training starts faster with it."""
+
+    shards: tuple[str, ...]
+    """Folders or patterns of .tar files."""
+    workers: int = os.cpu_count() or 1
+    """Processes."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to make: a fixed run of the source's pictures."""
+
+    path: Path
+    pairs: list[Pair]
+    resize: int | None
+    inputs: str  # hash of all that decides the shard's bytes
+
+
+def select(args: Output, pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs that the patterns and the limit leave, in the source's order."""
+    chosen: list[Pair] = []
+    for pair in pairs:
+        if args.include and not any(fnmatchcase(pair.name, pattern) for pattern in args.include):
+            continue
+        if any(fnmatchcase(pair.name, pattern) for pattern in args.exclude):
+            continue
+        if pair.path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise InputError(f"{pair.name!r} is not a picture's file name: mend the source or --exclude it")
+        chosen.append(pair)
+        if len(chosen) == args.limit:
+            break
+    if not chosen:
+        raise InputError("no pictures are left: check the source, --include and --exclude")
+    return chosen
+
+
+def check_missing(args: Output, num_pictures: int, missing: Sequence[str]) -> None:
+    """List what is missing in OUT/missing.txt; InputError past the share."""
+    listing = args.out / "missing.txt"
+    if not missing:
+        listing.unlink(missing_ok=True)
+        return
+    listing.write_text("\n".join(sorted(missing)) + "\n", encoding="utf-8")
+    if len(missing) > args.max_missing_share * num_pictures:
+        raise InputError(
+            f"{len(missing)} of {num_pictures} pictures are missing, unreadable or without a caption, more than "
+            f"--max-missing-share {args.max_missing_share:g}: see {listing} (the first: {missing[0]})"
+        )
+
+
+def fingerprint(pairs: Sequence[Pair], resize: int | None) -> str:
+    """Changes with anything that could change the shard: captions, order, a picture's path, size or time, `resize`."""
+    digest = hashlib.sha256(f"1 {resize}".encode())
+    for pair in pairs:
+        status = pair.path.stat()
+        facts = [pair.key, pair.name, status.st_size, status.st_mtime_ns, pair.caption_long, pair.caption_short]
+        digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
+
+
+def make_shard(job: ShardJob) -> tuple[ShardRecord, list[str]]:
+    """Write one shard and, beside it, its record for a run that is interrupted. Also returns what could not be read."""
+    unreadable: list[str] = []
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for pair in job.pairs:
+            try:
+                suffix, data = picture_bytes(pair.path, job.resize)
+            except InputError:
+                unreadable.append(pair.name)
+                continue
+            yield pair.key, {suffix: data, "json": caption_member(pair.caption_long, pair.caption_short)}
+
+    record = replace(write_shard(job.path, samples()), inputs=job.inputs)
+    # a shard that lacks a picture is made again next time, when the picture may have been mended
+    if not unreadable:
+        record_path(job.path).write_text(json.dumps(record.to_json()), encoding="utf-8")
+    return record, unreadable
+
+
+def record_path(shard: Path) -> Path:
+    """Where a finished shard's record waits for the manifest."""
+    return shard.with_suffix(".record.json")
+
+
+def picture_bytes(path: Path, resize: int | None) -> tuple[str, bytes]:
+    """Suffix and bytes of a picture for the shard: the file as it is, or shrunk to the shorter side `resize`."""
+    suffix = path.suffix.lower().removeprefix(".")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})") from None
+    if resize is None:
+        return suffix, data
+    picture = open_image(data)
+    if min(picture.size) <= resize:
+        return suffix, data
+    scale = resize / min(picture.size)
+    size = (max(resize, round(picture.width * scale)), max(resize, round(picture.height * scale)))
+    buffer = io.BytesIO()
+    picture.resize(size, 3).save(buffer, "JPEG", quality=_JPEG_QUALITY)  # 3: bicubic
+    return "jpg", buffer.getvalue()
+
+
+def finished(args: Output, jobs: Sequence[ShardJob]) -> dict[Path, ShardRecord]:
+    """Records of the shards of an earlier run that are whole and would be made just the same."""
+    known = read_manifest(args.out)
+    for job in jobs:
+        try:
+            known[job.path.name] = ShardRecord.from_json(json.loads(record_path(job.path).read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not reached, or cut off while it was written
+    done: dict[Path, ShardRecord] = {}
+    for job in jobs:
+        record = known.get(job.path.name)
+        if (
+            record
+            and record.inputs == job.inputs
+            and job.path.is_file()
+            and job.path.stat().st_size == record.num_bytes
+        ):
+            done[job.path] = record
+    return done
+
+
+def progress(items: Iterable, title: str, total: int | None = None) -> Iterable:
+    """`items` with a progress bar on stderr, if that is a terminal."""
+    return track(items, title, total, console=_STDERR, transient=True, disable=not _STDERR.is_terminal)
+
+
+def in_parallel(function: Callable, items: Sequence, workers: int, title: str) -> Iterator:
+    """Results of `function` over `items` as they come, with a progress bar; on an error the rest is dropped."""
+    if workers == 1 or len(items) == 1:
+        yield from map(function, progress(items, title))
+        return
+    with ProcessPoolExecutor(max_workers=max(1, min(workers, len(items)))) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in progress(as_completed(futures), title, len(futures)):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def write_val(args: Output, pairs: Sequence[Pair]) -> list[str]:
+    """Write OUT/val/image/N.suffix and OUT/val/caption/N.txt, replaced as a whole. Returns what could not be read."""
+    unreadable: list[str] = []
+    temporary = args.out / f".val.{os.getpid()}"
+    (temporary / "image").mkdir(parents=True)
+    (temporary / "caption").mkdir()
+    for number, pair in enumerate(pairs, start=1):
+        try:
+            suffix, data = picture_bytes(pair.path, args.resize)
+        except InputError:
+            unreadable.append(pair.name)
+            continue
+        caption = pair.caption_long if isinstance(pair.caption_long, str) else pair.caption_long[0]
+        (temporary / "image" / f"{number}.{suffix}").write_bytes(data)
+        (temporary / "caption" / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")
+    if (args.out / "val").exists():
+        shutil.rmtree(args.out / "val")
+    temporary.rename(args.out / "val")
+    return unreadable
+
+
+def make_shards(args: Output, pairs: Iterator[Pair]) -> None:
+    """Select, check, write what is not done, then the manifest."""
+    chosen = select(args, progress(pairs, "reading captions"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for leftover in args.out.glob(f"{args.name}-*.tar.*.tmp"):  # of a run that was killed
+        leftover.unlink()
+    missing = [pair.name for pair in chosen if not (pair.caption_long and pair.path.is_file())]
+    check_missing(args, len(chosen), missing)
+    absent = set(missing)
+    present = [pair for pair in chosen if pair.name not in absent]
+    is_val = [zlib.crc32(pair.name.encode()) / 2**32 < args.val_share for pair in present]
+    train = [pair for pair, val in zip(present, is_val, strict=True) if not val]
+    val = [pair for pair, val in zip(present, is_val, strict=True) if val]
+    if not train:
+        raise InputError("no pictures are left for training: lower --val-share")
+    jobs: list[ShardJob] = []
+    for start in range(0, len(train), args.shard_size):
+        run = train[start : start + args.shard_size]
+        path = args.out / f"{args.name}-{len(jobs):06d}.tar"
+        jobs.append(ShardJob(path, run, args.resize, fingerprint(run, args.resize)))
+    if strangers := sorted({path.name for path in args.out.glob("*.tar")} - {job.path.name for job in jobs}):
+        raise InputError(
+            f"{args.out} holds shards of another run ({strangers[0]}): delete them or choose another --out"
+        )
+    records = finished(args, jobs)
+    num_kept = len(records)
+    todo = [job for job in jobs if job.path not in records]
+    for record, unreadable in in_parallel(make_shard, todo, args.workers, "writing shards"):
+        records[args.out / record.name] = record
+        missing += unreadable
+    if val:
+        missing += write_val(args, val)
+    ordered = [records[job.path] for job in jobs]
+    settings = {"resize": args.resize, "shard_size": args.shard_size, "num_val": len(val), "num_missing": len(missing)}
+    write_manifest(args.out, ordered, settings)
+    for job in jobs:
+        record_path(job.path).unlink(missing_ok=True)
+    check_missing(args, len(chosen), missing)
+    print(
+        f"{args.out}: {sum(len(record.keys) for record in ordered)} samples in {len(jobs)} shards ({num_kept} kept)"
+        + (f", {len(val)} validation pairs in {args.out / 'val'}" if val else "")
+        + (f", {len(missing)} pictures missing, listed in {args.out / 'missing.txt'}" if missing else "")
+    )
+
+
+def write_index(args: Index) -> None:
+    """Scan and hash the shards, and write a manifest into each of their folders."""
+    paths = [Path(shard) for shard in expand_patterns(args.shards)]
+    records = dict(in_parallel(_indexed, paths, args.workers, "indexing shards"))
+    for folder in dict.fromkeys(path.parent for path in paths):
+        own = [records[path] for path in paths if path.parent == folder]
+        write_manifest(folder, own, {})
+        print(f"{folder}: {sum(len(record.keys) for record in own)} samples in {len(own)} shards")
+
+
+def _indexed(path: Path) -> tuple[Path, ShardRecord]:
+    return path, index_shard(path)
+
+
+Command = (
+    Annotated[ShareGPT4V, tyro.conf.subcommand("sharegpt4v")]
+    | Annotated[Coco, tyro.conf.subcommand("coco")]
+    | Annotated[Folder, tyro.conf.subcommand("folder")]
+    | Annotated[Tsv, tyro.conf.subcommand("tsv")]
+    | Annotated[Csv, tyro.conf.subcommand("csv")]
+    | Annotated[Index, tyro.conf.subcommand("index")]
+)
+
+
+def main() -> None:
+    """Parse the command line and run the importer."""
+    args = tyro.cli(Command, description=__doc__)
+    if isinstance(args, Index):
+        write_index(args)
+    else:
+        args.check()
+        make_shards(args, args.pairs())
+
+
+if __name__ == "__main__":
+    run_command(main)

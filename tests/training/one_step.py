@@ -1,0 +1,71 @@
+"""Gradient of one training step on random data, as a program: run alone or as one of several ranks.
+
+Usage: one_step.py OUT ACCUMULATION PCA_SCOPE (torchrun's environment variables give rank and world size). Rank 0
+writes the losses and the gradients, float64, with the models in eval mode, to OUT.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from longclip_teacher import create_teacher
+from mobileclip_student import create_student
+from training.config import LossOptions
+from training.distill import Distiller
+from training.distributed import start
+from training.shards import Batch
+from training.step import backward_step
+
+GLOBAL_BATCH = 24
+
+
+def random_batch(rank: int, world_size: int) -> Batch:
+    """This rank's share of a fixed random batch; captions repeat, so that shared targets matter."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (GLOBAL_BATCH, 3, 48, 48), generator=generator, dtype=torch.uint8)
+
+    def captions(longest: int) -> torch.Tensor:
+        tokens = torch.zeros(GLOBAL_BATCH, longest, dtype=torch.long)
+        for i in range(GLOBAL_BATCH):
+            length = int(torch.randint(4, longest + 1, (), generator=generator))
+            tokens[i, : length - 1] = torch.randint(320, 49000, (length - 1,), generator=generator)
+            tokens[i, 0], tokens[i, length - 1] = 49406, 49407
+        return tokens
+
+    long_tokens, short_tokens = captions(30), captions(9)
+    short_tokens[::5] = short_tokens[0]
+    rows = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
+    return Batch(
+        images=images[rows],
+        teacher_images=None,
+        long_tokens=long_tokens[rows],
+        short_tokens=short_tokens[rows],
+        keys=[str(i) for i in range(GLOBAL_BATCH)][rows],
+        skipped={},
+    )
+
+
+def main() -> None:
+    out, accumulation, pca_scope = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    with start("cpu") as runtime:
+        torch.manual_seed(0)
+        options = LossOptions(
+            fd=0.7, pca_rank=4, pca_scope=pca_scope, share_identical_captions=True, teacher_scale=20.0
+        )
+        student, teacher = create_student("tiny").double().eval(), create_teacher("tiny").double().eval()
+        distiller = Distiller(student, teacher.requires_grad_(False), options).double()
+        assert distiller.project, "the widths differ, so that projections are under test"
+        module = DistributedDataParallel(distiller) if runtime.world_size > 1 else distiller
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        batch = random_batch(runtime.rank, runtime.world_size)
+        losses = backward_step(module, batch, precision="fp32", accumulation=accumulation, scaler=scaler, key=(0, 0))
+        if runtime.is_main:
+            grads = {name: p.grad for name, p in distiller.named_parameters()}
+            torch.save({"losses": losses, "grads": grads}, out)
+
+
+if __name__ == "__main__":
+    main()

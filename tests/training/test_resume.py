@@ -1,0 +1,103 @@
+"""Killed and resumed equals never killed, bit by bit; checkpoints that do not fit are refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from longclip_teacher.errors import InputError
+from training.checkpointing import TrainState, find_checkpoint, load_checkpoint
+from training.config import parse_config
+from training.run_log import read_metrics
+
+MAIN = Path(__file__).resolve().parents[2] / "training" / "main.py"
+STEPS = 9  # of 7 an epoch: the resumed part crosses an epoch boundary
+ARGS = [
+    "--run.max_steps", str(STEPS), "--run.global_batch_size", "40", "--run.save_every", "2", "--run.log_every", "1",
+    "--run.resume", "auto", "--data.val", "None", "--data.zeroshot", "None", "--data.tests", "--data.num_workers", "1",
+    "--loss.fd", "0.5",
+]  # fmt: skip
+
+
+def launch(checkout: Path, out_dir: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(MAIN), *ARGS, "--run.out_dir", str(out_dir)], cwd=checkout, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert launch(checkout, out_dir).wait(timeout=180) == 0
+    return out_dir
+
+
+def test_killed_and_resumed_equals_never_killed(checkout: Path, whole: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "run"
+    process = launch(checkout, out_dir)
+    last = out_dir / "checkpoints" / "last.pt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run must not have ended by itself"
+    assert torch.load(last, weights_only=True)["step"] < STEPS
+    assert launch(checkout, out_dir).wait(timeout=180) == 0
+
+    ours, reference = (torch.load(run / "checkpoints" / "last.pt", weights_only=True) for run in (out_dir, whole))
+    assert ours["step"] == reference["step"] == STEPS
+    assert ours["distiller"].keys() == reference["distiller"].keys()
+    for name, value in reference["distiller"].items():
+        assert torch.equal(ours["distiller"][name], value), name
+    for number, moments in reference["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(ours["optimizer"]["state"][number][name], value), (number, name)
+    losses = [[(row["step"], row["loss"]) for row in read_metrics(run)] for run in (out_dir, whole)]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list(range(1, STEPS + 1))
+
+
+def test_a_finished_run_is_not_trained_further(checkout: Path, whole: Path) -> None:
+    before = (whole / "checkpoints" / "last.pt").read_bytes()
+    assert launch(checkout, whole).wait(timeout=180) == 0
+    after = torch.load(whole / "checkpoints" / "last.pt", weights_only=True)
+    assert after["step"] == STEPS
+    assert all(
+        torch.equal(value, after["distiller"][name])
+        for name, value in torch.load(_copy(whole, before), weights_only=True)["distiller"].items()
+    )
+
+
+def _copy(folder: Path, content: bytes) -> Path:
+    path = folder / "before.pt"
+    path.write_bytes(content)
+    return path
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_resumed(whole: Path) -> None:
+    with pytest.raises(InputError, match=r"holds a run: give --run\.resume auto"):
+        find_checkpoint(parse_config(["--run.out_dir", str(whole), "--run.resume", "never"]))
+    with pytest.raises(InputError, match=r"no checkpoint at nothing\.pt"):
+        find_checkpoint(parse_config(["--run.resume", "nothing.pt"]))
+
+
+def test_checkpoints_of_other_settings_or_damaged_ones_are_refused(whole: Path, tmp_path: Path) -> None:
+    last = whole / "checkpoints" / "last.pt"
+    state = TrainState(None, None, None)  # type: ignore[arg-type]  # refused before it is touched
+    with pytest.raises(InputError, match=r"run\.max_steps = 9, this one has 10"):
+        load_checkpoint(last, state, parse_config([*ARGS, "--run.max_steps", "10"]))
+    truncated = tmp_path / "last.pt"
+    truncated.write_bytes(last.read_bytes()[:5000])
+    with pytest.raises(InputError, match="not a whole torch weight file"):
+        load_checkpoint(truncated, state, parse_config(ARGS))
+    torch.save({"weights": torch.zeros(2)}, truncated)
+    with pytest.raises(InputError, match="is not a training checkpoint"):
+        load_checkpoint(truncated, state, parse_config(ARGS))

@@ -1,0 +1,68 @@
+"""Two processes equal one, chunks equal the whole batch, and a step leaves the right things behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("one_step.py")
+
+
+def run(
+    out: Path, *, world_size: int, accumulation: int = 1, pca_scope: str = "global"
+) -> dict[str, dict[str, torch.Tensor]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(out), str(accumulation), pca_scope],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+        )
+        for rank in range(world_size)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0] * world_size
+    return torch.load(out, weights_only=True)
+
+
+def assert_equal(ours: dict[str, dict[str, torch.Tensor]], reference: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert set(ours["losses"]) == {"clip_long", "clip_short", "crd_long", "crd_short", "fd", "loss"}
+    for name, value in reference["losses"].items():
+        torch.testing.assert_close(ours["losses"][name], value, rtol=1e-6, atol=0)
+    for name, grad in reference["grads"].items():
+        assert grad is not None, name
+        error = (ours["grads"][name] - grad).norm() / grad.norm().clamp_min(1e-12)
+        assert error < 1e-6, f"{name}: relative error {error:.1e}"
+    assert reference["grads"]["model.logit_scale"].abs() > 1e-3
+    assert reference["grads"]["project.image.weight"].norm() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    return run(tmp_path_factory.mktemp("one") / "step.pt", world_size=1)
+
+
+def test_two_processes_equal_one(one_process: dict, tmp_path: Path) -> None:
+    assert_equal(run(tmp_path / "step.pt", world_size=2), one_process)
+
+
+def test_chunks_equal_the_whole_batch(one_process: dict, tmp_path: Path) -> None:
+    assert_equal(run(tmp_path / "step.pt", world_size=1, accumulation=3), one_process)
+
+
+def test_chunks_on_two_processes_equal_the_whole_batch(one_process: dict, tmp_path: Path) -> None:
+    assert_equal(run(tmp_path / "step.pt", world_size=2, accumulation=2), one_process)
+
+
+def test_pca_of_each_process_depends_on_their_number(one_process: dict, tmp_path: Path) -> None:
+    """The published scope, kept as an option: the short losses differ, the long ones do not."""
+    two = run(tmp_path / "step.pt", world_size=2, pca_scope="rank")
+    torch.testing.assert_close(two["losses"]["clip_long"], one_process["losses"]["clip_long"], rtol=1e-6, atol=0)
+    assert (two["losses"]["clip_short"] - one_process["losses"]["clip_short"]).abs() > 1e-4

@@ -1,0 +1,1 @@
+"""Training: shards to batches, the distillation losses, the loop, checkpoints and reports."""

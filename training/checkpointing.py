@@ -1,0 +1,121 @@
+"""Checkpoints: written atomically, the whole state of a run, read without executing anything.
+
+The position in the data, the learning rate and every random number are functions of the step, so the step is the only
+state besides tensors: killed and resumed equals never killed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longclip_teacher import LongCLIP, save_teacher
+from longclip_teacher.errors import InputError
+from longclip_teacher.weights_file import load_strictly, torch_load
+from mobileclip_student import MobileCLIP, save_student
+from training.config import TrainConfig
+from training.distill import Distiller
+
+__all__ = ["TrainState", "find_checkpoint", "load_checkpoint", "save_checkpoint", "save_weights"]
+
+# fields that may change between a run and its continuation, because no sample, step or weight depends on them
+_FREE_FIELDS = {
+    "run": {"out_dir", "resume", "device", "log_every", "eval_every", "save_every", "keep_every"},
+    "data": {
+        "val",
+        "val_protocol",
+        "tests",
+        "zeroshot",
+        "zeroshot_classnames",
+        "zeroshot_templates",
+        "num_workers",
+        "max_bad_share",
+    },
+}
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds."""
+
+    distiller: Distiller
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    """Steps done."""
+    best: float | None = None
+    """Best value of the validation measure so far, None before the first evaluation."""
+
+
+def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
+    """Write the whole state; a crash leaves the old file or the new one, never half of one."""
+    content = {
+        "distiller": state.distiller.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "step": state.step,
+        "best": state.best,
+        "config": config.to_dict(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
+    """Restore `state` from `path`. Raises InputError if the file is damaged or belongs to a run of other settings."""
+    content = torch_load(path)
+    if (
+        not isinstance(content, dict)
+        or not {"distiller", "optimizer", "scaler", "step", "best", "config"} <= content.keys()
+    ):
+        raise InputError(f"{path} is not a training checkpoint (weights alone are given as --student.init)")
+    _check_config(path, content["config"], config)
+    load_strictly(state.distiller, content["distiller"], path)
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.scaler.load_state_dict(content["scaler"])
+    state.step, state.best = content["step"], content["best"]
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, by `run.resume`; None to start afresh."""
+    last = config.run.out_dir / "checkpoints" / "last.pt"
+    if config.run.resume == "auto":
+        return last if last.exists() else None
+    if config.run.resume == "never":
+        if last.exists() or (config.run.out_dir / "results.json").exists():
+            raise InputError(
+                f"{config.run.out_dir} holds a run: give --run.resume auto to go on, or another --run.out_dir"
+            )
+        return None
+    path = Path(config.run.resume)
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path} (--run.resume takes never, auto or a file)")
+    return path
+
+
+def save_weights(path: Path, model: MobileCLIP | LongCLIP) -> None:
+    """Write the model alone as safetensors with its configuration inside, for evaluation and use."""
+    if isinstance(model, MobileCLIP):
+        save_student(model, path)
+    else:
+        save_teacher(model, path)
+
+
+def _check_config(path: Path, saved: dict[str, dict[str, Any]], config: TrainConfig) -> None:
+    for section, fields in config.to_dict().items():
+        for name, value in fields.items():
+            if name not in _FREE_FIELDS.get(section, ()) and saved.get(section, {}).get(name) != value:
+                before = saved.get(section, {}).get(name)
+                raise InputError(
+                    f"{path} is of a run with {section}.{name} = {before}, this one has {value}: "
+                    "use another --run.out_dir"
+                )

@@ -1,0 +1,185 @@
+"""The training loop: evaluate -> checkpoint -> step -> log."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from eval.command_line import write_json
+from longclip_teacher.errors import InputError
+from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
+from training.config import TrainConfig
+from training.distill import Distiller
+from training.distributed import Runtime
+from training.evaluate import validate
+from training.optim import build_optimizer, learning_rate
+from training.run_log import RunLog
+from training.shards import Batch, ShardLoader
+from training.step import backward_step
+
+__all__ = ["train"]
+
+_MAX_LOG_SCALE = math.log(100)  # CLIP's clamp: a larger scale makes the softmax a hard maximum
+
+
+def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: ShardLoader) -> TrainState:
+    """Train `distiller` as `config` says; returns the final state. Weights, log and checkpoints are in
+    `run.out_dir`."""
+    run, out_dir = config.run, config.run.out_dir
+    steps_per_epoch = loader.steps_per_epoch
+    total_steps = run.max_steps or max(1, round(run.epochs * steps_per_epoch))
+    optimizer = build_optimizer(distiller, config.optim)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=run.precision == "fp16")
+    state = TrainState(distiller, optimizer, scaler)
+    if (checkpoint := find_checkpoint(config)) is not None:
+        load_checkpoint(checkpoint, state, config)
+    module = _parallel(distiller, runtime)
+    log = RunLog(config, runtime, step=state.step, total_steps=total_steps)
+    how = "resuming" if checkpoint else "starting"
+    log.say(f"{how} at step {state.step} of {total_steps}, {steps_per_epoch} steps an epoch -> {out_dir}")
+    meter = _Meter(run.global_batch_size)
+
+    try:
+        batches = iter(())
+        while True:
+            done = state.step >= total_steps
+            if (run.eval_every and state.step % run.eval_every == 0 and state.step > 0) or done:
+                _evaluate(config, runtime, state, log)
+            if state.step > 0 and (state.step % run.save_every == 0 or done):
+                _save(config, runtime, state, "last")
+            if run.keep_every and state.step > 0 and state.step % run.keep_every == 0:
+                _save(config, runtime, state, f"step_{state.step}")
+            if done:
+                break
+
+            waiting = time.monotonic()
+            batch = next(batches, None)
+            if batch is None:
+                epoch, position = divmod(state.step, steps_per_epoch)
+                batches = loader.batches(epoch, position)
+                batch = next(batches)
+            meter.waited += time.monotonic() - waiting
+            batch = batch.to(runtime.device)
+
+            rate = learning_rate(state.step, total_steps, config.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            key = (run.seed, state.step, runtime.rank)
+            losses = backward_step(
+                module, batch, precision=run.precision, accumulation=run.accumulation, scaler=scaler, key=key
+            )
+            grad_norm = _apply(state, config)
+            _check_finite(losses, batch, state, out_dir, runtime)
+            state.step += 1
+
+            meter.add(batch)
+            log.advance(state.step)
+            if state.step % run.log_every == 0 or state.step == total_steps:
+                values = {name: value.item() for name, value in losses.items()}
+                scale = distiller.model.linear_logit_scale.item()
+                log.scalars(
+                    state.step,
+                    {
+                        **values,
+                        "lr": rate,
+                        "grad_norm": grad_norm.item(),
+                        "logit_scale": scale,
+                        **meter.read(state.step),
+                    },
+                )
+    finally:
+        log.close()
+    return state
+
+
+def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
+    if runtime.world_size == 1:
+        return distiller
+    device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+    # BatchNorm statistics are each rank's own in training; rank 0's are evaluated and saved
+    return DistributedDataParallel(
+        distiller, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def _apply(state: TrainState, config: TrainConfig) -> Tensor:
+    """Clip the gradient, step the optimiser, clamp the logit scale. Returns the gradient's norm before clipping."""
+    state.scaler.unscale_(state.optimizer)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    limit = config.optim.clip_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        state.distiller.model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
+    return norm
+
+
+def _check_finite(losses: dict[str, Tensor], batch: Batch, state: TrainState, out_dir: Path, runtime: Runtime) -> None:
+    if math.isfinite(losses["loss"].item()):
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
+    report = out_dir / f"nonfinite_rank{runtime.rank}.json"
+    values = {name: str(value.item()) for name, value in losses.items()}
+    write_json(report, {"step": state.step, "losses": values, "keys": list(batch.keys)})
+    named = ", ".join(f"{name} {value}" for name, value in values.items())
+    raise InputError(
+        f"the loss is not finite at step {state.step} ({named}); batch of samples {batch.keys[0]} .. {batch.keys[-1]}, "
+        f"all {len(batch.keys)} keys in {report}; the last checkpoint is untouched: lower --optim.lr or use "
+        "--run.precision bf16"
+    )
+
+
+def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog) -> None:
+    """Validate on rank 0, and keep the weights and state of the best value so far."""
+    if runtime.is_main:
+        values = validate(state.distiller.model, config, runtime)
+        if values:
+            log.scalars(state.step, values, group="val")
+        score = values.get("score")
+        if state.best is None or score is None or score > state.best:
+            state.best = score if score is not None else state.best
+            save_weights(config.run.out_dir / "best.safetensors", state.distiller.model)
+            save_checkpoint(config.run.out_dir / "checkpoints" / "best.pt", state, config)
+    runtime.barrier()
+
+
+def _save(config: TrainConfig, runtime: Runtime, state: TrainState, name: str) -> None:
+    if runtime.is_main:
+        save_checkpoint(config.run.out_dir / "checkpoints" / f"{name}.pt", state, config)
+        if name == "last":
+            save_weights(config.run.out_dir / "last.safetensors", state.distiller.model)
+    runtime.barrier()
+
+
+@dataclass
+class _Meter:
+    """Throughput, the share of time spent waiting for data, and unreadable samples, since the last reading."""
+
+    global_batch_size: int
+
+    def __post_init__(self) -> None:
+        self.waited, self.steps, self.skipped, self.since = 0.0, 0, 0, time.monotonic()
+
+    def add(self, batch: Batch) -> None:
+        self.steps += 1
+        self.skipped += sum(batch.skipped.values())
+
+    def read(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        seconds = max(now - self.since, 1e-9)
+        values = {
+            "samples_seen": float(step * self.global_batch_size),
+            "samples_per_second": self.steps * self.global_batch_size / seconds,
+            "data_wait_share": self.waited / seconds,
+            "skipped_samples": float(self.skipped),
+        }
+        self.waited, self.steps, self.since = 0.0, 0, now
+        return values

@@ -1,0 +1,44 @@
+"""The contrastive loss of CLIP (Radford et al. 2021). G global batch, D embedding width."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+__all__ = ["clip_loss", "similarity_logits"]
+
+
+def similarity_logits(
+    image_features: Float[Tensor, "G D"], text_features: Float[Tensor, "G D"], logit_scale: Tensor | float
+) -> Float[Tensor, "G G"]:
+    """`logit_scale * image_features @ text_features.T` in float32 (float64 for float64 input), also under autocast."""
+    with torch.autocast(image_features.device.type, enabled=False):
+        wide = torch.float64 if image_features.dtype == torch.float64 else torch.float32
+        return logit_scale * (image_features.to(wide) @ text_features.to(wide).T)
+
+
+def clip_loss(
+    image_features: Float[Tensor, "G D"],
+    text_features: Float[Tensor, "G D"],
+    logit_scale: Tensor | float,
+    *,
+    label_smoothing: float = 0.0,
+    caption_groups: Int[Tensor, " G"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean of the image-to-text and the text-to-image cross-entropy over the global batch (ITC).
+
+    Rows of `image_features` need not be unit-norm (the PCA'd ones of the short branch are not). With
+    `caption_groups`, rows of equal group carry the same caption and share the target equally instead of being each
+    other's negatives.
+    """
+    logits_per_image = similarity_logits(image_features, text_features, logit_scale)  # [G, G]
+    if caption_groups is None:
+        target = torch.arange(logits_per_image.shape[0], device=logits_per_image.device)
+    else:
+        same = (caption_groups[:, None] == caption_groups[None, :]).to(logits_per_image.dtype)
+        target = same / same.sum(dim=1, keepdim=True)  # [G, G], symmetric
+    per_image = cross_entropy(logits_per_image, target, label_smoothing=label_smoothing)
+    per_text = cross_entropy(logits_per_image.T, target, label_smoothing=label_smoothing)
+    return (per_image + per_text) / 2

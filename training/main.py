@@ -1,0 +1,33 @@
+"""Train: `[torchrun --nproc_per_node=N] training/main.py [PRESET] [--section.field VALUE ...]`; see --help."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from longclip_teacher.errors import run_command
+from training.build import build_distiller, build_training_loader, check_config
+from training.config import parse_config
+from training.distributed import start
+from training.embedded import prepare_embedded
+from training.evaluate import check_sets
+from training.loop import train
+
+
+def main() -> None:
+    """Parse, set up, build, train, report."""
+    config = parse_config(sys.argv[1:])
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    with start(config.run.device) as runtime:
+        logging.getLogger().setLevel(logging.INFO if runtime.is_main else logging.WARNING)
+        check_config(config, runtime.world_size)
+        prepare_embedded(config, runtime)
+        check_sets(config)
+        distiller = build_distiller(config, runtime)
+        loader = build_training_loader(config, runtime, distiller)
+        train(config, runtime, distiller, loader)
+        runtime.barrier()
+
+
+if __name__ == "__main__":
+    run_command(main)
