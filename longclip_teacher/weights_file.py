@@ -80,12 +80,11 @@ def torch_load(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Unsupported" in text or "GLOBAL" in text or ("weights_only" in text.split("\n")[0] and "global" in text):
+        if "Unsupported global" in str(error) or "allowed global" in str(error):
             raise InputError(
                 f"{path} holds pickled code or objects, which is refused: export its tensors as safetensors"
             ) from None
-        raise InputError(f"{path} is not a whole torch weight file ({_first_line(error)})") from None
+        raise InputError(f"{path} is no torch weight file") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is not a whole torch weight file ({_first_line(error)}): fetch it again") from None
 

@@ -118,7 +118,7 @@ class DataOptions:
     shuffle_shards: int = 64
     """Shards whose samples are permuted together: more mixes better, fewer reads more locally."""
     epoch_samples: int | None = None
-    """Samples that count as an epoch when streaming shards without an index; needed there, not used otherwise."""
+    """Samples that count as an epoch: needed when shards are streamed from a URL; shortens an epoch otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)

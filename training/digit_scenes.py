@@ -2,12 +2,13 @@
 
 A board is 48 px: a coloured ground in a coloured frame and a 3x3 grid of tiles, each with one of scikit-learn's 1,797
 handwritten digits in one of 8 inks and 2 sizes on a dark or a light tile. Its caption of about 100 tokens says in
-reading order what stands where; the first sentence names the ground and the frame alone. Most boards are full; some
-training boards have fewer digits, so that the caption of a single digit, which zero-shot classification needs, is no
-news to the model.
+reading order what stands where; the first sentence names the ground and the frame alone. Most boards are full, some
+sparse. One in five shows a single huge digit, always in the same colours: nothing but the handwriting tells these
+apart, so that they teach to read digits, which full boards, told apart by their colours, do not. Zero-shot
+classification is tested on them.
 
-What is held out: glyphs (handwritten digits) and layouts (which digit in which ink stands where) of validation and test
-never appear in training. Nothing downstream knows that these pictures are generated.
+What is held out: the glyphs (handwritten digits) of validation and test never appear in training, nor do the layouts
+(which digit in which ink stands where) of their boards. Nothing downstream knows that these pictures are generated.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from training.shard_writer import caption_member, write_manifest, write_shard
 __all__ = ["CLASSNAMES", "DIGIT_TEMPLATES", "Board", "Part", "Tile", "layout_part", "write_digit_scenes"]
 
 FORMAT = "compact-longclip digit scenes"
-VERSION = 1  # raise it with any change of the pictures or captions, so that a folder made before is not taken for these
+VERSION = 2  # raise it with any change of the pictures or captions, so that a folder made before is not taken for these
 
 CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CELLS = (
@@ -61,20 +62,16 @@ SIZES = {"small": 8, "large": 12}  # pixels of the glyph's square; scikit-learn'
 
 BOARD_PX, FRAME_PX, CELL_PX, TILE_PX = 48, 2, 16, 12  # 16 px cells: they coincide with the towers' patches
 NUM_TRAIN_GLYPHS, NUM_VAL_GLYPHS = 1297, 150  # of 1,797; the other 350 are the test's
-SINGLE_SHARE, SPARSE_SHARE = 0.1, 0.1  # training boards with one digit, with two to eight
+SINGLE_SHARE, SPARSE_SHARE = 0.2, 0.1  # training boards with one huge digit, with two to eight
 TWINS_PER_FAMILY, NUM_SHARED_CELLS = 4, 7  # the first seven cells' sentences reach past token 77
 SHARD_SIZE = 4000
 
 Part = Literal["train", "val", "test"]
 
-# Prompts for zero-shot classification of single-digit boards: training captions, all but the digit spread evenly
-DIGIT_TEMPLATES = tuple(
-    f"A {ground} board in a {frame} frame. {CELLS[(3 * i + j) % 9]} shows a {size} {ink} {{}} on {tile}."
-    for i, (ink, ground) in enumerate(zip(INKS, (*GROUNDS, "navy", "teal"), strict=True))
-    for j, (frame, size, tile) in enumerate(
-        [("white", "small", "dark"), ("blue", "large", "dark"), ("red", "small", "light"), ("black", "large", "light")]
-    )
-)
+WHOLE_BOARD = len(CELLS)  # the cell of a single digit, which takes up all of the board
+HUGE, HUGE_PX = "huge", 40
+# Prompts for zero-shot classification of single-digit boards: their caption, the digit left out
+DIGIT_TEMPLATES = (f"A beige board in a black frame. the whole board shows a {HUGE} blue {{}} on light.",)
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,8 @@ class Tile:
     @property
     def sentence(self) -> str:
         """What the caption says of this tile."""
-        return f"{CELLS[self.cell]} shows a {self.size} {self.ink} {CLASSNAMES[self.digit]} on {self.shade}."
+        place = "the whole board" if self.cell == WHOLE_BOARD else CELLS[self.cell]
+        return f"{place} shows a {self.size} {self.ink} {CLASSNAMES[self.digit]} on {self.shade}."
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def _glyphs() -> dict[Part, dict[int, list[dict[str, np.ndarray]]]]:
             picture = Image.fromarray(np.uint8(digits.images[i] / 16 * 255))
             sizes = {
                 name: np.asarray(picture.resize((px, px), Image.Resampling.BICUBIC), dtype=np.float32)[..., None] / 255
-                for name, px in SIZES.items()
+                for name, px in (*SIZES.items(), (HUGE, HUGE_PX))
             }
             glyphs[part][int(digits.target[i])].append(sizes)
     return glyphs
@@ -164,13 +162,16 @@ def render(board: Board, rng: random.Random, part: Part) -> Image.Image:
     pixels[:] = FRAMES[board.frame]
     pixels[FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX] = GROUNDS[board.ground]
     for tile in board.tiles:
-        row, column = divmod(tile.cell, 3)
-        corner = (CELL_PX - TILE_PX) // 2
-        top, left = corner + row * CELL_PX, corner + column * CELL_PX
-        pixels[top : top + TILE_PX, left : left + TILE_PX] = TILES[tile.shade]
+        if tile.cell == WHOLE_BOARD:
+            side = HUGE_PX
+            top = left = (BOARD_PX - HUGE_PX) // 2
+        else:
+            side, row, column = TILE_PX, *divmod(tile.cell, 3)
+            top, left = (CELL_PX * index + (CELL_PX - TILE_PX) // 2 for index in (row, column))
+        pixels[top : top + side, left : left + side] = TILES[tile.shade]
         coverage = rng.choice(_glyphs()[part][tile.digit])[tile.size]
         px = len(coverage)
-        slack = (TILE_PX - px) // 2
+        slack = (side - px) // 2
         square = pixels[top + slack : top + slack + px, left + slack : left + slack + px]
         square += coverage * (np.asarray(INKS[tile.ink], dtype=np.float32) - square)
     return Image.fromarray(pixels.round().astype(np.uint8))
@@ -183,14 +184,21 @@ def _jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def single_digit(digit: int) -> Board:
+    """The board of a single huge digit, in the colours that all of them have."""
+    return Board("beige", "black", (Tile(WHOLE_BOARD, digit, "blue", HUGE, "light"),))
+
+
 def draw_boards(rng: random.Random, part: Part) -> Iterator[Board]:
-    """Endless boards for training or validation: full, single and sparse in their shares, no two captions alike."""
+    """Endless boards for training or validation: full, single and sparse; no two captions of several digits alike."""
     seen: set[str] = set()
     while True:
         kind = rng.random()
-        num_tiles = 1 if kind < SINGLE_SHARE else rng.randint(2, 8) if kind < SINGLE_SHARE + SPARSE_SHARE else 9
-        board = draw_board(rng, part, num_tiles)
-        if num_tiles == 1 or board.caption not in seen:  # single digits are too few to be told apart
+        if kind < SINGLE_SHARE:
+            yield single_digit(rng.randrange(10))
+            continue
+        board = draw_board(rng, part, rng.randint(2, 8) if kind < SINGLE_SHARE + SPARSE_SHARE else 9)
+        if board.caption not in seen:
             seen.add(board.caption)
             yield board
 
@@ -294,10 +302,7 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
 def _draw_singles(rng: random.Random, part: Part) -> Iterator[Board]:
     """Endless boards of a single digit, the ten classes in turn."""
     while True:
-        for digit in range(10):
-            while (board := draw_board(rng, part, num_tiles=1)).tiles[0].digit != digit:
-                pass
-            yield board
+        yield from map(single_digit, range(10))
 
 
 def _write_shards(folder: Path, pictures: Iterator[Picture], settings: dict[str, Any]) -> None:

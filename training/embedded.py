@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from training.build import build_distiller, build_training_loader, check_config
@@ -23,7 +24,7 @@ def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
     if any(f"{EMBEDDED_DATA}/" in name for name in named) and not EMBEDDED_DATA.exists():
         if runtime.is_main:
             logger.info("making the embedded data: digit scenes in %s", EMBEDDED_DATA)
-            write_digit_scenes(EMBEDDED_DATA, show_progress=True)
+            write_digit_scenes(EMBEDDED_DATA, show_progress=sys.stderr.isatty())
         runtime.barrier()
     if (
         config.distils

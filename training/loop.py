@@ -102,10 +102,8 @@ def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
     if runtime.world_size == 1:
         return distiller
     device_ids = [runtime.device] if runtime.device.type == "cuda" else None
-    # BatchNorm statistics are each rank's own in training; rank 0's are evaluated and saved
-    return DistributedDataParallel(
-        distiller, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    # BatchNorm normalises with each rank's own statistics in training; the running ones are rank 0's everywhere
+    return DistributedDataParallel(distiller, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def _apply(state: TrainState, config: TrainConfig) -> Tensor:

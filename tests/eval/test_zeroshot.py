@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from eval.labelled_images import find_labelled_images
-from eval.zeroshot import OPENAI_TEMPLATES, SIMPLE_TEMPLATES, evaluate_zeroshot, zeroshot_classifier
+from eval.zeroshot import OPENAI_TEMPLATES, SIMPLE_TEMPLATES, _hits, evaluate_zeroshot, zeroshot_classifier
 from longclip_teacher.errors import InputError
 
 NAMES = ["black", "red", "green", "blue", "yellow", "purple", "aqua", "white"]
@@ -74,6 +74,12 @@ def test_wrong_and_nearly_right_answers_are_counted(colour_model: nn.Module, col
     opposite = {"black": "white", "white": "black"}
     result = evaluate_zeroshot(colour_model, colour_classes, [opposite.get(name, name) for name in order], ["{}"])
     assert result["top1"] == 75.0 and result["top5"] == 75.0  # the opposite corner comes last
+
+
+def test_top_five_ends_at_the_fifth() -> None:
+    classifier = torch.tensor([[7.0], [6.0], [5.0], [4.0], [3.0], [2.0]])  # best to worst for a positive feature
+    hits = [_hits(torch.ones(1, 1), classifier, torch.tensor([target])).tolist() for target in range(6)]
+    assert hits == [[1, 1], [0, 1], [0, 1], [0, 1], [0, 1], [0, 0]]
 
 
 def test_synset_folders_have_imagenets_class_numbers(tmp_path: Path) -> None:
