@@ -139,9 +139,9 @@ TEACHERS = {
         text=TextTowerConfig(width=96, heads=3, layers=2),
     ),
     "small": TeacherConfig(
-        embed_dim=256,
-        image=ImageTowerConfig(size=96, patch=8, width=192, layers=6, heads=3, stem="conv"),
-        text=TextTowerConfig(width=192, heads=3, layers=4),
+        embed_dim=192,
+        image=ImageTowerConfig(size=96, patch=16, width=192, layers=4, heads=3, stem="conv"),
+        text=TextTowerConfig(width=128, heads=2, layers=3),
     ),
     "b16": TeacherConfig(
         embed_dim=512,

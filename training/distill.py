@@ -112,10 +112,12 @@ def _encode(model: MobileCLIP | LongCLIP, images: Tensor, long: Tensor, short: T
         for value in (model.preprocess_cfg.mean, model.preprocess_cfg.std)
     )
     pixels = images.to(mean.dtype) / 255
-    features = {"image": model.encode_image((pixels - mean) / std), "long": model.encode_text(long)}
-    if short is not None:
-        features["short"] = model.encode_text(short)
-    return features
+    captions = {"long": long} if short is None else {"long": long, "short": short}
+    if isinstance(model, MobileCLIP):  # together, for one set of BatchNorm statistics
+        texts = model.encode_texts(*captions.values())
+    else:
+        texts = [model.encode_text(tokens) for tokens in captions.values()]
+    return {"image": model.encode_image((pixels - mean) / std), **dict(zip(captions, texts, strict=True))}
 
 
 def gather_features(local: Features, options: LossOptions) -> Features:

@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from longclip_teacher.errors import run_command
+from longclip_teacher.errors import InputError, run_command
 from training.build import build_distiller, build_training_loader, check_config
 from training.config import parse_config
 from training.distributed import start
 from training.embedded import prepare_embedded
 from training.evaluate import check_sets
 from training.loop import train
+from training.run_report import report_run
 
 
 def main() -> None:
     """Parse, set up, build, train, report."""
-    config = parse_config(sys.argv[1:])
+    with _told_once():
+        config = parse_config(sys.argv[1:])
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     with start(config.run.device) as runtime:
         logging.getLogger().setLevel(logging.INFO if runtime.is_main else logging.WARNING)
-        check_config(config, runtime.world_size)
-        prepare_embedded(config, runtime)
-        check_sets(config)
-        distiller = build_distiller(config, runtime)
-        loader = build_training_loader(config, runtime, distiller)
+        with _told_once():
+            check_config(config, runtime.world_size)
+            prepare_embedded(config, runtime)
+            check_sets(config)
+            distiller = build_distiller(config, runtime)
+            loader = build_training_loader(config, runtime, distiller)
         train(config, runtime, distiller, loader)
+        if runtime.is_main:
+            report_run(config, runtime, distiller.teacher)
         runtime.barrier()
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """What every process finds wrong with the set-up, rank 0 alone tells."""
+    try:
+        yield
+    except InputError:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise
 
 
 if __name__ == "__main__":

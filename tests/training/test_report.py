@@ -20,7 +20,10 @@ from training.charts import line_chart
 from training.figures import Column, best_models, figure_columns, format_figure, model_figures
 from training.report import Report, run_facts, write_report
 
-RIGHT = "A navy board in a red frame. top left shows a large red zero on dark. bottom right shows a small blue two on light."
+RIGHT = (
+    "A navy board in a red frame. top left shows a large red zero on dark. "
+    "bottom right shows a small blue two on light."
+)
 WRONG = RIGHT.replace("small blue two", "large pink six")
 
 
@@ -87,7 +90,13 @@ def full_report(run: Path, pictures: list[Path]) -> Report:
         paragraphs=["First & foremost.", "Second."],
         columns=figure_columns(["twins"], references={"twins": (25.0, "a ceiling")}),
         models={
-            "big": {"twins_i2t_r1": 80.04, "twins_t2i_r1": 70.0, "zeroshot_top1": 5.0, "params": 5_000_000, "text_ms": 2.0},
+            "big": {
+                "twins_i2t_r1": 80.04,
+                "twins_t2i_r1": 70.0,
+                "zeroshot_top1": 5.0,
+                "params": 5_000_000,
+                "text_ms": 2.0,
+            },
             "tiny": {"twins_i2t_r1": 79.98, "twins_t2i_r1": 60.0, "zeroshot_top1": 7.0, "params": 900, "text_ms": None},
         },
         spreads={"tiny": {"twins_t2i_r1": 1.25}},
@@ -137,7 +146,10 @@ def test_bars_are_as_long_as_the_figures(run: Path, pictures: list[Path], tmp_pa
 def test_curves_are_drawn_where_there_are_two_points(run: Path, pictures: list[Path], tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", full_report(run, pictures))
     labels = [svg["aria-label"] for svg in Page(tmp_path / "report.html").all("svg")]
-    assert labels == ["Loss", "Learning rate"]  # one validation makes no curve; terms that the run does not have neither
+    assert labels == [
+        "Loss",
+        "Learning rate",
+    ]  # one validation makes no curve; terms that the run does not have neither
 
 
 def test_pictures_are_in_the_page(run: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -147,7 +159,9 @@ def test_pictures_are_in_the_page(run: Path, pictures: list[Path], tmp_path: Pat
     small, large = (Image.open(path) for path in pictures)
     assert len(shown) == 3
     assert np.array_equal(np.asarray(shown[0]), np.asarray(small))  # boards of a few pixels are not blurred by JPEG
-    assert max(shown[1].size) == 224 and shown[1].size[0] / shown[1].size[1] == pytest.approx(large.width / large.height, rel=0.02)
+    assert max(shown[1].size) == 224 and shown[1].size[0] / shown[1].size[1] == pytest.approx(
+        large.width / large.height, rel=0.02
+    )
 
 
 def test_a_wrong_caption_shows_where_it_differs(run: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -186,8 +200,9 @@ def test_a_chart_is_well_formed_repeatable_and_free_of_fixed_colours() -> None:
 def test_facts_of_a_run(tmp_path: Path) -> None:
     assert run_facts(tmp_path) == {}
     record = {
-        "command": ["python", "training/main.py", "--a", "b c"], "python": "3.11.1", "packages": {"torch": "2.6", "timm": None},
-        "machine": "Linux", "cpu_count": 2, "gpu": None, "world_size": 2, "threads": 1, "commit": "abc", "uncommitted_changes": True,
+        "command": ["python", "training/main.py", "--a", "b c"], "commit": "abc", "uncommitted_changes": True,
+        "python": "3.11.1", "packages": {"torch": "2.6", "timm": None},
+        "machine": "Linux", "cpu_count": 2, "gpu": None, "world_size": 2, "threads": 1,
     }  # fmt: skip
     (tmp_path / "environment.json").write_text(json.dumps(record))
     facts = run_facts(tmp_path)
@@ -201,7 +216,8 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
     ("value", "unit", "text"),
     [
         (62.66, "%", "62.7"), (100, "%", "100.0"), (0, "%", "0.0"), (None, "%", "–"), (None, "bytes", "–"),
-        (999, "count", "999"), (3_458_173, "count", "3.46 M"), (149_600_000, "count", "150 M"), (42_100, "count", "42.1 k"),
+        (999, "count", "999"), (3_458_173, "count", "3.46 M"), (149_600_000, "count", "150 M"),
+        (42_100, "count", "42.1 k"),
         (812, "bytes", "812 B"), (13_895_468, "bytes", "13.9 MB"), (5.1e12, "bytes", "5100 GB"),
         (1.234, "ms", "1.23"), (12.34, "ms", "12.3"), (456.7, "ms", "457"),
     ],

@@ -1,0 +1,123 @@
+"""Retrieval to look at: single queries, the answers a model ranks first, and where the right one came.
+
+Shapes: N pictures, M captions, Q queries, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from eval.features import encode_captions, encode_images
+from eval.models import ClipModel
+from eval.protocols import RetrievalSet
+
+__all__ = ["Answer", "Example", "pick_examples", "retrieval_examples"]
+
+_QUERIES_CONSIDERED = 500  # of each direction: enough to find failures, few enough to compare with every candidate
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A candidate: the path of a picture, or a caption."""
+
+    content: Path | str
+    is_right: bool
+    rank: int
+    """1: the model thinks it fits best."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A query and the model's first answers; if no right one is among them, the best ranked right one comes last."""
+
+    query: Path | str
+    answers: list[Answer]
+
+    @property
+    def is_success(self) -> bool:
+        """Whether the first answer is right."""
+        return self.answers[0].is_right
+
+
+def retrieval_examples(
+    model: ClipModel, retrieval_set: RetrievalSet, *, num_examples: int = 4, num_answers: int = 5, batch_size: int = 64
+) -> list[Example]:
+    """`num_examples` pictures that look for captions, then as many captions that look for pictures.
+
+    Half of each are queries whose first answer is right and half are failures, as far as there are such; both are
+    spread evenly over the set. The same model and set give the same examples.
+    """
+    pictures = encode_images(model, retrieval_set.images, batch_size=batch_size)
+    row_of = {image: row for row, image in enumerate(pictures.rows.tolist())}
+    pairs = zip(retrieval_set.captions, retrieval_set.caption_image, strict=True)
+    captions, caption_image = zip(*((text, row_of[image]) for text, image in pairs if image in row_of), strict=True)
+    text_features, _ = encode_captions(model, captions, batch_size=batch_size)
+    images = [retrieval_set.images[index] for index in pictures.rows.tolist()]
+    owner = torch.tensor(caption_image, device=text_features.device)
+    everyone = torch.arange(len(images), device=owner.device)
+    directions: list[tuple[Sequence[Path | str], Sequence[Path | str], Tensor, Tensor, Tensor, Tensor]] = [
+        (images, captions, pictures.features, text_features, everyone, owner),
+        (captions, images, text_features, pictures.features, owner, everyone),
+    ]
+    return [
+        example
+        for queries, candidates, query_features, candidate_features, query_image, candidate_image in directions
+        for example in pick_examples(
+            queries,
+            candidates,
+            query_features,
+            candidate_features,
+            query_image,
+            candidate_image,
+            num_examples=num_examples,
+            num_answers=num_answers,
+        )
+    ]
+
+
+def pick_examples(
+    queries: Sequence[Path | str],
+    candidates: Sequence[Path | str],
+    query_features: Float[Tensor, "Q D"],
+    candidate_features: Float[Tensor, "C D"],
+    query_image: Int[Tensor, " Q"],
+    candidate_image: Int[Tensor, " C"],
+    *,
+    num_examples: int,
+    num_answers: int,
+) -> list[Example]:
+    """Examples of one direction; a candidate is right if it belongs to the query's picture."""
+    considered = torch.tensor(_spread(range(len(queries)), _QUERIES_CONSIDERED), device=query_features.device)
+    order = (query_features[considered] @ candidate_features.T).argsort(dim=1, descending=True, stable=True)
+    right = candidate_image[order] == query_image[considered, None]
+    succeeded: list[bool] = right[:, 0].tolist()
+    successes = [row for row, success in enumerate(succeeded) if success]
+    failures = [row for row, success in enumerate(succeeded) if not success]
+    num_failures = min(len(failures), max(num_examples // 2, num_examples - len(successes)))
+    chosen = _spread(successes, num_examples - num_failures) + _spread(failures, num_failures)
+    return [
+        Example(queries[int(considered[row])], _answers(candidates, order[row], right[row], num_answers))
+        for row in chosen
+    ]
+
+
+def _answers(
+    candidates: Sequence[Path | str], order: Int[Tensor, " C"], right: Bool[Tensor, " C"], num_answers: int
+) -> list[Answer]:
+    shown = list(range(min(num_answers, len(order))))
+    first_right = int(right.int().argmax())
+    if first_right not in shown:
+        shown.append(first_right)
+    return [Answer(candidates[int(order[place])], bool(right[place]), place + 1) for place in shown]
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]

@@ -1,0 +1,151 @@
+"""MobileCLIP: an image tower, a text tower that reads 248 tokens, and the scale of their logits.
+
+Shapes: B images or captions, R image side, L tokens, D embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import CONTEXT_LENGTH, CaptionTokenizer
+from mobileclip_student.image_encoder import ImageConfig, ImageEncoder
+from mobileclip_student.text_encoder import TextConfig, TextTransformer
+
+__all__ = ["VARIANTS", "MobileCLIP", "StudentConfig", "create_student", "variant_config"]
+
+_CONFIGS = Path(__file__).parent / "configs"
+VARIANTS: tuple[str, ...] = tuple(sorted(path.stem for path in _CONFIGS.glob("*.json")))
+_INITIAL_TEMPERATURE = 0.07
+_MAX_SIZE = 8192  # a configuration read from a file may not ask for any amount of memory
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """All that is needed to build a student; stored with its weights."""
+
+    variant: str
+    embed_dim: int
+    image: ImageConfig
+    text: TextConfig
+    context_length: int = CONTEXT_LENGTH
+    """tokens a caption may have; longer ones are cut, keeping EOT"""
+    pad_mask: bool = True
+    """pads never matter; False: as published, every position up to the context length takes part"""
+    reparameterized: bool = False
+    """in inference form: branches and BatchNorms are folded"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        return asdict(self)
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.embed_dim <= _MAX_SIZE and 2 <= self.context_length <= _MAX_SIZE):
+            raise InputError(f"embed_dim {self.embed_dim} or context_length {self.context_length} is out of range")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StudentConfig:
+        """The inverse of `to_dict`; an unknown, missing or malformed entry is an InputError."""
+        try:
+            image: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in values["image"].items()
+            }
+            parts = {"image": ImageConfig(**image), "text": TextConfig(**values["text"])}
+            return cls(**{**values, **parts})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"not a student configuration ({error}): it needs {', '.join(_names())}") from None
+
+
+class MobileCLIP(nn.Module):
+    """The student. Features come unnormalised unless asked otherwise; captions may have any padded length."""
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = ImageEncoder(config.image, config.embed_dim)
+        self.text_encoder = TextTransformer(
+            config.text, config.embed_dim, context_length=config.context_length, pad_mask=config.pad_mask
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / _INITIAL_TEMPERATURE)))  # log space
+        self.tokenizer = CaptionTokenizer(config.context_length)
+
+    def encode_image(self, images: Float[Tensor, "B 3 R R"], normalize: bool = False) -> Float[Tensor, "B D"]:
+        """Features of images that `preprocess` (or its mean and std) has normalised."""
+        features = self.image_encoder(images)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, tokens: Int[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
+        """Features of captions; more than `context_length` tokens are cut with EOT kept."""
+        return self.encode_texts(tokens, normalize=normalize)[0]
+
+    def encode_texts(self, *batches: Int[Tensor, "B L"], normalize: bool = False) -> list[Float[Tensor, "B D"]]:
+        """Features of batches of captions, each at its own length; in training they share BatchNorm statistics."""
+        features = self.text_encoder(*batches)
+        return [F.normalize(value, dim=-1) for value in features] if normalize else features
+
+    @property
+    def linear_logit_scale(self) -> Float[Tensor, ""]:
+        """The factor of the cosine similarities; `logit_scale` is its logarithm."""
+        return self.logit_scale.exp()
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image.image_size
+
+    @property
+    def context_length(self) -> int:
+        return self.config.context_length
+
+    @property
+    def pad_mask(self) -> bool:
+        return self.config.pad_mask
+
+    @property
+    def preprocess_cfg(self) -> PreprocessCfg:
+        image = self.config.image
+        return PreprocessCfg(size=image.image_size, mean=image.mean, std=image.std, interpolation=image.interpolation)
+
+    @property
+    def preprocess(self) -> Callable[[Image], Tensor]:
+        """PIL image to [3, R, R], resized, cropped and normalised."""
+        return image_transform_v2(self.preprocess_cfg, is_train=False)
+
+
+def variant_config(variant: str) -> StudentConfig:
+    """The configuration of a named variant, at 248 tokens with pads masked."""
+    if variant not in VARIANTS:
+        raise InputError(f"no student variant {variant!r}: choose {', '.join(VARIANTS)}")
+    values = json.loads((_CONFIGS / f"{variant}.json").read_text())
+    return StudentConfig.from_dict({"variant": variant, **values})
+
+
+def create_student(
+    variant: str | StudentConfig, context_length: int | None = None, pad_mask: bool | None = None
+) -> MobileCLIP:
+    """A student with random weights. A named variant reads 248 tokens and masks pads unless told otherwise."""
+    config = variant_config(variant) if isinstance(variant, str) else variant
+    if context_length is not None:
+        config = replace(config, context_length=context_length)
+    if pad_mask is not None:
+        config = replace(config, pad_mask=pad_mask)
+    return MobileCLIP(config)
+
+
+def _names() -> list[str]:
+    return [field.name for field in fields(StudentConfig)]

@@ -1,0 +1,189 @@
+"""MobileCLIP's text tower at any number of tokens, with captions that do not feel their padding.
+
+Base towers are pre-norm transformers; the hybrid one (MobileCLIP-S0's) puts its attention layers between two RepMixer
+blocks. Attention sees both ways unless causal.
+
+Shapes: B captions, L tokens, C width, H heads, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import VOCAB_SIZE, caption_lengths, trim, truncate
+from mobileclip_student.repmixer import RepMixerBlock, TokenGroup, take_tokens
+
+__all__ = ["AttentionBlock", "TextConfig", "TextTransformer"]
+
+# A configuration read from a file may not ask for any amount of memory
+_MAX_SIZE, _MAX_VOCAB_SIZE = 8192, 1 << 20
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of a text tower."""
+
+    width: int
+    heads: int
+    layers: int
+    """attention layers"""
+    hybrid: bool = False
+    """a RepMixer block before and after the attention layers"""
+    causal: bool = False
+    """each token attends only to those before it"""
+    kernel_size: int = 11
+    """tokens a RepMixer block's convolutions see (odd)"""
+    layer_scale: float = 1e-5
+    """initial layer scale of the RepMixer blocks"""
+    mlp_ratio: float = 4.0
+    vocab_size: int = VOCAB_SIZE
+
+    def __post_init__(self) -> None:
+        sizes = (self.width, self.heads, self.layers, self.kernel_size, self.mlp_ratio)
+        if not all(1 <= size <= _MAX_SIZE for size in sizes) or not 1 <= self.vocab_size <= _MAX_VOCAB_SIZE:
+            raise InputError(f"a text tower cannot have the sizes {self}")
+        if self.width % self.heads:
+            raise InputError(f"{self.heads} heads do not divide a text width of {self.width}")
+        if self.kernel_size % 2 == 0:
+            raise InputError(f"kernel_size is {self.kernel_size}: a convolution that keeps the length needs an odd one")
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in fp32 whatever comes in, also under autocast; gives back the input's type."""
+
+    def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            return super().forward(x)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class AttentionBlock(nn.Module):
+    """Pre-norm self-attention, then a pre-norm FFN with GELU."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.heads, self.causal = config.heads, config.causal
+        self.ln_1 = LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.ln_2 = LayerNorm(width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, groups: Sequence[TokenGroup], pooled: Sequence[Int[Tensor, " B"]] | None = None) -> list[Tensor]:
+        """[B, L, C] of each group; with `pooled`, only each caption's token at that index, [B, C] of each group."""
+        if pooled is None:
+            return [self._block(x, valid, None) for x, valid in groups]
+        return [self._block(x, valid, at) for (x, valid), at in zip(groups, pooled, strict=True)]
+
+    def _block(
+        self, x: Float[Tensor, "B L C"], valid: Bool[Tensor, "B L"] | None, pooled: Int[Tensor, " B"] | None
+    ) -> Float[Tensor, "B L C"] | Float[Tensor, "B C"]:
+        keys = queries = self.ln_1(x)
+        if pooled is not None:
+            queries, x = take_tokens(keys, pooled).unsqueeze(1), take_tokens(x, pooled)  # B 1 C, B C
+            if self.causal:
+                valid = torch.arange(keys.shape[1], device=x.device) <= pooled[:, None]
+        mixed = self._attend(queries, keys, valid, is_causal=self.causal and pooled is None)
+        x = x + mixed.view_as(x)
+        return x + self.fc2(F.gelu(self.fc1(self.ln_2(x))))
+
+    def _attend(
+        self,
+        queries: Float[Tensor, "B Q C"],
+        keys: Float[Tensor, "B L C"],
+        valid: Bool[Tensor, "B L"] | None,
+        *,
+        is_causal: bool,
+    ) -> Float[Tensor, "B Q C"]:
+        query = self.query(queries).unflatten(2, (self.heads, -1)).transpose(1, 2)  # B H Q C/H
+        key, value = self.key_value(keys).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B H L C/H each
+        # a causal query never reaches the pads, which stand after EOT
+        mask = None if valid is None or is_causal else valid[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class TextTransformer(nn.Module):
+    """Token ids to text features, pooled at EOT.
+
+    With `pad_mask` a caption's feature is the same whatever it is padded to and whatever stands beside it: pads are no
+    keys, are zeroed before each convolution and stay out of the BatchNorm statistics. Without, the published behaviour:
+    captions are padded to `context_length` and every position takes part.
+    """
+
+    def __init__(self, config: TextConfig, embed_dim: int, *, context_length: int, pad_mask: bool) -> None:
+        super().__init__()
+        self.context_length, self.pad_mask = context_length, pad_mask
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, config.width))
+        blocks: list[nn.Module] = [AttentionBlock(config) for _ in range(config.layers)]
+        if config.hybrid:
+            blocks = [_repmixer_block(config), *blocks, _repmixer_block(config)]
+        self.blocks = nn.ModuleList(blocks)
+        self.ln_final = LayerNorm(config.width)
+        self.projection = nn.Parameter(torch.empty(config.width, embed_dim))
+        self._init_parameters(config)
+
+    def forward(self, *batches: Int[Tensor, "B L"]) -> list[Float[Tensor, "B D"]]:
+        """Features of each batch of captions, not normalised. Any L: longer captions are cut with EOT kept.
+
+        Batches given together are computed each at its own length and share the BatchNorm statistics in training: those
+        of long and of short captions differ, and at inference there is one set for both.
+        """
+        lengths, groups = [], []
+        for tokens in batches:
+            tokens = truncate(tokens, self.context_length)
+            if self.pad_mask:
+                tokens = trim(tokens)
+            else:
+                tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1]))
+            lengths.append(caption_lengths(tokens))
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            valid = positions < lengths[-1][:, None] if self.pad_mask else None
+            embedded = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # B L C
+            groups.append(TokenGroup(embedded, valid))
+        for block in self.blocks[:-1]:
+            xs = block(groups)
+            groups = [TokenGroup(x, group.valid) for x, group in zip(xs, groups, strict=True)]
+        pooled = self.blocks[-1](groups, [length - 1 for length in lengths])  # B C: only EOT is read from here on
+        return [self.ln_final(x) @ self.projection for x in pooled]
+
+    @torch.no_grad()
+    def _init_parameters(self, config: TextConfig) -> None:
+        """CLIP's for the transformer, FastViT's small FFNs in RepMixer blocks, whose convolutions keep PyTorch's."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.projection, std=config.width**-0.5)
+        residual_std = config.width**-0.5 * (2 * config.layers) ** -0.5
+        for block in self.blocks:
+            if isinstance(block, AttentionBlock):
+                for linear, std in (
+                    (block.query, config.width**-0.5),
+                    (block.key_value, config.width**-0.5),
+                    (block.out, residual_std),
+                    (block.fc1, (2 * config.width) ** -0.5),
+                    (block.fc2, residual_std),
+                ):
+                    nn.init.normal_(linear.weight, std=std)
+                    nn.init.zeros_(linear.bias)
+            elif isinstance(block, RepMixerBlock):
+                for linear in (block.fc1, block.fc2):
+                    nn.init.trunc_normal_(linear.weight, std=0.02)
+                    nn.init.zeros_(linear.bias)
+
+
+def _repmixer_block(config: TextConfig) -> RepMixerBlock:
+    return RepMixerBlock(
+        config.width, kernel_size=config.kernel_size, mlp_ratio=config.mlp_ratio, layer_scale=config.layer_scale
+    )

@@ -1,0 +1,96 @@
+"""The figures by which models are compared: what each is called, means and looks like in reports and on the console."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["COST_COLUMNS", "Column", "Figures", "best_models", "figure_columns", "format_figure", "model_figures"]
+
+Unit = Literal["%", "count", "bytes", "ms"]
+Figures = Mapping[str, float | None]  # by Column.key; None or absent: not measured
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a model."""
+
+    key: str
+    title: str
+    unit: Unit
+    meaning: str
+    """One sentence for a newcomer."""
+    reference: tuple[float, str] | None = None
+    """A value worth knowing beside the models', and what it is."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Percentages are successes, everything else is a cost."""
+        return self.unit == "%"
+
+
+COST_COLUMNS = (
+    Column("params", "parameters", "count", "Numbers that make up the model."),
+    Column("bytes", "file", "bytes", "Size of the weight file."),
+    Column("image_ms", "picture", "ms", "Milliseconds to encode one picture, on the machine named below."),
+    Column("text_ms", "caption", "ms", "Milliseconds to encode one caption of 100 tokens."),
+)
+
+
+def figure_columns(
+    tests: Iterable[str], *, zeroshot: bool = True, cost: bool = True, references: Mapping[str, tuple[float, str]] = {}
+) -> list[Column]:
+    """The columns of `model_figures` for retrieval tests of these names; `references` are by test."""
+    columns = []
+    for test in tests:
+        for way, asked, found in (("i2t", "picture", "caption"), ("t2i", "caption", "picture")):
+            meaning = (
+                f"Share of the {asked}s of the {test} test for which the model puts a right {found} first, among all."
+            )
+            title = f"{test} {asked} → {found}"
+            columns.append(Column(f"{test}_{way}_r1", title, "%", meaning, references.get(test)))
+    if zeroshot:
+        meaning = "Share of pictures put into the right class by comparing them with sentences that name the classes."
+        columns.append(Column("zeroshot_top1", "zero-shot class", "%", meaning))
+    return columns + list(COST_COLUMNS if cost else ())
+
+
+def model_figures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The figures of `evaluate_tests`' results: R@1 both ways of each retrieval test, top-1 of `zeroshot`."""
+    figures = {}
+    for name, result in results.items():
+        if name == "zeroshot":
+            figures["zeroshot_top1"] = result["top1"]
+        else:
+            figures |= {f"{name}_{way}_r1": result[way]["r1"] for way in ("i2t", "t2i")}
+    return figures
+
+
+def best_models(column: Column, models: Mapping[str, Figures]) -> set[str]:
+    """The models with the best value of a column, as it is shown; none if fewer than two have one."""
+    values = {name: value for name, figures in models.items() if (value := figures.get(column.key)) is not None}
+    if len(values) < 2:
+        return set()
+    best = format_figure((max if column.higher_is_better else min)(values.values()), column.unit)
+    return {name for name, value in values.items() if format_figure(value, column.unit) == best}
+
+
+def format_figure(value: float | None, unit: Unit) -> str:
+    """A figure as people read it: 62.7, 4.92 M, 13.8 MB, 1.25; a dash for None."""
+    if value is None:
+        return "–"
+    if unit == "%":
+        return f"{value:.1f}"
+    if unit == "ms":
+        return _three_digits(value)
+    prefixes = ("", " k", " M", " G") if unit == "count" else (" B", " kB", " MB", " GB")
+    thousands = 0
+    while value >= 1000 and thousands < 3:
+        value, thousands = value / 1000, thousands + 1
+    number = _three_digits(value) if thousands else f"{value:.0f}"
+    return number + prefixes[thousands]
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"

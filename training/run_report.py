@@ -1,0 +1,82 @@
+"""The end of a run: its best weights and its teacher on the tests, as a table, results.json and report.html."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from eval.command_line import write_json
+from eval.cost import measure_costs
+from eval.models import ClipModel, load_model
+from eval.retrieval_examples import retrieval_examples
+from training.config import TrainConfig
+from training.distributed import Runtime
+from training.evaluate import evaluate_tests, test_sets
+from training.figures import best_models, figure_columns, format_figure, model_figures
+from training.report import Report, run_facts, write_report
+
+__all__ = ["report_run"]
+
+
+def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None) -> None:
+    """Evaluate, print, and write results.json and report.html into the run's folder."""
+    out_dir = config.run.out_dir
+    best = out_dir / "best.safetensors"
+    models = {config.run.train: load_model(out_dir, device=str(runtime.device))}
+    if teacher is not None:
+        models["teacher"] = teacher
+    results = {name: evaluate_tests(model, config, runtime) for name, model in models.items()}
+    costs = measure_costs(models, {config.run.train: best})
+    content: dict[str, Any] = {name: {**results[name], "cost": costs[name]} for name in models}
+    write_json(out_dir / "results.json", {"weights": str(best), "steps": config.run.max_steps, "models": content})
+
+    sets = test_sets(config)
+    columns = figure_columns(sets, zeroshot=config.data.zeroshot is not None)
+    figures = {name: {**model_figures(results[name]), **costs[name]} for name in models}
+    table = Table(
+        box=box.SIMPLE_HEAD, caption=f"best weights of {out_dir}; % ranked first among all, and costs at batch 1"
+    )
+    table.add_column("")
+    for column in columns:
+        table.add_column(f"{column.title} {column.unit if column.unit in ('%', 'ms') else ''}", justify="right")
+    for name, values in figures.items():
+        cells = [format_figure(values[column.key], column.unit) for column in columns]
+        marked = [name in best_models(column, figures) for column in columns]
+        table.add_row(
+            name, *(f"[bold]{cell}[/bold]" if mark else cell for cell, mark in zip(cells, marked, strict=True))
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+
+    write_report(
+        out_dir / "report.html",
+        Report(
+            title=f"Run {out_dir.name}",
+            paragraphs=[_summary(config, teacher is not None)],
+            columns=columns,
+            models=figures,
+            runs={config.run.train: out_dir},
+            examples={
+                f"The {config.run.train} on {name}": retrieval_examples(models[config.run.train], found)
+                for name, found in sets.items()
+            },
+            facts=run_facts(out_dir),
+        ),
+    )
+    console.print(f"Report: {out_dir / 'report.html'}", markup=False)
+
+
+def _summary(config: TrainConfig, has_teacher: bool) -> str:
+    if config.run.train == "teacher":
+        what = f"A Long-CLIP teacher ({config.teacher.init or config.teacher.variant}) was trained"
+    elif has_teacher:
+        what = f"The student {config.student.variant} was distilled from the teacher {config.teacher.checkpoint}"
+    else:
+        what = f"The student {config.student.variant} was trained without a teacher"
+    return (
+        f"{what} on {', '.join(config.data.shards)}. The figures are those of the best weights by the mean R@1 on "
+        f"{config.data.val or 'no validation set (the last weights)'}. The whole configuration is in config.toml."
+    )
