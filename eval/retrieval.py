@@ -85,10 +85,10 @@ def recall_metrics(
 ) -> dict[str, dict[str, float]]:
     """`{"i2t": {r1, r5, r10, mean_rank, median_rank, tied}, "t2i": {...}}` of features compared by their dot product.
 
-    A query's rank is 1 + the number of candidates that score strictly higher than its best matching one, so any of a
-    picture's captions counts and a tie is decided in the query's favour. `tied` is the percentage of queries whose best
-    match shares its score with a wrong candidate: where it is not near 0 (a collapsed model, features that repeat), the
-    recall is flattered. Memory is bounded: similarities are computed in blocks of rows.
+    A query's rank is the place of its first matching candidate in a stable sort by score: any of a picture's captions
+    counts, and of equal scores the earlier candidate comes first. A model that cannot tell four candidates apart thus
+    finds one of the four, and a collapsed model next to none. `tied` is the percentage of queries whose best match
+    shares its score with a wrong candidate. Memory is bounded: similarities are computed in blocks of rows.
     """
     num_images = len(image_features)
     caption_image = caption_image.to(image_features.device)
@@ -100,17 +100,26 @@ def recall_metrics(
         own = captions_of[rows]  # [R,K], -1 where a picture has fewer captions
         own_scores = scores.gather(1, own.clamp(min=0)).masked_fill(own < 0, -torch.inf)
         best = own_scores.amax(dim=1, keepdim=True)
-        ranks_i2t.append(1 + (scores > best).sum(dim=1))
+        first_own = own.masked_fill(own_scores < best, len(text_features)).amin(dim=1, keepdim=True)
+        ranks_i2t.append(_places(scores, best, first_own))
         ties_i2t.append((scores == best).sum(dim=1) > (own_scores == best).sum(dim=1))
     for rows in _blocks(len(text_features), num_images):
         scores = text_features[rows] @ image_features.T  # [R,N]
         best = scores.gather(1, caption_image[rows, None])
-        ranks_t2i.append(1 + (scores > best).sum(dim=1))
+        ranks_t2i.append(_places(scores, best, caption_image[rows, None]))
         ties_t2i.append((scores == best).sum(dim=1) > 1)
     return {
         "i2t": _summary(torch.cat(ranks_i2t), torch.cat(ties_i2t)),
         "t2i": _summary(torch.cat(ranks_t2i), torch.cat(ties_t2i)),
     }
+
+
+def _places(
+    scores: Float[Tensor, "R C"], best: Float[Tensor, "R 1"], candidate: Int[Tensor, "R 1"]
+) -> Int[Tensor, " R"]:
+    """Place from 1 of each row's `candidate`, whose score is `best`, in a stable sort."""
+    is_earlier = torch.arange(scores.shape[1], device=scores.device) < candidate
+    return 1 + ((scores > best) | ((scores == best) & is_earlier)).sum(dim=1)
 
 
 def _captions_by_image(caption_image: Int[Tensor, " M"], num_images: int) -> Int[Tensor, "N K"]:
@@ -206,7 +215,8 @@ def print_table(result: dict[str, Any]) -> None:
     tied = max(result["i2t"]["tied"], result["t2i"]["tied"])
     if tied >= 1:
         notes.append(
-            f"{tied:.0f}% of the queries tie with a wrong candidate, which counts as found: captions or features repeat"
+            f"{tied:.0f}% of the queries tie with a wrong candidate, of which the earlier counts: "
+            "captions or features repeat"
         )
     for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from timm.models import fastvit, vision_transformer_hybrid
@@ -22,6 +23,7 @@ __all__ = ["fits", "is_apple", "is_published", "rename_keys"]
 _APPLE_IMAGE, _APPLE_TEXT = "image_encoder.model.", "text_encoder."
 _OPEN_CLIP_IMAGE, _OPEN_CLIP_TEXT = "visual.", "text."
 
+_POSITIONS = "text_encoder.positional_embedding"
 _Rules = tuple[tuple[str, str], ...]
 
 # Within the text tower, ours <- theirs; applied in this order
@@ -89,16 +91,18 @@ def rename_keys(tensors: Mapping[str, Tensor], config: StudentConfig) -> dict[st
 
 def fits(tensors: Mapping[str, Tensor], config: StudentConfig) -> bool:
     """Are these published tensors, keys and shapes, those of `config`? (The number of positions may differ.)"""
-    with torch.device("meta"):
-        wanted = MobileCLIP(config).state_dict()
     try:
         renamed = rename_keys(tensors, config)
     except InputError:
         return False
-    positions = "text_encoder.positional_embedding"
-    return {key: value.shape for key, value in renamed.items() if key != positions} == {
-        key: value.shape for key, value in wanted.items() if key != positions
-    }
+    return {key: value.shape for key, value in renamed.items() if key != _POSITIONS} == _wanted_shapes(config)
+
+
+@lru_cache
+def _wanted_shapes(config: StudentConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        student = MobileCLIP(config)
+    return {key: value.shape for key, value in student.state_dict().items() if key != _POSITIONS}
 
 
 def _text_entry(key: str, value: Tensor, rules: _Rules) -> dict[str, Tensor]:

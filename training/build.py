@@ -6,6 +6,7 @@ import torch
 
 from eval.models import load_model
 from longclip_teacher import LongCLIP, create_teacher, load_teacher
+from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP, create_student, load_student
 from training.config import TrainConfig
@@ -79,8 +80,8 @@ def _teacher_to_train(config: TrainConfig) -> LongCLIP:
     return load_teacher(options.init, activation=options.activation)
 
 
-def _frozen_teacher(checkpoint: str, activation: str | None) -> LongCLIP:
-    teacher = load_teacher(checkpoint, activation=activation) if activation else load_model(checkpoint)
+def _frozen_teacher(checkpoint: str, activation: Activation | None) -> LongCLIP:
+    teacher = load_model(checkpoint, activation=activation)
     if not isinstance(teacher, LongCLIP):
         raise InputError(f"--teacher.checkpoint {checkpoint} is a student; give a Long-CLIP or CLIP")
     return teacher.requires_grad_(False).eval()

@@ -19,7 +19,7 @@ __all__ = ["check_sets", "evaluate_tests", "test_sets", "validate"]
 def validate(model: ClipModel, config: TrainConfig, runtime: Runtime) -> dict[str, float]:
     """Percentages on the validation set: i2t_r1, t2i_r1, their mean as `score`, and zeroshot_top1 where pictures are
     given."""
-    values = {}
+    values: dict[str, float] = {}
     if config.data.val is not None:
         found = _retrieval(model, load_retrieval_set(config.data.val_protocol, config.data.val), config, runtime)
         i2t, t2i = found["i2t"]["r1"], found["t2i"]["r1"]

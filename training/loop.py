@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
     meter = _Meter(run.global_batch_size)
 
     try:
-        batches = iter(())
+        batches: Iterator[Batch] = iter(())
         while True:
             done = state.step >= total_steps
             if (run.eval_every and state.step % run.eval_every == 0 and state.step > 0) or done:
@@ -59,8 +61,7 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
                 break
 
             waiting = time.monotonic()
-            batch = next(batches, None)
-            if batch is None:
+            if (batch := next(batches, None)) is None:
                 epoch, position = divmod(state.step, steps_per_epoch)
                 batches = loader.batches(epoch, position)
                 batch = next(batches)
@@ -101,6 +102,8 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
 def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
     if runtime.world_size == 1:
         return distiller
+    # the gradient of a depthwise convolution differs from its weight in the strides of dimensions of size 1 alone
+    warnings.filterwarnings("ignore", message="Grad strides do not match")
     device_ids = [runtime.device] if runtime.device.type == "cuda" else None
     # BatchNorm normalises with each rank's own statistics in training; the running ones are rank 0's everywhere
     return DistributedDataParallel(distiller, device_ids=device_ids, gradient_as_bucket_view=True)

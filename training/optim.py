@@ -15,7 +15,8 @@ __all__ = ["build_optimizer", "learning_rate"]
 def build_optimizer(module: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; those of fewer than two dimensions and positional embeddings do not
     decay."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim < 2 or "positional_embedding" in name or "pos_embed" in name else decayed).append(

@@ -116,13 +116,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop records later than the checkpoint that a run goes on from: those steps will be run again."""
+    """Drop the records of what a run that goes on from a checkpoint at `step` does again: later steps, this validation."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] < step or (row["step"] == step and row["group"] == "train"):
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue

@@ -15,17 +15,19 @@ from eval.retrieval_examples import retrieval_examples
 from training.config import TrainConfig
 from training.distributed import Runtime
 from training.evaluate import evaluate_tests, test_sets
-from training.figures import best_models, figure_columns, format_figure, model_figures
+from training.figures import Figures, best_models, figure_columns, format_figure, model_figures
 from training.report import Report, run_facts, write_report
 
 __all__ = ["report_run"]
 
 
 def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None) -> None:
-    """Evaluate, print, and write results.json and report.html into the run's folder."""
+    """Evaluate, print, and write results.json and report.html into the run's folder; nothing if there are no tests."""
+    if not config.data.tests and config.data.zeroshot is None:
+        return
     out_dir = config.run.out_dir
     best = out_dir / "best.safetensors"
-    models = {config.run.train: load_model(out_dir, device=str(runtime.device))}
+    models: dict[str, ClipModel] = {config.run.train: load_model(out_dir, device=str(runtime.device))}
     if teacher is not None:
         models["teacher"] = teacher
     results = {name: evaluate_tests(model, config, runtime) for name, model in models.items()}
@@ -35,7 +37,7 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
 
     sets = test_sets(config)
     columns = figure_columns(sets, zeroshot=config.data.zeroshot is not None)
-    figures = {name: {**model_figures(results[name]), **costs[name]} for name in models}
+    figures: dict[str, Figures] = {name: {**model_figures(results[name]), **costs[name]} for name in models}
     table = Table(
         box=box.SIMPLE_HEAD, caption=f"best weights of {out_dir}; % ranked first among all, and costs at batch 1"
     )

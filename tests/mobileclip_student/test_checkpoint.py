@@ -192,18 +192,20 @@ def test_variant_is_read_off_the_weights(s0_path: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_key_too_few_or_too_many_is_named(
-    change: Callable[[dict], object], complaint: str, s0_state: dict[str, Tensor], tmp_path: Path
+    change: Callable[[dict], object], complaint: str, s0_state: dict[str, Tensor]
 ) -> None:
     state = dict(s0_state)
     change(state)
-    torch.save(state, tmp_path / "mobileclip_s0.pt")
+    config = replace(variant_config("s0"), context_length=77)
+    with torch.device("meta"):
+        student = create_student(config)
     with pytest.raises(InputError, match=complaint) as error:
-        load_student(tmp_path / "mobileclip_s0.pt")
+        load_strictly(student, rename_keys(state, config), "mobileclip_s0.pt")
     assert "\n" not in str(error.value)
 
 
-def test_the_wrong_variant_is_one_line(s0_path: Path) -> None:
-    for variant in ("s1", "b", "mobileclip2_l14", "tiny"):
-        with pytest.raises(InputError) as error:
-            load_student(s0_path, variant=variant)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize("variant", ["s1", "b", "mobileclip2_l14"])
+def test_the_wrong_variant_is_one_line(variant: str, s0_path: Path) -> None:
+    with pytest.raises(InputError, match=r"mobileclip_s0\.pt does not fit|is not that of variant") as error:
+        load_student(s0_path, variant=variant)
+    assert "\n" not in str(error.value)
