@@ -197,7 +197,7 @@ class LossOptions:
     pca_scope: Literal["global", "rank", "off"] = "global"
     """PCA over the global batch, over each process' share (as Long-CLIP published it), or none."""
     share_identical_captions: bool = False
-    """Let samples with the same short caption share the target of the short ITC instead of being negatives."""
+    """Let samples with the same caption share the target of the ITC losses instead of being negatives."""
     init_logit_scale: float | None = None
     """Linear logit scale at the start; None: the model's (1 / 0.07 from scratch)."""
 

@@ -146,20 +146,31 @@ def compute_losses(
     teacher: Features | None,
     teacher_scale: float,
     options: LossOptions,
-    groups: Int[Tensor, " G"] | None = None,
+    groups: dict[str, Int[Tensor, " G"]] | None = None,
 ) -> dict[str, Tensor]:
     """Unweighted losses of a global batch by their name in LossOptions; those of weight 0 are not computed.
 
-    `logit_scale` and `teacher_scale` are linear. Without a teacher the distillation losses are absent.
+    `logit_scale` and `teacher_scale` are linear. `groups` are the caption_groups of the long and of the short
+    captions, where equal ones share the target. Without a teacher the distillation losses are absent.
     """
     losses = {}
     smoothing = options.label_smoothing
     if options.clip_long:
-        losses["clip_long"] = clip_loss(student.image, student.long, logit_scale, label_smoothing=smoothing)
+        losses["clip_long"] = clip_loss(
+            student.image,
+            student.long,
+            logit_scale,
+            label_smoothing=smoothing,
+            caption_groups=(groups or {}).get("long"),
+        )
     if options.clip_short:
         assert student.main_image is not None and student.short is not None
         losses["clip_short"] = clip_loss(
-            student.main_image, student.short, logit_scale, label_smoothing=smoothing, caption_groups=groups
+            student.main_image,
+            student.short,
+            logit_scale,
+            label_smoothing=smoothing,
+            caption_groups=(groups or {}).get("short"),
         )
     if teacher is None:
         return losses

@@ -116,7 +116,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop the records of what a run that goes on from a checkpoint at `step` does again: later steps, this validation."""
+    """Drop the records of what a run resumed at `step` does again: later steps, and the validation at this one."""
     if not path.exists():
         return
     kept = []

@@ -67,7 +67,9 @@ def _weighted_losses(
     distiller: Distiller, student: Features, scale: Tensor, teacher: Features | None, batch: Batch
 ) -> dict[str, Tensor]:
     options = distiller.options
-    groups = caption_groups(batch.short_tokens) if options.share_identical_captions else None
+    groups = None
+    if options.share_identical_captions:
+        groups = {"long": caption_groups(batch.long_tokens), "short": caption_groups(batch.short_tokens)}
     losses = compute_losses(
         gather_features(student, options),
         scale,

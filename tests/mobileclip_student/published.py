@@ -33,11 +33,11 @@ def apple_image_keys(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
             ("conv_kxk", "rbr_conv"),
             ("conv_scale", "rbr_scale"),
             ("identity", "rbr_skip"),
+            ("final_conv.se.fc1", "conv_exp.se.reduce"),
+            ("final_conv.se.fc2", "conv_exp.se.expand"),
             ("final_conv", "conv_exp"),
             ("large_conv", "lkb_origin"),
             (".mlp.", ".convffn."),
-            ("se.fc1", "se.reduce"),
-            ("se.fc2", "se.expand"),
             (".gamma", ""),
         ):
             key = key.replace(ours, theirs)
