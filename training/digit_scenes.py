@@ -37,7 +37,7 @@ from training.shard_writer import caption_member, write_manifest, write_shard
 __all__ = ["CLASSNAMES", "DIGIT_TEMPLATES", "Board", "Part", "Tile", "layout_part", "write_digit_scenes"]
 
 FORMAT = "compact-longclip digit scenes"
-VERSION = 3  # raise it with any change of the pictures or captions, so that a folder made before is not taken for these
+VERSION = 4  # raise it with any change of the pictures or captions, so that a folder made before is not taken for these
 
 CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CELLS = (
@@ -60,7 +60,7 @@ INKS = {  # mid tones: they must stand out on dark and on light tiles
 TILES = {"dark": (22, 22, 26), "light": (236, 236, 232)}
 SIZES = {"small": 8, "large": 12}  # pixels of the glyph's square; scikit-learn's pictures have 8
 
-BOARD_PX, FRAME_PX, CELL_PX, TILE_PX = 48, 2, 16, 12  # 16 px cells: they coincide with the towers' patches
+BOARD_PX, FRAME_PX, CELL_PX, TILE_PX = 48, 3, 14, 12
 NUM_TRAIN_GLYPHS, NUM_VAL_GLYPHS = 1297, 150  # of 1,797; the other 350 are the test's
 SINGLE_SHARE, SPARSE_SHARE = 0.12, 0.05  # training boards with one huge digit, with two to eight
 TWINS_PER_FAMILY, NUM_SHARED_CELLS = 4, 7  # the first seven cells' sentences reach past token 77
@@ -167,7 +167,7 @@ def render(board: Board, rng: random.Random, part: Part) -> Image.Image:
             top = left = (BOARD_PX - HUGE_PX) // 2
         else:
             side, row, column = TILE_PX, *divmod(tile.cell, 3)
-            top, left = (CELL_PX * index + (CELL_PX - TILE_PX) // 2 for index in (row, column))
+            top, left = (FRAME_PX + CELL_PX * index + (CELL_PX - TILE_PX) // 2 for index in (row, column))
         pixels[top : top + side, left : left + side] = TILES[tile.shade]
         coverage = rng.choice(_glyphs()[part][tile.digit])[tile.size]
         px = len(coverage)

@@ -131,7 +131,7 @@ def test_the_picture_shows_what_the_caption_says() -> None:
     pixels = np.asarray(render(board, random.Random(0), "train")).astype(int)
     assert tuple(pixels[0, 0]) == digit_scenes.FRAMES["yellow"]
     assert tuple(pixels[24, 24]) == digit_scenes.GROUNDS["navy"]  # the centre has no tile
-    top_left, bottom_right = pixels[2:14, 2:14], pixels[34:46, 34:46]
+    top_left, bottom_right = pixels[4:16, 4:16], pixels[32:44, 32:44]
     assert (top_left[..., 0] > 180).any() and top_left.min() < 30  # red ink on a dark tile
     assert bottom_right[0, 0].min() > 225 and (bottom_right[..., 0] < 120).any()  # blue ink on a light tile
 
