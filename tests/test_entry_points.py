@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from longclip_teacher.errors import run_command
+from training.config import PRESETS
 from training.main import main
+from training.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+OTHER_LOSSES = ("clip_long", "clip_short", "crd_long", "crd_short")
 SHORT = [
     "--run.max_steps", "2", "--run.global_batch_size", "36", "--data.num_workers", "0", "--data.val", "None",
     "--data.zeroshot", "None", "--data.tests",
@@ -57,6 +60,36 @@ def test_torchrun_trains_evaluates_and_reports(checkout: Path, tmp_path: Path) -
     ):
         assert (tmp_path / "run" / name).stat().st_size > 0, name
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4  # 3 steps and a validation
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *([path.stem] for path in sorted(PRESETS.glob("*.toml"))),
+        ["--run.precision", "bf16", "--loss.fd", "1"],
+        ["--run.precision", "fp16", "--run.accumulation", "2"],
+        ["--loss.pca_scope", "off", "--loss.share_identical_captions", "True", "--optim.clip_grad_norm", "None"],
+        ["--loss.fd", "1", *(word for name in OTHER_LOSSES for word in (f"--loss.{name}", "0"))],
+        ["--student.context_length", "77", "--student.pad_mask", "False"],
+    ],
+    ids=lambda args: " ".join(args[:4]),
+)
+def test_every_preset_and_every_kind_of_setting_takes_a_step(
+    args: list[str], checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout)
+    preset = [args[0]] if not args[0].startswith("-") else []
+    options = [*SHORT, "--run.out_dir", str(tmp_path / "run"), "--run.log_every", "1", *args[len(preset) :]]
+    monkeypatch.setattr(sys, "argv", ["training/main.py", *preset, *options])
+    main()
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    for row in rows:
+        assert row["loss"] > 0
+        # fp16 begins with a gradient scale that overflows: such a step is skipped and the scale halved
+        assert row["grad_norm"] > 0 or state["scaler"]["scale"] < 2**16
+    assert all(value.isfinite().all() for value in state["distiller"].values())
 
 
 @pytest.mark.parametrize(
