@@ -39,17 +39,16 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
     columns = figure_columns(sets, zeroshot=config.data.zeroshot is not None)
     figures: dict[str, Figures] = {name: {**model_figures(results[name]), **costs[name]} for name in models}
     table = Table(
-        box=box.SIMPLE_HEAD, caption=f"best weights of {out_dir}; % ranked first among all, and costs at batch 1"
+        box=box.SIMPLE_HEAD, caption=f"best weights of {out_dir}; costs at batch 1, the best of a row is bold"
     )
     table.add_column("")
-    for column in columns:
-        table.add_column(f"{column.title} {column.unit if column.unit in ('%', 'ms') else ''}", justify="right")
-    for name, values in figures.items():
-        cells = [format_figure(values[column.key], column.unit) for column in columns]
-        marked = [name in best_models(column, figures) for column in columns]
-        table.add_row(
-            name, *(f"[bold]{cell}[/bold]" if mark else cell for cell, mark in zip(cells, marked, strict=True))
-        )
+    for name in models:
+        table.add_column(name, justify="right")
+    for column in columns:  # a row a figure: any number of tests fits a terminal
+        best_names = best_models(column, figures)
+        cells = ((name, format_figure(values[column.key], column.unit)) for name, values in figures.items())
+        marked = (f"[bold]{cell}[/bold]" if name in best_names else cell for name, cell in cells)
+        table.add_row(f"{column.title}, {column.unit}" if column.unit in ("%", "ms") else column.title, *marked)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
 
