@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from eval.features import Precision
+from eval.features import Encoding, Precision
 from eval.models import ClipModel, load_model
 from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
@@ -80,6 +80,10 @@ class EvaluationOptions:
                 f"{self.checkpoint} is a teacher, which has no branches to fuse: leave --reparameterize out"
             )
         return reparameterize(model)
+
+    def encoding(self) -> Encoding:
+        """How to encode, with progress bars."""
+        return Encoding(self.batch_size, self.precision, self.num_workers, show_progress=True)
 
     def _device(self) -> str:
         if self.device != "auto":

@@ -26,6 +26,7 @@ from longclip_teacher.errors import InputError
 
 __all__ = [
     "MAX_UNREADABLE_SHARE",
+    "Encoding",
     "ImageBatch",
     "ImageFeatures",
     "ImageFiles",
@@ -44,6 +45,19 @@ Precision = Literal["fp32", "bf16", "fp16"]
 MAX_UNREADABLE_SHARE = 0.01
 _AUTOCAST_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pictures and captions are encoded; what it says does not belong to the figures, but for `precision`."""
+
+    batch_size: int = 64
+    """Pictures, or captions, encoded at a time."""
+    precision: Precision = "fp32"
+    """The arithmetic of the towers; features are float32 in any case."""
+    num_workers: int = 0
+    """Processes that decode pictures; 0 decodes in the main process."""
+    show_progress: bool = False
 
 
 class Unreadable(NamedTuple):
@@ -110,49 +124,33 @@ def model_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def image_batches(
-    dataset: Dataset, *, batch_size: int, num_workers: int, device: torch.device, progress: str | None = None
-) -> Iterator[ImageBatch]:
+def image_batches(dataset: Dataset, encoding: Encoding, device: torch.device) -> Iterator[ImageBatch]:
     """Batches of a dataset of (target, picture | Unreadable), in order, on `device`; raises InputError on a fatal one.
 
     The loader has a generator of its own: evaluating between two training steps leaves torch's random state alone.
     """
     loader = DataLoader(
         dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
+        batch_size=encoding.batch_size,
+        num_workers=encoding.num_workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),
     )
     total = None if isinstance(dataset, IterableDataset) else len(loader)
-    for batch in show_track(loader, progress, total):
+    for batch in show_track(loader, "pictures" if encoding.show_progress else None, total):
         for lost in batch.unreadable:
             if lost.fatal:
                 raise InputError(lost.reason)
         yield batch._replace(images=batch.images.to(device, non_blocking=True))
 
 
-def encode_images(
-    model: ClipModel,
-    paths: Sequence[Path],
-    *,
-    batch_size: int = 64,
-    precision: Precision = "fp32",
-    num_workers: int = 0,
-    show_progress: bool = False,
-) -> ImageFeatures:
+def encode_images(model: ClipModel, paths: Sequence[Path], encoding: Encoding = Encoding()) -> ImageFeatures:
     """Unit-norm features of pictures. Unreadable ones are left out and named; more than 1% of them is an InputError."""
     dataset = ImageFiles([(path, row) for row, path in enumerate(paths)], model.preprocess)
     features, rows, unreadable = [], [], list[Unreadable]()
-    batches = image_batches(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=model_device(model),
-        progress="pictures" if show_progress else None,
-    )
-    with evaluation_mode(model, precision):
+    batches = image_batches(dataset, encoding, model_device(model))
+    with evaluation_mode(model, encoding.precision):
         for batch in batches:
             unreadable += batch.unreadable
             refuse_many_unreadable(unreadable, len(paths))
@@ -167,12 +165,7 @@ def encode_images(
 
 
 def encode_captions(
-    model: ClipModel,
-    captions: Sequence[str],
-    *,
-    batch_size: int = 64,
-    precision: Precision = "fp32",
-    show_progress: bool = False,
+    model: ClipModel, captions: Sequence[str], encoding: Encoding = Encoding()
 ) -> tuple[Float[Tensor, "M D"], int]:
     """Unit-norm features of captions, and how many captions are longer than the model's context and were cut.
 
@@ -183,10 +176,11 @@ def encode_captions(
         raise InputError("no captions to encode")
     num_tokens = {caption: model.tokenizer.count_tokens(caption) for caption in dict.fromkeys(captions)}
     ordered = sorted(num_tokens, key=num_tokens.__getitem__, reverse=True)
-    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    size = encoding.batch_size
+    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     features = []
-    with evaluation_mode(model, precision):
-        for batch in show_track(batches, "captions" if show_progress else None, len(batches)):
+    with evaluation_mode(model, encoding.precision):
+        for batch in show_track(batches, "captions" if encoding.show_progress else None, len(batches)):
             tokens = model.tokenizer(batch, model.context_length).to(model_device(model))
             features.append(_unit(model.encode_text(tokens)))
     distinct = torch.cat(features)

@@ -2,13 +2,12 @@
 
     python eval/retrieval.py --checkpoint RUN_OR_FILE --protocol urban1k --root data/Urban1k --json urban1k.json
 
-Shapes: N pictures, M captions, D embedding width, R rows of a block.
+Shapes: N pictures, M captions, D embedding width.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,134 +20,76 @@ from rich.table import Table
 from torch import Tensor
 
 from eval.command_line import EvaluationOptions, write_json
-from eval.features import Precision, encode_captions, encode_images
+from eval.features import Encoding, Unreadable, encode_captions, encode_images
 from eval.models import ClipModel
 from eval.protocols import PROTOCOLS, RetrievalSet, load_retrieval_set
+from eval.recall import recall_metrics
 from longclip_teacher.errors import InputError, run_command
 
-__all__ = ["evaluate_retrieval", "recall_metrics"]
+__all__ = ["EncodedSet", "encode_retrieval_set", "evaluate_retrieval", "retrieval_figures"]
 
-RECALL_AT = (1, 5, 10)
-_BLOCK_ELEMENTS = 1 << 24  # similarities held at once: 64 MB
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """A retrieval set as a model sees it: what could be read, in the set's order."""
+
+    images: list[Path]
+    """The N pictures that could be read."""
+    captions: list[str]
+    """The M captions of those pictures."""
+    image_features: Float[Tensor, "N D"]
+    text_features: Float[Tensor, "M D"]
+    caption_image: Int[Tensor, " M"]
+    """Row in `images` of each caption's picture, on the features' device."""
+    num_truncated: int
+    """Captions longer than the model's context."""
+    unreadable: list[Unreadable]
+
+
+def encode_retrieval_set(model: ClipModel, retrieval_set: RetrievalSet, encoding: Encoding = Encoding()) -> EncodedSet:
+    """Unit-norm features of a set's pictures and captions.
+
+    A picture that cannot be read leaves the test together with its captions and is named under `unreadable`; more than
+    1% of them is an InputError.
+    """
+    pictures = encode_images(model, retrieval_set.images, encoding)
+    row_of = {image: row for row, image in enumerate(pictures.rows.tolist())}
+    pairs = zip(retrieval_set.captions, retrieval_set.caption_image, strict=True)
+    captions, rows = zip(*((text, row_of[image]) for text, image in pairs if image in row_of), strict=True)
+    text_features, num_truncated = encode_captions(model, captions, encoding)
+    return EncodedSet(
+        images=[retrieval_set.images[row] for row in row_of],
+        captions=list(captions),
+        image_features=pictures.features,
+        text_features=text_features,
+        caption_image=torch.tensor(rows, device=text_features.device),
+        num_truncated=num_truncated,
+        unreadable=pictures.unreadable,
+    )
 
 
 def evaluate_retrieval(
-    model: ClipModel,
-    retrieval_set: RetrievalSet,
-    *,
-    device: str | torch.device | None = None,
-    batch_size: int = 64,
-    precision: Precision = "fp32",
-    num_workers: int = 0,
-    show_progress: bool = False,
+    model: ClipModel, retrieval_set: RetrievalSet, encoding: Encoding = Encoding()
 ) -> dict[str, Any]:
     """Retrieval figures of a model on a set, as the JSON has them: percentages 0..100, ranks from 1.
 
-    The model moves to `device` if one is given, and keeps the training mode it was in. A picture that cannot be read
-    leaves the test together with its captions and is named under `unreadable`; more than 1% of them is an InputError.
+    The model keeps the training mode it was in. Pictures that cannot be read: see `encode_retrieval_set`.
     """
-    if device is not None:
-        model.to(device)
-    pictures = encode_images(
-        model,
-        retrieval_set.images,
-        batch_size=batch_size,
-        precision=precision,
-        num_workers=num_workers,
-        show_progress=show_progress,
-    )
-    row_of = {image: row for row, image in enumerate(pictures.rows.tolist())}
-    kept = [
-        (text, row_of[image])
-        for text, image in zip(retrieval_set.captions, retrieval_set.caption_image, strict=True)
-        if image in row_of
-    ]
-    captions = [caption for caption, _ in kept]
-    text_features, num_truncated = encode_captions(
-        model, captions, batch_size=batch_size, precision=precision, show_progress=show_progress
-    )
+    return retrieval_figures(model, retrieval_set, encode_retrieval_set(model, retrieval_set, encoding))
+
+
+def retrieval_figures(model: ClipModel, retrieval_set: RetrievalSet, encoded: EncodedSet) -> dict[str, Any]:
+    """The figures of `evaluate_retrieval` from features that are there already."""
     return {
         "protocol": retrieval_set.name,
-        "num_images": len(pictures.features),
-        "num_texts": len(captions),
-        "num_truncated": num_truncated,
+        "num_images": len(encoded.images),
+        "num_texts": len(encoded.captions),
+        "num_truncated": encoded.num_truncated,
         "context_length": model.context_length,
-        "num_unreadable": len(pictures.unreadable),
-        "unreadable": [lost.name for lost in pictures.unreadable],
+        "num_unreadable": len(encoded.unreadable),
+        "unreadable": [lost.name for lost in encoded.unreadable],
         "count_mismatch": retrieval_set.count_mismatch,
-        **recall_metrics(pictures.features, text_features, torch.tensor([row for _, row in kept])),
-    }
-
-
-def recall_metrics(
-    image_features: Float[Tensor, "N D"], text_features: Float[Tensor, "M D"], caption_image: Int[Tensor, " M"]
-) -> dict[str, dict[str, float]]:
-    """`{"i2t": {r1, r5, r10, mean_rank, median_rank, tied}, "t2i": {...}}` of features compared by their dot product.
-
-    A query's rank is the place of its first matching candidate in a stable sort by score: any of a picture's captions
-    counts, and of equal scores the earlier candidate comes first. A model that cannot tell four candidates apart thus
-    finds one of the four, and a collapsed model next to none. `tied` is the percentage of queries whose best match
-    shares its score with a wrong candidate. Memory is bounded: similarities are computed in blocks of rows.
-    """
-    num_images = len(image_features)
-    caption_image = caption_image.to(image_features.device)
-    captions_of = _captions_by_image(caption_image, num_images)
-    image_features, text_features = image_features.float(), text_features.float()
-    ranks_i2t, ranks_t2i, ties_i2t, ties_t2i = [], [], [], []
-    for rows in _blocks(num_images, len(text_features)):
-        scores = image_features[rows] @ text_features.T  # [R,M]
-        own = captions_of[rows]  # [R,K], -1 where a picture has fewer captions
-        own_scores = scores.gather(1, own.clamp(min=0)).masked_fill(own < 0, -torch.inf)
-        best = own_scores.amax(dim=1, keepdim=True)
-        first_own = own.masked_fill(own_scores < best, len(text_features)).amin(dim=1, keepdim=True)
-        ranks_i2t.append(_places(scores, best, first_own))
-        ties_i2t.append((scores == best).sum(dim=1) > (own_scores == best).sum(dim=1))
-    for rows in _blocks(len(text_features), num_images):
-        scores = text_features[rows] @ image_features.T  # [R,N]
-        best = scores.gather(1, caption_image[rows, None])
-        ranks_t2i.append(_places(scores, best, caption_image[rows, None]))
-        ties_t2i.append((scores == best).sum(dim=1) > 1)
-    return {
-        "i2t": _summary(torch.cat(ranks_i2t), torch.cat(ties_i2t)),
-        "t2i": _summary(torch.cat(ranks_t2i), torch.cat(ties_t2i)),
-    }
-
-
-def _places(
-    scores: Float[Tensor, "R C"], best: Float[Tensor, "R 1"], candidate: Int[Tensor, "R 1"]
-) -> Int[Tensor, " R"]:
-    """Place from 1 of each row's `candidate`, whose score is `best`, in a stable sort."""
-    is_earlier = torch.arange(scores.shape[1], device=scores.device) < candidate
-    return 1 + ((scores > best) | ((scores == best) & is_earlier)).sum(dim=1)
-
-
-def _captions_by_image(caption_image: Int[Tensor, " M"], num_images: int) -> Int[Tensor, "N K"]:
-    """The captions of each picture, K the most that any has, filled up with -1."""
-    counts = torch.bincount(caption_image, minlength=num_images)
-    if len(counts) > num_images or bool((counts == 0).any()):
-        raise InputError(f"every one of the {num_images} pictures needs a caption, and every caption one of them")
-    order = torch.argsort(caption_image, stable=True)
-    image = caption_image[order]
-    position = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image]
-    table = torch.full((num_images, int(counts.max())), -1, device=order.device)
-    table[image, position] = order
-    return table
-
-
-def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
-    size = max(1, _BLOCK_ELEMENTS // num_columns)
-    return (slice(start, start + size) for start in range(0, num_rows, size))
-
-
-def _summary(ranks: Int[Tensor, " Q"], tied: Tensor) -> dict[str, float]:
-    ranks = ranks.double().cpu()
-    recall = {f"r{k}": float((ranks <= k).double().mean() * 100) for k in RECALL_AT}
-    middle = float(torch.quantile(ranks, 0.5))  # of an even number, the mean of the two in the middle
-    return {
-        **recall,
-        "mean_rank": float(ranks.mean()),
-        "median_rank": middle,
-        "tied": float(tied.double().mean() * 100),
+        **recall_metrics(encoded.image_features, encoded.text_features, encoded.caption_image),
     }
 
 
@@ -184,14 +125,7 @@ def main() -> None:
     if retrieval_set.count_mismatch:
         print(f"warning: {retrieval_set.count_mismatch}", file=sys.stderr)
     result = {"checkpoint": options.checkpoint, "precision": options.precision}
-    result |= evaluate_retrieval(
-        options.load(),
-        retrieval_set,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        num_workers=options.num_workers,
-        show_progress=True,
-    )
+    result |= evaluate_retrieval(options.load(), retrieval_set, options.encoding())
     print_table(result)
     if options.json is not None:
         write_json(options.json, result)

@@ -13,9 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from eval.features import encode_captions, encode_images
-from eval.models import ClipModel
-from eval.protocols import RetrievalSet
+from eval.retrieval import EncodedSet
 
 __all__ = ["Answer", "Example", "pick_examples", "retrieval_examples"]
 
@@ -45,25 +43,17 @@ class Example:
         return self.answers[0].is_right
 
 
-def retrieval_examples(
-    model: ClipModel, retrieval_set: RetrievalSet, *, num_examples: int = 4, num_answers: int = 5, batch_size: int = 64
-) -> list[Example]:
+def retrieval_examples(encoded: EncodedSet, *, num_examples: int = 4, num_answers: int = 5) -> list[Example]:
     """`num_examples` pictures that look for captions, then as many captions that look for pictures.
 
     Half of each are queries whose first answer is right and half are failures, as far as there are such; both are
-    spread evenly over the set. The same model and set give the same examples.
+    spread evenly over the set. The same features give the same examples.
     """
-    pictures = encode_images(model, retrieval_set.images, batch_size=batch_size)
-    row_of = {image: row for row, image in enumerate(pictures.rows.tolist())}
-    pairs = zip(retrieval_set.captions, retrieval_set.caption_image, strict=True)
-    captions, caption_image = zip(*((text, row_of[image]) for text, image in pairs if image in row_of), strict=True)
-    text_features, _ = encode_captions(model, captions, batch_size=batch_size)
-    images = [retrieval_set.images[index] for index in pictures.rows.tolist()]
-    owner = torch.tensor(caption_image, device=text_features.device)
+    images, captions, owner = encoded.images, encoded.captions, encoded.caption_image
     everyone = torch.arange(len(images), device=owner.device)
     directions: list[tuple[Sequence[Path | str], Sequence[Path | str], Tensor, Tensor, Tensor, Tensor]] = [
-        (images, captions, pictures.features, text_features, everyone, owner),
-        (captions, images, text_features, pictures.features, owner, everyone),
+        (images, captions, encoded.image_features, encoded.text_features, everyone, owner),
+        (captions, images, encoded.text_features, encoded.image_features, owner, everyone),
     ]
     return [
         example

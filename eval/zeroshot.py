@@ -6,6 +6,7 @@ Shapes: C classes, T templates, B batch, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
 
 from eval.features import (
-    Precision,
+    Encoding,
     Unreadable,
     encode_captions,
     evaluation_mode,
@@ -40,10 +41,7 @@ def zeroshot_classifier(
     model: ClipModel,
     classnames: Sequence[str],
     templates: Sequence[str],
-    *,
-    batch_size: int = 64,
-    precision: Precision = "fp32",
-    show_progress: bool = False,
+    encoding: Encoding = Encoding(),
 ) -> Float[Tensor, "C D"]:
     """Unit-norm class embeddings: the normalised mean of the normalised features of a class in each template.
 
@@ -55,10 +53,10 @@ def zeroshot_classifier(
         raise InputError("every template needs {} in the class name's place, and there must be one")
     starts = range(0, len(classnames), _CLASSES_AT_ONCE)
     embeddings = []
-    for start in show_track(starts, "classes" if show_progress else None, len(starts)):
+    for start in show_track(starts, "classes" if encoding.show_progress else None, len(starts)):
         names = classnames[start : start + _CLASSES_AT_ONCE]
         prompts = [template.replace("{}", name) for name in names for template in templates]
-        features, _ = encode_captions(model, prompts, batch_size=batch_size, precision=precision)
+        features, _ = encode_captions(model, prompts, replace(encoding, show_progress=False))
         embeddings.append(features.unflatten(0, (len(names), len(templates))).mean(dim=1))  # [C,T,D] -> [C,D]
     return F.normalize(torch.cat(embeddings), dim=-1)
 
@@ -68,34 +66,19 @@ def evaluate_zeroshot(
     source: str | Path,
     classnames: Sequence[str] | None = None,
     templates: Sequence[str] = OPENAI_TEMPLATES,
-    *,
-    device: str | torch.device | None = None,
-    batch_size: int = 64,
-    precision: Precision = "fp32",
-    num_workers: int = 0,
-    show_progress: bool = False,
+    encoding: Encoding = Encoding(),
 ) -> dict[str, Any]:
     """Top-1 and top-5 accuracy (percent) on a folder of class folders or on shards, as the JSON has them.
 
-    `source` and `classnames` are find_labelled_images's. The model moves to `device` if one is given, and keeps the
-    training mode it was in. Unreadable pictures are left out and named; more than 1% of them is an InputError.
+    `source` and `classnames` are find_labelled_images's. The model keeps the training mode it was in.
+    Unreadable pictures are left out and named; more than 1% of them is an InputError.
     """
-    if device is not None:
-        model.to(device)
     labelled = find_labelled_images(source, classnames)
-    classifier = zeroshot_classifier(
-        model, labelled.classnames, templates, batch_size=batch_size, precision=precision, show_progress=show_progress
-    )
-    batches = image_batches(
-        labelled.dataset(model.preprocess),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=model_device(model),
-        progress="pictures" if show_progress else None,
-    )
+    classifier = zeroshot_classifier(model, labelled.classnames, templates, encoding)
+    batches = image_batches(labelled.dataset(model.preprocess), encoding, model_device(model))
     num_images, unreadable = 0, list[Unreadable]()
     hits = torch.zeros(2, dtype=torch.int64, device=classifier.device)  # top-1, top-5
-    with evaluation_mode(model, precision):
+    with evaluation_mode(model, encoding.precision):
         for batch in batches:
             unreadable += batch.unreadable
             if labelled.files:

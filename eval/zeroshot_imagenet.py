@@ -56,16 +56,7 @@ def main() -> None:
     classnames = read_lines(options.classnames) if options.classnames is not None else None
     templates = read_templates(options.templates)
     result = {"checkpoint": options.checkpoint, "precision": options.precision}
-    result |= evaluate_zeroshot(
-        options.load(),
-        options.imagenet_val,
-        classnames,
-        templates,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        num_workers=options.num_workers,
-        show_progress=True,
-    )
+    result |= evaluate_zeroshot(options.load(), options.imagenet_val, classnames, templates, options.encoding())
     print_table(result)
     if options.json is not None:
         write_json(options.json, result)

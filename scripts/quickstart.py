@@ -23,12 +23,12 @@ from rich.table import Table
 from eval.command_line import write_json
 from eval.cost import measure_costs
 from eval.models import ClipModel, load_model
+from eval.retrieval import encode_retrieval_set
 from eval.retrieval_examples import retrieval_examples
 from longclip_teacher.errors import InputError, run_command
 from mobileclip_student import MobileCLIP, reparameterize, save_student
 from training.config import EMBEDDED_DATA, EMBEDDED_TEACHER, TrainConfig, parse_config
 from training.digit_scenes import write_digit_scenes
-from training.distributed import Runtime
 from training.evaluate import evaluate_tests, test_sets
 from training.figures import Column, best_models, figure_columns, format_figure, model_figures
 from training.report import Report, run_facts, write_report
@@ -206,7 +206,7 @@ def student_config(options: Options) -> TrainConfig:
 
 def evaluate(options: Options, model: ClipModel) -> Figures:
     """Percentages of a model on the tests."""
-    return model_figures(evaluate_tests(model, student_config(options), Runtime(0, 1, torch.device("cpu"))))
+    return model_figures(evaluate_tests(model, student_config(options)))
 
 
 def evaluate_students(options: Options, seed: int) -> dict[str, Figures]:
@@ -350,7 +350,7 @@ def report(options: Options, models: Mapping[str, Figures], spreads: Mapping[str
             spreads=spreads,
             runs={name: options.run_dir(name, seed) for name in STUDENTS},
             examples={
-                f"The distilled student on the {name} test": retrieval_examples(distilled, found)
+                f"The distilled student on the {name} test": retrieval_examples(encode_retrieval_set(distilled, found))
                 for name, found in sets.items()
             },
             facts=facts,

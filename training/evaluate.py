@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from eval.features import Encoding
 from eval.models import ClipModel
 from eval.protocols import RetrievalSet, load_retrieval_set
 from eval.retrieval import evaluate_retrieval
@@ -11,29 +12,28 @@ from eval.zeroshot import evaluate_zeroshot
 from eval.zeroshot_imagenet import read_lines, read_templates
 from longclip_teacher.errors import InputError
 from training.config import TrainConfig
-from training.distributed import Runtime
 
 __all__ = ["check_sets", "evaluate_tests", "test_sets", "validate"]
 
 
-def validate(model: ClipModel, config: TrainConfig, runtime: Runtime) -> dict[str, float]:
+def validate(model: ClipModel, config: TrainConfig) -> dict[str, float]:
     """Percentages on the validation set: i2t_r1, t2i_r1, their mean as `score`, and zeroshot_top1 where pictures are
     given."""
     values: dict[str, float] = {}
     if config.data.val is not None:
-        found = _retrieval(model, load_retrieval_set(config.data.val_protocol, config.data.val), config, runtime)
+        found = _retrieval(model, load_retrieval_set(config.data.val_protocol, config.data.val), config)
         i2t, t2i = found["i2t"]["r1"], found["t2i"]["r1"]
         values |= {"i2t_r1": i2t, "t2i_r1": t2i, "score": (i2t + t2i) / 2}
     if config.data.zeroshot is not None:
-        values["zeroshot_top1"] = _zeroshot(model, config, runtime)["top1"]
+        values["zeroshot_top1"] = _zeroshot(model, config)["top1"]
     return values
 
 
-def evaluate_tests(model: ClipModel, config: TrainConfig, runtime: Runtime) -> dict[str, Any]:
+def evaluate_tests(model: ClipModel, config: TrainConfig) -> dict[str, Any]:
     """The retrieval JSON of every test set by its name, and the zero-shot JSON as `zeroshot`."""
-    results = {name: _retrieval(model, found, config, runtime) for name, found in test_sets(config).items()}
+    results = {name: _retrieval(model, found, config) for name, found in test_sets(config).items()}
     if config.data.zeroshot is not None:
-        results["zeroshot"] = _zeroshot(model, config, runtime)
+        results["zeroshot"] = _zeroshot(model, config)
     return results
 
 
@@ -63,23 +63,23 @@ def check_sets(config: TrainConfig) -> None:
         read_templates(config.data.zeroshot_templates)
 
 
-def _retrieval(model: ClipModel, found: RetrievalSet, config: TrainConfig, runtime: Runtime) -> dict[str, Any]:
-    return evaluate_retrieval(
-        model, found, device=runtime.device, precision=config.run.precision, num_workers=config.data.num_workers
-    )
+def _retrieval(model: ClipModel, found: RetrievalSet, config: TrainConfig) -> dict[str, Any]:
+    return evaluate_retrieval(model, found, _encoding(config))
 
 
-def _zeroshot(model: ClipModel, config: TrainConfig, runtime: Runtime) -> dict[str, Any]:
+def _zeroshot(model: ClipModel, config: TrainConfig) -> dict[str, Any]:
     assert config.data.zeroshot is not None
     return evaluate_zeroshot(
         model,
         config.data.zeroshot,
         _classnames(config),
         read_templates(config.data.zeroshot_templates),
-        device=runtime.device,
-        precision=config.run.precision,
-        num_workers=config.data.num_workers,
+        _encoding(config),
     )
+
+
+def _encoding(config: TrainConfig) -> Encoding:
+    return Encoding(precision=config.run.precision, num_workers=config.data.num_workers)
 
 
 def _classnames(config: TrainConfig) -> list[str] | None:

@@ -141,7 +141,7 @@ def _check_finite(losses: dict[str, Tensor], batch: Batch, state: TrainState, ou
 def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog) -> None:
     """Validate on rank 0, and keep the weights and state of the best value so far."""
     if runtime.is_main:
-        values = validate(state.distiller.model, config, runtime)
+        values = validate(state.distiller.model, config)
         if values:
             log.scalars(state.step, values, group="val")
         score = values.get("score")

@@ -11,6 +11,7 @@ from rich.table import Table
 from eval.command_line import write_json
 from eval.cost import measure_costs
 from eval.models import ClipModel, load_model
+from eval.retrieval import encode_retrieval_set
 from eval.retrieval_examples import retrieval_examples
 from training.config import TrainConfig
 from training.distributed import Runtime
@@ -30,7 +31,7 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
     models: dict[str, ClipModel] = {config.run.train: load_model(out_dir, device=str(runtime.device))}
     if teacher is not None:
         models["teacher"] = teacher
-    results = {name: evaluate_tests(model, config, runtime) for name, model in models.items()}
+    results = {name: evaluate_tests(model, config) for name, model in models.items()}
     costs = measure_costs(models, {config.run.train: best})
     content: dict[str, Any] = {name: {**results[name], "cost": costs[name]} for name in models}
     write_json(out_dir / "results.json", {"weights": str(best), "steps": config.run.max_steps, "models": content})
@@ -61,7 +62,9 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
             models=figures,
             runs={config.run.train: out_dir},
             examples={
-                f"The {config.run.train} on {name}": retrieval_examples(models[config.run.train], found)
+                f"The {config.run.train} on {name}": retrieval_examples(
+                    encode_retrieval_set(models[config.run.train], found)
+                )
                 for name, found in sets.items()
             },
             facts=run_facts(out_dir),

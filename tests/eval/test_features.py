@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from eval.features import encode_captions, encode_images, evaluation_mode
+from eval.features import Encoding, encode_captions, encode_images, evaluation_mode
 from longclip_teacher.errors import InputError
 
 
@@ -33,7 +33,7 @@ def test_every_module_returns_to_its_own_mode(colour_model: nn.Module) -> None:
 def test_evaluation_leaves_the_random_state_alone(colour_model: nn.Module, tmp_path: Path) -> None:
     colour_model.train()
     before = torch.get_rng_state()
-    encode_images(colour_model, pictures(tmp_path / "p", 3), num_workers=1)
+    encode_images(colour_model, pictures(tmp_path / "p", 3), Encoding(num_workers=1))
     encode_captions(colour_model, ["a red board"])
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -48,7 +48,7 @@ def test_captions_keep_their_order_and_equal_ones_are_encoded_once(colour_model:
         return encode_text(tokens)
 
     colour_model.encode_text = counted
-    features, num_truncated = encode_captions(colour_model, captions, batch_size=3)
+    features, num_truncated = encode_captions(colour_model, captions, Encoding(batch_size=3))
     assert sum(encoded) == 4 and num_truncated == 0
     colour_model.eval()
     for caption, feature in zip(captions, features, strict=True):
@@ -64,15 +64,15 @@ def test_truncated_captions_are_counted(colour_model: nn.Module) -> None:
 
 def test_workers_give_the_features_of_the_main_process(colour_model: nn.Module, tmp_path: Path) -> None:
     paths = pictures(tmp_path / "p", 7)
-    alone = encode_images(colour_model, paths, batch_size=3)
-    workers = encode_images(colour_model, paths, batch_size=3, num_workers=2)
+    alone = encode_images(colour_model, paths, Encoding(batch_size=3))
+    workers = encode_images(colour_model, paths, Encoding(batch_size=3, num_workers=2))
     assert torch.equal(alone.features, workers.features) and torch.equal(alone.rows, torch.arange(7))
 
 
 def test_few_unreadable_pictures_are_left_out_and_named(colour_model: nn.Module, tmp_path: Path) -> None:
     paths = pictures(tmp_path / "p", 100)
     paths[5].write_text("no picture")
-    result = encode_images(colour_model, paths, batch_size=32, num_workers=1)
+    result = encode_images(colour_model, paths, Encoding(batch_size=32, num_workers=1))
     assert result.rows.tolist() == [row for row in range(100) if row != 5]
     assert [lost.name for lost in result.unreadable] == [str(paths[5])]
 
@@ -82,7 +82,7 @@ def test_more_than_one_percent_unreadable_is_refused(colour_model: nn.Module, tm
     paths[5].write_text("no picture")
     paths[70].unlink()
     with pytest.raises(InputError, match=r"2 by now of 100, where 1% is allowed; the first: .*5\.png: not a picture"):
-        encode_images(colour_model, paths, batch_size=32)
+        encode_images(colour_model, paths, Encoding(batch_size=32))
 
 
 def test_features_that_are_not_finite_name_the_sample(colour_model: nn.Module, tmp_path: Path) -> None:

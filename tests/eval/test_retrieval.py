@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-import eval.retrieval
+import eval.recall
+from eval.features import Encoding
 from eval.protocols import load_retrieval_set
-from eval.retrieval import evaluate_retrieval, recall_metrics
+from eval.recall import recall_metrics
+from eval.retrieval import evaluate_retrieval
 from longclip_teacher.errors import InputError
 
 
@@ -28,7 +30,7 @@ def brute_force(queries: np.ndarray, candidates: np.ndarray, matches: list[set[i
 def test_recall_is_the_definition_with_ties_and_many_captions(
     block_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eval.retrieval, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(eval.recall, "_BLOCK_ELEMENTS", block_elements)
     rng = np.random.default_rng(0)
     images, texts = rng.integers(-2, 3, (24, 4)), rng.integers(-2, 3, (70, 4))  # whole numbers: many exact ties
     owner = np.concatenate([np.arange(24), rng.integers(0, 24, 46)])
@@ -70,7 +72,9 @@ def test_every_picture_needs_a_caption() -> None:
 
 def test_a_model_that_knows_colours_finds_every_board(colour_model: nn.Module, colour_folder: Path) -> None:
     colour_model.train()
-    result = evaluate_retrieval(colour_model, load_retrieval_set("folder", colour_folder), batch_size=3, num_workers=1)
+    result = evaluate_retrieval(
+        colour_model, load_retrieval_set("folder", colour_folder), Encoding(batch_size=3, num_workers=1)
+    )
     assert colour_model.training
     assert (result["protocol"], result["num_images"], result["num_texts"]) == ("folder", 8, 8)
     assert (result["num_truncated"], result["num_unreadable"], result["count_mismatch"]) == (0, 0, None)
@@ -87,7 +91,9 @@ def test_a_model_that_knows_colours_finds_every_board(colour_model: nn.Module, c
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_finds_them_too(precision: str, colour_model: nn.Module, colour_folder: Path) -> None:
-    result = evaluate_retrieval(colour_model, load_retrieval_set("folder", colour_folder), precision=precision)
+    result = evaluate_retrieval(
+        colour_model, load_retrieval_set("folder", colour_folder), Encoding(precision=precision)
+    )
     assert result["i2t"]["r1"] == result["t2i"]["r1"] == 100
 
 

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eval.protocols import RetrievalSet, load_retrieval_set
+from eval.retrieval import encode_retrieval_set
 from eval.retrieval_examples import pick_examples, retrieval_examples
 
 
 def test_known_colours_are_all_found(colour_model: torch.nn.Module, colour_folder: Path) -> None:
     found = load_retrieval_set("folder", colour_folder)
-    examples = retrieval_examples(colour_model, found, num_examples=4, num_answers=3)  # type: ignore[arg-type]
+    examples = retrieval_examples(encode_retrieval_set(colour_model, found), num_examples=4, num_answers=3)
     assert len(examples) == 8
     assert [isinstance(example.query, Path) for example in examples] == [True] * 4 + [False] * 4
     for example in examples:
@@ -26,7 +27,7 @@ def test_known_colours_are_all_found(colour_model: torch.nn.Module, colour_folde
         if isinstance(caption, Path):
             image, caption = caption, image
         assert Image.open(image).getpixel((0, 0)) == _colour_named(str(caption))
-    again = retrieval_examples(colour_model, found, num_examples=4, num_answers=3)  # type: ignore[arg-type]
+    again = retrieval_examples(encode_retrieval_set(colour_model, found), num_examples=4, num_answers=3)
     assert again == examples
 
 
@@ -35,7 +36,7 @@ def test_wrong_pairs_are_failures_and_the_right_answer_is_shown_last(
 ) -> None:
     found = load_retrieval_set("folder", colour_folder)
     shifted = RetrievalSet(found.name, found.images, found.captions[1:] + found.captions[:1], found.caption_image, "")
-    examples = retrieval_examples(colour_model, shifted, num_examples=3, num_answers=1)  # type: ignore[arg-type]
+    examples = retrieval_examples(encode_retrieval_set(colour_model, shifted), num_examples=3, num_answers=1)
     assert len(examples) == 6
     for example in examples:
         assert not example.is_success

@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import nn
 
+from eval.features import Encoding
 from eval.labelled_images import find_labelled_images
 from eval.zeroshot import OPENAI_TEMPLATES, SIMPLE_TEMPLATES, _hits, evaluate_zeroshot, zeroshot_classifier
 from longclip_teacher.errors import InputError
@@ -40,7 +41,7 @@ def test_templates_are_open_clips() -> None:
 def test_a_class_is_the_normalised_mean_of_its_normalised_templates(colour_model: nn.Module) -> None:
     names = [f"{first} {second}" for first in NAMES for second in NAMES[1:]] + NAMES  # more than one block of classes
     templates = ["{}", "a red {} board", "blue {} with {}"]
-    classifier = zeroshot_classifier(colour_model, names, templates, batch_size=5)
+    classifier = zeroshot_classifier(colour_model, names, templates, encoding=Encoding(batch_size=5))
     colour_model.eval()
     for name, got in zip(names, classifier, strict=True):
         total = torch.zeros(3)
@@ -56,7 +57,9 @@ def test_colours_are_classified_by_folder_names(
     num_workers: int, colour_model: nn.Module, colour_classes: Path
 ) -> None:
     colour_model.train()
-    result = evaluate_zeroshot(colour_model, colour_classes, templates=["a {}."], batch_size=5, num_workers=num_workers)
+    result = evaluate_zeroshot(
+        colour_model, colour_classes, templates=["a {}."], encoding=Encoding(batch_size=5, num_workers=num_workers)
+    )
     assert colour_model.training
     assert (result["num_images"], result["num_classes"], result["top1"], result["top5"]) == (24, 8, 100.0, 100.0)
     assert result["dataset"] == str(colour_classes) and result["num_unreadable"] == 0
@@ -103,7 +106,7 @@ def test_shards_are_classified_as_folders_are(colour_model: nn.Module, tmp_path:
             members += [(f"folder.x/{name}.{suffix}", content) for suffix, content in sample]
         write_tar(tmp_path / f"{shard}.tar", members)
     for source in (tmp_path, str(tmp_path / "*.tar")):
-        result = evaluate_zeroshot(colour_model, source, NAMES, ["{}"], batch_size=3, num_workers=2)
+        result = evaluate_zeroshot(colour_model, source, NAMES, ["{}"], encoding=Encoding(batch_size=3, num_workers=2))
         assert (result["num_images"], result["top1"]) == (8, 100.0)
     swapped = ["red", "black", *NAMES[2:]]
     assert evaluate_zeroshot(colour_model, tmp_path, swapped, ["{}"])["top1"] == 75.0
@@ -125,7 +128,7 @@ def test_shards_are_classified_as_folders_are(colour_model: nn.Module, tmp_path:
 def test_broken_samples_are_named(members: list, message: str, colour_model: nn.Module, tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", members)
     with pytest.raises(InputError, match=message) as caught:
-        evaluate_zeroshot(colour_model, tmp_path, NAMES, ["{}"], num_workers=1)
+        evaluate_zeroshot(colour_model, tmp_path, NAMES, ["{}"], encoding=Encoding(num_workers=1))
     assert "\n" not in str(caught.value)
 
 
@@ -138,7 +141,7 @@ def test_a_broken_shard_is_named(colour_model: nn.Module, tmp_path: Path) -> Non
     for broken in (content[:2500], content[:2048], content[:4000], b"no tar file at all " * 100, b""):
         (tmp_path / "0.tar").write_bytes(broken)
         with pytest.raises(InputError, match=r"0\.tar is not a whole tar file"):
-            evaluate_zeroshot(colour_model, tmp_path, NAMES, ["{}"], num_workers=1)
+            evaluate_zeroshot(colour_model, tmp_path, NAMES, ["{}"], encoding=Encoding(num_workers=1))
 
 
 def test_few_unreadable_pictures_are_left_out(colour_model: nn.Module, tmp_path: Path) -> None:
