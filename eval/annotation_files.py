@@ -1,31 +1,43 @@
-"""Reading what a dataset says of its pictures: caption files and annotation JSON, as untrusted data.
+"""Reading what a dataset says of its pictures: caption files, annotation JSON and tables, as untrusted data.
 
 Sizes are bounded, and a path that leaves the dataset's root is refused (symbolic links are the user's own).
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from longclip_teacher.errors import InputError
 
-__all__ = ["first_json_rows", "inside_root", "one_line", "read_json", "read_text"]
+__all__ = [
+    "first_json_rows",
+    "inside_root",
+    "json_lines",
+    "one_line",
+    "read_json",
+    "read_lines",
+    "read_text",
+    "tab_separated_rows",
+]
 
 MAX_TEXT_BYTES = 1 << 20  # of one caption file
 MAX_JSON_BYTES = 1 << 30  # of an annotation file read whole
 MAX_ROW_CHARACTERS = 1 << 24  # of one row of an annotation file read row by row
+_BETWEEN_ROWS = re.compile(r"\s*,?\s*")
 _CHUNK = 1 << 20  # characters read at a time
 
 
 def inside_root(root: Path, name: object, source: Path) -> Path:
     """root / name, where `name` stands in the file `source` and must not lead out of the root."""
     if not isinstance(name, str) or not name or "\0" in name:
-        raise InputError(f"{source} names a picture that is no file name: {name!r}")
+        raise InputError(f"{source} names a file by what is no file name: {name!r}")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise InputError(f"{source} names a picture outside the root, which is refused: {name}")
+        raise InputError(f"{source} names a file outside the root, which is refused: {name}")
     return root / name
 
 
@@ -72,20 +84,64 @@ def first_json_rows(path: Path, count: int) -> Iterator[Any]:
             text = file.read(_CHUNK).lstrip()
             if not text.startswith("["):
                 raise ValueError("no array of rows")
-            text = text[1:]
+            position = 1
             while count > 0:
-                text = text.lstrip().removeprefix(",").lstrip()
-                if text.startswith("]"):
+                position = _BETWEEN_ROWS.match(text, position).end()  # type: ignore[union-attr]  # matches anything
+                if text.startswith("]", position):
                     return
                 try:
-                    row, end = decoder.raw_decode(text)
+                    row, position = decoder.raw_decode(text, position)
                 except ValueError:
                     more = file.read(_CHUNK)  # the row goes on in the next chunk, unless there is none
+                    text, position = text[position:], 0
                     if not more or len(text) > MAX_ROW_CHARACTERS:
                         raise
                     text += more
                     continue
                 yield row
-                text, count = text[end:], count - 1
+                count -= 1
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not valid JSON ({error})") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file, numbered from 1, without their ends; empty ones are passed over."""
+    if not path.is_file():
+        raise InputError(f"no annotation file at {path}")
+    with path.open(encoding="utf-8-sig") as file:
+        number = 0
+        try:
+            while line := file.readline(MAX_ROW_CHARACTERS):
+                number += 1
+                if len(line) == MAX_ROW_CHARACTERS:
+                    raise InputError(f"{path}: line {number} is longer than {MAX_ROW_CHARACTERS} characters")
+                if line.strip():
+                    yield number, line.rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 text (after line {number}, byte {error.start})") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The objects of a JSON-lines file with their line numbers from 1."""
+    for number, line in read_lines(path):
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number} is not valid JSON ({error})") from None
+
+
+def tab_separated_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a tab-separated file with a header, as {column: text}, with their line numbers.
+
+    Quoting is that of spreadsheets and pandas: a field in double quotes may hold tabs, line ends and doubled quotes.
+    A column that a row lacks is None. A field has at most csv's own 131072 characters.
+    """
+    if not path.is_file():
+        raise InputError(f"no annotation file at {path}")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t")
+            for row in reader:
+                yield reader.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no tab-separated UTF-8 table ({error})") from None

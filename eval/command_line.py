@@ -1,31 +1,28 @@
-"""What the evaluation commands share: the options that say which model and how it is run, and the JSON they write."""
+"""What the evaluation commands share: the options that say which model, how it is run, where figures go."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from eval.features import Encoding, Precision
+from eval.encoding_options import EncodingOptions
+from eval.feature_cache import FeatureCache
+from eval.features import Encoding
 from eval.models import ClipModel, load_model
 from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP, reparameterize
 
-__all__ = ["EvaluationOptions", "write_json"]
+__all__ = ["EvaluationOptions"]
 
 
 @dataclass
-class EvaluationOptions:
+class EvaluationOptions(EncodingOptions):
     """Which model, and how it is run."""
 
     checkpoint: str | None = None
-    """A student's or a teacher's weight file, a run's folder (its best weights), or a hub name such as longclip-b."""
+    """A student's or a teacher's weight file, a run's folder (its best weights), a hub name such as longclip-b, or an
+    open_clip model: open_clip:ARCHITECTURE/WEIGHTS, hf-hub:NAME, local-dir:FOLDER."""
     json: Path | None = None
     """Write the figures here, as JSON."""
     variant: str | None = None
@@ -38,29 +35,18 @@ class EvaluationOptions:
     """A CLIP teacher's activation where its file does not tell it: quickgelu for OpenAI's, gelu for most others."""
     reparameterize: bool = False
     """Fuse a student's branches first, as for deployment: faster, the same figures."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
-    precision: Precision = "fp32"
-    """The arithmetic of the towers; the figures are computed from float32 features in any case."""
-    batch_size: int = 64
-    """Pictures, or captions, encoded at a time."""
-    num_workers: int = min(8, os.cpu_count() or 1)
-    """Processes that decode pictures; 0 decodes in the main process."""
+    cache_dir: Path | None = None
+    """Keep features in this folder and take them from there, when model, data, precision and code are the same."""
 
     def check(self) -> None:
         """InputError for options that can do nothing, before any data is read."""
         if self.checkpoint is None:
             raise InputError("pass --checkpoint PATH: a weight file, a run's folder, or a hub name such as longclip-b")
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise InputError(
-                f"--batch-size {self.batch_size} --num-workers {self.num_workers}: 1 or more and 0 or more"
-            )
         if self.json is not None and self.json.is_dir():
             raise InputError(f"--json {self.json} is a folder: name a file")
-        try:
-            torch.empty(0, device=self._device())
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device {self.device} cannot be used here ({str(error).splitlines()[0]})") from None
+        if self.cache_dir is not None and self.cache_dir.exists() and not self.cache_dir.is_dir():
+            raise InputError(f"--cache-dir {self.cache_dir} is a file: name a folder")
+        super().check()
 
     def load(self) -> ClipModel:
         """The model, in eval mode, on its device."""
@@ -71,39 +57,15 @@ class EvaluationOptions:
             context_length=self.context_length,
             pad_mask=self.pad_mask,
             activation=self.activation,
-            device=self._device(),
+            device=self.torch_device(),
         )
         if not self.reparameterize:
             return model
         if not isinstance(model, MobileCLIP):
-            raise InputError(
-                f"{self.checkpoint} is a teacher, which has no branches to fuse: leave --reparameterize out"
-            )
+            raise InputError(f"{self.checkpoint} is no student with branches to fuse: leave --reparameterize out")
         return reparameterize(model)
 
     def encoding(self) -> Encoding:
-        """How to encode, with progress bars."""
-        return Encoding(self.batch_size, self.precision, self.num_workers, show_progress=True)
-
-    def _device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` atomically: readers see the old file or the whole new one."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror})") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
-        Path(temporary).chmod(0o644)  # mkstemp's 0600 would keep a shared run folder unreadable
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        """How to encode, with progress bars and the cache that was asked for."""
+        cache = FeatureCache(self.cache_dir) if self.cache_dir is not None else None
+        return replace(super().encoding(), cache=cache)

@@ -1,29 +1,60 @@
-"""What a model costs to use: parameters, bytes of its file, milliseconds for a picture and for a caption."""
+"""What a model costs to use: parameters, arithmetic, bytes, milliseconds and memory for pictures and captions.
+
+    python eval/cost.py --checkpoint RUN_OR_FILE --json cost.json
+
+Shapes: B batch, R image side, L tokens.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+import tyro
 from jaxtyping import Float, Int
-from torch import Tensor
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
-from eval.features import evaluation_mode, model_device
-from eval.models import ClipModel
-from longclip_teacher.errors import InputError
+from eval.atomic_files import write_json
+from eval.command_line import EvaluationOptions
+from eval.features import Precision, evaluation_mode, model_device
+from eval.models import ClipModel, weights_file
+from eval.open_clip_model import OpenClipModel
+from longclip_teacher.errors import InputError, run_command
+from mobileclip_student import MobileCLIP, reparameterize, save_student
 
-__all__ = ["CAPTION_TOKENS", "Cost", "measure_cost", "measure_costs"]
+__all__ = [
+    "CAPTION_TOKENS",
+    "FULL_CAPTION_TOKENS",
+    "Cost",
+    "FullCost",
+    "measure_cost",
+    "measure_costs",
+    "measure_full_cost",
+    "measure_full_costs",
+]
 
 CAPTION_TOKENS = 100  # start and end included: a long caption of the kind this project is for
+FULL_CAPTION_TOKENS = (77, 248)  # what CLIP reads, what Long-CLIP reads
+_BATCH_SIZES = (1, 32)
 _SENTENCE = "a large red bus waits in front of the old station while people cross the wide street"
 
-
 Cost: TypeAlias = dict[str, float | None]  # params, bytes, image_ms, text_ms
+FullCost: TypeAlias = dict[str, float | str | None]  # see measure_full_costs
+Calls: TypeAlias = dict[str, Callable[[], Tensor]]
 
 
 def measure_cost(model: ClipModel, weights: Path | None = None, *, repeats: int = 30) -> Cost:
@@ -47,44 +78,136 @@ def measure_costs(
     model with a shorter context reads it cut there. Each figure is the median of `repeats` calls, each directly after
     one that is not counted: a model finds its own weights in the processor's cache, whichever model came before.
     """
-    if repeats < 1:
-        raise InputError(f"a cost is measured in 1 or more repeats, got {repeats}")
-    calls = {name: _calls(model) for name, model in models.items()}
-    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
-    with ExitStack() as modes:
-        for model in models.values():
-            modes.enter_context(evaluation_mode(model, "fp32"))
-        for _ in range(repeats):
-            for name, model in models.items():
-                for call, measured in zip(calls[name], seconds[name], strict=True):
-                    measured.append(_seconds(call, model_device(model)))
+    calls = {
+        name: {"image_ms": _image_call(model, 1), "text_ms": _text_call(model, 1, CAPTION_TOKENS)}
+        for name, model in models.items()
+    }
+    milliseconds = _milliseconds(models, calls, repeats, "fp32")
     return {
         name: {
-            "params": sum(parameter.numel() for parameter in model.parameters()),
+            "params": _num_parameters(model),
             "bytes": weights[name].stat().st_size if weights and name in weights else None,
-            "image_ms": median(seconds[name][0]) * 1e3,
-            "text_ms": median(seconds[name][1]) * 1e3,
+            **milliseconds[name],
         }
         for name, model in models.items()
     }
 
 
-def _calls(model: ClipModel) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    device = model_device(model)
+def measure_full_cost(
+    model: ClipModel, weights: Path | None = None, *, repeats: int = 10, precision: Precision = "fp32"
+) -> FullCost:
+    """The full cost of one model; `weights` is the file whose size is told. See `measure_full_costs`."""
+    named = {} if weights is None else {"model": weights}
+    return measure_full_costs({"model": model}, named, repeats=repeats, precision=precision)["model"]
+
+
+def measure_full_costs(
+    models: Mapping[str, ClipModel],
+    weights: Mapping[str, Path] | None = None,
+    *,
+    repeats: int = 10,
+    precision: Precision = "fp32",
+) -> dict[str, FullCost]:
+    """What several models cost, each as one flat dict; timed in turns, in the way of `measure_costs`.
+
+    params, params_image, params_text    parameters in all, of the image tower, of the text tower (the logit scale is in
+                                         neither tower)
+    bytes                                size of the weight file, if `weights` names one
+    flops_image                          of one picture at the model's size
+    flops_text_77, flops_text_248        of one caption of so many tokens, start and end included
+    image_ms_b1, image_ms_b32            milliseconds of a batch of 1 and of 32 pictures (the batch, not a picture)
+    text_77_ms_b1, text_77_ms_b32, text_248_ms_b1, text_248_ms_b32     the same for captions
+    peak_bytes_b1, peak_bytes_b32        memory of the weights and of the tensors alive at a time in the call that holds
+                                         most, its input aside: pictures, or the longest captions above that fit
+    image_size, context_length           pixels, tokens
+    precision, device, machine, threads, torch      where and how it was measured
+
+    FLOPs are multiplications plus additions, twice the multiply-accumulates (MACs) that some papers call FLOPs, of
+    matrix products, convolutions and attention as computed, masked or not; norms, activations and additions are left
+    out. A length beyond the model's context is None. Tensor memory is torch's own count, the same on CPU and GPU:
+    Python, the libraries and what a kernel allocates for itself come on top.
+    """
+    calls = {name: _full_calls(model) for name, model in models.items()}
+    milliseconds = _milliseconds(models, calls, repeats, precision)
+    costs: dict[str, FullCost] = {}
+    for name, model in models.items():
+        one = calls[name]
+        with evaluation_mode(model, precision):
+            peaks = {f"peak_bytes_b{batch}": _peak_bytes(model, batch) for batch in _BATCH_SIZES}
+            flops = {
+                "flops_image": _flops(one["image_ms_b1"]),
+                **{f"flops_text_{length}": _flops(one.get(f"text_{length}_ms_b1")) for length in FULL_CAPTION_TOKENS},
+            }
+        costs[name] = {
+            **_parameters_by_tower(model),
+            "bytes": weights[name].stat().st_size if weights and name in weights else None,
+            **flops,
+            **{key: milliseconds[name].get(key) for key in _time_keys()},
+            **peaks,
+            "image_size": model.image_size,
+            "context_length": model.context_length,
+            "precision": precision,
+            **_machine(model_device(model)),
+        }
+    return costs
+
+
+def _time_keys() -> list[str]:
+    inputs = ["image", *(f"text_{length}" for length in FULL_CAPTION_TOKENS)]
+    return [f"{name}_ms_b{batch}" for name in inputs for batch in _BATCH_SIZES]
+
+
+def _full_calls(model: ClipModel) -> Calls:
+    """What is timed, by the key of its time; lengths beyond the model's context are left out."""
+    calls: Calls = {}
+    for batch in _BATCH_SIZES:
+        calls[f"image_ms_b{batch}"] = _image_call(model, batch)
+        for length in FULL_CAPTION_TOKENS:
+            if length <= model.context_length:
+                calls[f"text_{length}_ms_b{batch}"] = _text_call(model, batch, length)
+    return calls
+
+
+def _image_call(model: ClipModel, batch: int) -> Callable[[], Tensor]:
     own_generator = torch.Generator().manual_seed(0)  # timing leaves torch's random state alone
-    picture: Float[Tensor, "1 3 H W"] = torch.rand(
-        1, 3, model.image_size, model.image_size, generator=own_generator
-    ).to(device)
-    tokens: Int[Tensor, "1 L"] = model.tokenizer([_caption(model)], model.context_length).to(device)
-    return lambda: model.encode_image(picture), lambda: model.encode_text(tokens)
+    pictures: Float[Tensor, "B 3 R R"] = torch.rand(
+        batch, 3, model.image_size, model.image_size, generator=own_generator
+    ).to(model_device(model))
+    return lambda: model.encode_image(pictures)
 
 
-def _caption(model: ClipModel) -> str:
-    """A caption of exactly CAPTION_TOKENS tokens: common words are one token each."""
-    words = (_SENTENCE.split() * CAPTION_TOKENS)[: CAPTION_TOKENS - 2]
-    caption = " ".join(words)
-    assert model.tokenizer.count_tokens(caption) == CAPTION_TOKENS
-    return caption
+def _text_call(model: ClipModel, batch: int, num_tokens: int) -> Callable[[], Tensor]:
+    captions = [_caption(model, num_tokens)] * batch
+    tokens: Int[Tensor, "B L"] = model.tokenizer(captions, model.context_length).to(model_device(model))
+    return lambda: model.encode_text(tokens)
+
+
+def _caption(model: ClipModel, num_tokens: int) -> str:
+    """A caption of exactly `num_tokens` tokens: a word that would be too much is passed over for a shorter one."""
+    words, caption = _SENTENCE.split(), ""
+    for index in range(4 * num_tokens):
+        longer = f"{caption} {words[index % len(words)]}".strip()
+        count = model.tokenizer.count_tokens(longer)
+        if count <= num_tokens:
+            caption = longer
+        if count == num_tokens:
+            return caption
+    raise InputError(f"the model's tokenizer makes no caption of {num_tokens} tokens from common words")
+
+
+def _milliseconds(
+    models: Mapping[str, ClipModel], calls: Mapping[str, Calls], repeats: int, precision: Precision
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each call of each model, the models in turns."""
+    if repeats < 1:
+        raise InputError(f"a cost is measured in 1 or more repeats, got {repeats}")
+    seconds: dict[str, dict[str, list[float]]] = {name: {key: [] for key in calls[name]} for name in models}
+    for _ in range(repeats):
+        for name, model in models.items():
+            with evaluation_mode(model, precision):
+                for key, call in calls[name].items():
+                    seconds[name][key].append(_seconds(call, model_device(model)))
+    return {name: {key: median(values) * 1e3 for key, values in seconds[name].items()} for name in models}
 
 
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
@@ -99,3 +222,157 @@ def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _flops(call: Callable[[], Tensor] | None) -> int | None:
+    """Twice the multiply-accumulates of a call. Attention is taken apart into products, which every torch counts."""
+    if call is None:
+        return None
+    was_fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no counter knows
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_fused)
+    return counter.get_total_flops()
+
+
+def _peak_bytes(model: ClipModel, batch: int) -> int | None:
+    """Weights, and the most that one call has alive; of the pictures and the longest captions the larger."""
+    fitting = [length for length in FULL_CAPTION_TOKENS if length <= model.context_length]
+    calls = [_image_call(model, batch)] + [_text_call(model, batch, length) for length in fitting[-1:]]
+    peaks = [_peak_of_call(call, model_device(model)) for call in calls]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    known = [peak for peak in peaks if peak is not None]
+    return held + max(known) if known else None
+
+
+def _peak_of_call(call: Callable[[], Tensor], device: torch.device) -> int | None:
+    """Bytes that torch's allocator has given out at a time during a call, beyond what it had before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's lines on stderr are none of the user's business
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    allocated = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    return max(allocated, default=None)
+
+
+def _parameters_by_tower(model: ClipModel) -> dict[str, float]:
+    image: nn.Module = model.image_encoder if isinstance(model, MobileCLIP) else model.visual
+    clip = model.clip if isinstance(model, OpenClipModel) else model
+    of_neither = [clip.logit_scale] + ([clip.logit_bias] if getattr(clip, "logit_bias", None) is not None else [])
+    total, of_image = _num_parameters(model), _num_parameters(image)
+    of_text = total - of_image - sum(parameter.numel() for parameter in of_neither)
+    return {"params": total, "params_image": of_image, "params_text": of_text}
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _machine(device: torch.device) -> dict[str, float | str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"device": str(device), "machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _processor() -> str:
+    """The processor's name; Linux tells it in a file alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass
+class Options(EvaluationOptions):
+    """What a model costs: parameters, FLOPs, file size, latency, memory; a student also reparameterised.
+
+    python eval/cost.py --checkpoint runs/distil --threads 1 --json cost.json
+    python eval/cost.py --checkpoint open_clip:ViT-B-32/openai --device cuda --precision fp16
+    """
+
+    repeats: int = 10
+    """Each time is the median of so many."""
+    threads: int | None = None
+    """Threads on the CPU; unset: torch's default, one a core."""
+    reparameterize: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
+    batch_size: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 64
+    num_workers: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
+    cache_dir: tyro.conf.Suppress[tyro.conf.Fixed[Path | None]] = None
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Options, description=Options.__doc__)
+    options.check()
+    if options.threads is not None:
+        if options.threads < 1:
+            raise InputError(f"--threads {options.threads}: 1 or more")
+        torch.set_num_threads(options.threads)
+    assert options.checkpoint is not None  # check() has seen to it
+    model = options.load()
+    path = weights_file(options.checkpoint)
+    models: dict[str, ClipModel] = {"as loaded": model}
+    weights = {} if path is None else {"as loaded": path}
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(model, MobileCLIP) and not model.config.reparameterized:
+            fused = models["reparameterised"] = reparameterize(model)
+            weights["reparameterised"] = Path(folder) / "fused.safetensors"
+            save_student(fused, weights["reparameterised"])
+        costs = measure_full_costs(models, weights, repeats=options.repeats, precision=options.precision)
+    print_table(costs)
+    if options.json is not None:
+        write_json(options.json, {"checkpoint": options.checkpoint, "costs": costs})
+
+
+_ROWS = (  # label, key, what the figure is divided by, format
+    *((f"parameters, {part}", f"params{key}", 1e6, ".2f M") for part, key in (("all", ""), ("image", "_image"))),
+    ("parameters, text", "params_text", 1e6, ".2f M"),
+    ("file", "bytes", 1e6, ".1f MB"),
+    ("FLOPs, a picture", "flops_image", 1e9, ".3f G"),
+    *((f"FLOPs, a caption of {length}", f"flops_text_{length}", 1e9, ".3f G") for length in FULL_CAPTION_TOKENS),
+    *((f"{batch} picture{'s' * (batch > 1)}", f"image_ms_b{batch}", 1, ".2f ms") for batch in _BATCH_SIZES),
+    *(
+        (f"{batch} caption{'s' * (batch > 1)} of {length}", f"text_{length}_ms_b{batch}", 1, ".2f ms")
+        for length in FULL_CAPTION_TOKENS
+        for batch in _BATCH_SIZES
+    ),
+    *((f"peak memory, batch {batch}", f"peak_bytes_b{batch}", 1e6, ".1f MB") for batch in _BATCH_SIZES),
+)
+
+
+def print_table(costs: Mapping[str, FullCost]) -> None:
+    """The figures as a table on stdout, a column a model."""
+    first: dict[str, Any] = next(iter(costs.values()))
+    table = Table(title=f"{first['image_size']} px, {first['context_length']} tokens", title_justify="left")
+    table.add_column("")
+    for name in costs:
+        table.add_column(name, justify="right")
+    for label, key, unit, form in _ROWS:
+        number, _, symbol = form.partition(" ")
+        figures = [cost[key] for cost in costs.values()]
+        table.add_row(
+            label, *("-" if figure is None else f"{float(figure) / unit:{number}} {symbol}" for figure in figures)
+        )
+    console = Console()
+    console.print(table)
+    where = f"{first['machine']} ({first['device']}), {first['threads']} threads, {first['precision']}"
+    for note in (where, "FLOPs are 2 x MACs; memory is that of tensors: weights and the most a call has alive"):
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -5,8 +5,9 @@ Shapes: N pictures, M captions, B batch, D embedding width. Features are float32
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from eval.feature_cache import FeatureCache
 from eval.images import open_image
 from eval.models import ClipModel
+from eval.processes import all_results, is_main_process, my_share
 from longclip_teacher.errors import InputError
 
 __all__ = [
@@ -58,6 +61,11 @@ class Encoding:
     num_workers: int = 0
     """Processes that decode pictures; 0 decodes in the main process."""
     show_progress: bool = False
+    shared: bool = False
+    """Share the work among torchrun's processes, each of which must make the same calls and gets all features. Without
+    it a process encodes alone, as rank 0 does between two training steps."""
+    cache: FeatureCache | None = None
+    """Where features are kept from one evaluation to the next; None computes them each time."""
 
 
 class Unreadable(NamedTuple):
@@ -147,21 +155,60 @@ def image_batches(dataset: Dataset, encoding: Encoding, device: torch.device) ->
 
 def encode_images(model: ClipModel, paths: Sequence[Path], encoding: Encoding = Encoding()) -> ImageFeatures:
     """Unit-norm features of pictures. Unreadable ones are left out and named; more than 1% of them is an InputError."""
-    dataset = ImageFiles([(path, row) for row, path in enumerate(paths)], model.preprocess)
-    features, rows, unreadable = [], [], list[Unreadable]()
-    batches = image_batches(dataset, encoding, model_device(model))
+    if not paths:
+        raise InputError("no pictures to encode")
+    found = _kept_or_computed(
+        encoding,
+        "pictures",
+        lambda cache: cache.image_key(model, paths, encoding.precision),
+        lambda: _encode_pictures(model, paths, encoding),
+    )
+    features, rows = found["features"].to(model_device(model)), found["rows"]
+    lost, reasons = found["lost"].tolist(), json.loads(bytes(found["reasons"].tolist()))
+    unreadable = [Unreadable(str(paths[row]), reason) for row, reason in zip(lost, reasons, strict=True)]
+    return ImageFeatures(features, rows, unreadable)
+
+
+def _encode_pictures(model: ClipModel, paths: Sequence[Path], encoding: Encoding) -> dict[str, Tensor]:
+    """`features` [N',D] of the `rows` [N'] that could be read, the `lost` rows, and the `reasons` as JSON bytes."""
+    starts = range(0, len(paths), encoding.batch_size)
+    parts = _parts(encoding, starts, lambda share: _encode_share_of_pictures(model, paths, share, encoding))
+    rows, order = torch.cat([part["rows"] for part in parts]).sort()
+    lost, order_lost = torch.cat([part["lost"] for part in parts]).sort()
+    reasons = [reason for part in parts for reason in json.loads(bytes(part["reasons"].tolist()))]
+    reasons = [reasons[index] for index in order_lost.tolist()]
+    unreadable = [Unreadable(str(paths[row]), why) for row, why in zip(lost.tolist(), reasons, strict=True)]
+    refuse_many_unreadable(unreadable, len(paths))
+    if not len(rows):
+        raise InputError("no pictures to encode")
+    features = torch.cat([part["features"] for part in parts])
+    features = features[order.to(features.device)]
+    _require_finite(features, lambda index: f"picture {paths[int(rows[index])]}")
+    return {"features": features, "rows": rows, "lost": lost, "reasons": _json_bytes(reasons)}
+
+
+def _encode_share_of_pictures(
+    model: ClipModel, paths: Sequence[Path], starts: Sequence[int], encoding: Encoding
+) -> dict[str, Tensor]:
+    """`_encode_pictures` of the batches that begin at `starts`, in this process."""
+    mine = [row for start in starts for row in range(start, min(start + encoding.batch_size, len(paths)))]
+    dataset = ImageFiles([(paths[row], row) for row in mine], model.preprocess)
+    features = [torch.empty(0, model.embed_dim, device=model_device(model))]
+    rows, unreadable = list[int](), list[Unreadable]()
     with evaluation_mode(model, encoding.precision):
-        for batch in batches:
+        for batch in image_batches(dataset, encoding, model_device(model)):
             unreadable += batch.unreadable
             refuse_many_unreadable(unreadable, len(paths))
             if len(batch.images):
                 features.append(_unit(model.encode_image(batch.images)))
-                rows.append(batch.targets)
-    if not features:
-        raise InputError("no pictures to encode")
-    result = ImageFeatures(torch.cat(features), torch.cat(rows), unreadable)
-    _require_finite(result.features, lambda index: f"picture {paths[int(result.rows[index])]}")
-    return result
+                rows += batch.targets.tolist()
+    read = set(rows)
+    return {
+        "features": torch.cat(features),
+        "rows": torch.tensor(rows, dtype=torch.int64),
+        "lost": torch.tensor([row for row in mine if row not in read], dtype=torch.int64),
+        "reasons": _json_bytes([lost.reason for lost in unreadable]),
+    }
 
 
 def encode_captions(
@@ -174,20 +221,70 @@ def encode_captions(
     """
     if not captions:
         raise InputError("no captions to encode")
+    found = _kept_or_computed(
+        encoding,
+        "captions",
+        lambda cache: cache.caption_key(model, captions, encoding.precision),
+        lambda: _encode_captions(model, captions, encoding),
+    )
+    return found["features"].to(model_device(model)), int(found["num_truncated"])
+
+
+def _encode_captions(model: ClipModel, captions: Sequence[str], encoding: Encoding) -> dict[str, Tensor]:
+    """`features` [M,D] and `num_truncated` []."""
     num_tokens = {caption: model.tokenizer.count_tokens(caption) for caption in dict.fromkeys(captions)}
     ordered = sorted(num_tokens, key=num_tokens.__getitem__, reverse=True)
     size = encoding.batch_size
-    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    features = []
-    with evaluation_mode(model, encoding.precision):
-        for batch in show_track(batches, "captions" if encoding.show_progress else None, len(batches)):
-            tokens = model.tokenizer(batch, model.context_length).to(model_device(model))
-            features.append(_unit(model.encode_text(tokens)))
-    distinct = torch.cat(features)
+    batches = [range(start, min(start + size, len(ordered))) for start in range(0, len(ordered), size)]
+    parts = _parts(encoding, batches, lambda share: _encode_share_of_captions(model, ordered, share, encoding))
+    features = torch.cat([part["features"] for part in parts])
+    place = torch.cat([part["rows"] for part in parts]).argsort().to(features.device)
+    distinct = features[place]
     _require_finite(distinct, lambda index: f"caption {ordered[index][:80]!r}")
     row_of = {caption: row for row, caption in enumerate(ordered)}
     rows = torch.tensor([row_of[caption] for caption in captions], device=distinct.device)
-    return distinct[rows], sum(num_tokens[caption] > model.context_length for caption in captions)
+    num_truncated = sum(num_tokens[caption] > model.context_length for caption in captions)
+    return {"features": distinct[rows], "num_truncated": torch.tensor(num_truncated)}
+
+
+def _encode_share_of_captions(
+    model: ClipModel, ordered: Sequence[str], batches: Sequence[range], encoding: Encoding
+) -> dict[str, Tensor]:
+    """`features` of the captions in `batches`, and the `rows` of `ordered` where they stand."""
+    features = [torch.empty(0, model.embed_dim, device=model_device(model))]
+    with evaluation_mode(model, encoding.precision):
+        for batch in show_track(batches, "captions" if encoding.show_progress else None, len(batches)):
+            tokens = model.tokenizer([ordered[row] for row in batch], model.context_length).to(model_device(model))
+            features.append(_unit(model.encode_text(tokens)))
+    rows = [row for batch in batches for row in batch]
+    return {"features": torch.cat(features), "rows": torch.tensor(rows, dtype=torch.int64)}
+
+
+def _parts(
+    encoding: Encoding, batches: Sequence[Item], compute: Callable[[Sequence[Item]], dict[str, Tensor]]
+) -> list[dict[str, Tensor]]:
+    """What `compute` gives of the batches: in one part, or in a part for each process."""
+    return all_results(lambda: compute(my_share(batches))) if encoding.shared else [compute(batches)]
+
+
+def _kept_or_computed(
+    encoding: Encoding, what: str, key_of: Callable[[FeatureCache], str], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors from the cache if it has them, else computed and kept; of several processes rank 0 does that."""
+    cache = encoding.cache
+    if cache is None:
+        return compute()
+    reads = not encoding.shared or is_main_process()
+    key = key_of(cache) if reads else ""
+    found = _parts(encoding, [key], lambda _: (cache.load(key) if reads else None) or {})[0]
+    if found:
+        if encoding.show_progress and is_main_process():
+            print(f"{what}: features from the cache", file=sys.stderr)
+        return found
+    found = compute()
+    if reads:
+        cache.save(key, found)
+    return found
 
 
 def refuse_many_unreadable(unreadable: Sequence[Unreadable], total: int) -> None:
@@ -201,7 +298,7 @@ def refuse_many_unreadable(unreadable: Sequence[Unreadable], total: int) -> None
 
 def show_track(items: Iterable[Item], description: str | None, total: int | None) -> Iterable[Item]:
     """`items`, with a progress bar on stderr if there is a description and a terminal to show it on."""
-    if description is None or not sys.stderr.isatty():
+    if description is None or not sys.stderr.isatty() or not is_main_process():
         return items
     return track(items, description, total=total, console=Console(stderr=True))
 
@@ -211,6 +308,10 @@ def _collate(items: Sequence[tuple[int, Tensor | Unreadable]]) -> ImageBatch:
     images = torch.stack([image for _, image in read]) if read else torch.empty(0)
     unreadable = [image for _, image in items if isinstance(image, Unreadable)]
     return ImageBatch(torch.tensor([target for target, _ in read], dtype=torch.int64), images, unreadable)
+
+
+def _json_bytes(content: list[str]) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
 
 
 def _unit(features: Tensor) -> Float[Tensor, "B D"]:

@@ -1,28 +1,34 @@
 """What each retrieval benchmark is: its files, its split, its caption rule, how many captions a picture has.
 
-A protocol is one entry of `PROTOCOLS`; to add one, write the function that reads its pictures and captions, and the
-entry.
+A protocol is one entry of `PROTOCOLS`; to add one, write the function that reads its pictures and captions
+(protocol_readers.py), and the entry. Figures compare only under one protocol: names that look alike are other tests.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
-from eval.annotation_files import first_json_rows, inside_root, one_line, read_json, read_text
-from eval.images import is_picture
+from eval import protocol_readers as readers
+from eval.checksums import pairing_sha256
+from eval.features import MAX_UNREADABLE_SHARE
 from longclip_teacher.errors import InputError
 
-__all__ = ["PROTOCOLS", "Protocol", "RetrievalSet", "load_retrieval_set"]
+__all__ = ["PROTOCOLS", "TIES", "Protocol", "RetrievalSet", "load_retrieval_set"]
 
-SHAREGPT4V_JSON = "share-captioner_coco_lcs_sam_1246k_1107.json"
-SHAREGPT4V_TEST_ROWS = 1000
-COCO_CAPTIONS_PER_IMAGE = 5
-
-Pairs = list[tuple[Path, list[str]]]  # each picture with its captions
+TIES = (
+    "Ties, in every protocol: a rank is the place in a stable sort by score, so of equal scores the earlier picture or "
+    "caption of the protocol's order counts first. `tied` says how many queries that concerns, and `best_case` gives "
+    "recall where every tie is won: rank = 1 + the number that score strictly higher."
+)
+ONE_TO_ONE = "One caption a picture: a query has one match, both ways."
+FIVE_CAPTIONS = (
+    "Five captions a picture: image to text, any of the five is a hit and the best ranked counts; text to image, each "
+    "caption is a query of its own."
+)
 
 
 @dataclass(frozen=True)
@@ -35,21 +41,42 @@ class RetrievalSet:
     caption_image: list[int]
     description: str
     count_mismatch: str | None = None
-    """What differs from the benchmark's own number of pictures and captions, if anything does."""
+    """What differs from the benchmark's own number of pictures and captions, or from its texts, if anything does."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of file names, captions and pairing: equal where two people evaluate the same texts."""
+        return pairing_sha256(self.images, self.captions, self.caption_image)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A benchmark: its definition, and its reader, (root, annotation file if given) -> pictures with their captions."""
+    """A benchmark: what it is, and its reader, (root, annotation file if given) -> pictures with their captions."""
 
     name: str
-    definition: str
+    about: str
+    """Which pictures and texts, and the paper."""
+    caption_rule: str
+    """What of the files' text is a caption."""
+    one_to_many: str
+    """How many captions a picture has, and what counts as a hit."""
+    compare: str
+    """What its figures must not be compared with."""
     files: str
-    read: Callable[[Path, Path | None], Pairs]
+    read: Callable[[Path, Path | None], readers.Pairs]
     num_images: int | None = None
     num_captions: int | None = None
+    count_tolerance: float = 0.0
+    """Share by which the numbers may differ, where they are known only roughly."""
+    known_sha256: str | None = None
+    """`RetrievalSet.sha256` of the whole benchmark, where it was computed from the publisher's own files."""
     has_annotations: bool = False
-    """Whether its captions come from an annotation file, which the user may name."""
+    """Whether its captions come from one annotation file, which the user may name."""
+
+    @property
+    def definition(self) -> str:
+        """All of it in one paragraph."""
+        return " ".join((self.about, self.caption_rule, self.one_to_many, self.compare))
 
 
 def load_retrieval_set(
@@ -57,8 +84,9 @@ def load_retrieval_set(
 ) -> RetrievalSet:
     """Read a protocol's pictures (as paths) and captions under `root`.
 
-    `limit` keeps the first so many pictures; `annotations` names the JSON of a protocol that has one, instead of the
-    usual place. Raises InputError that says what is missing.
+    `limit` keeps the first so many pictures; `annotations` names the file of a protocol that has one, instead of the
+    usual place. Raises InputError that says what is missing: a file, a folder, a caption, or more than 1% of the
+    pictures (fewer are left to the encoder, which leaves them out and names them).
     """
     if protocol not in PROTOCOLS:
         near = difflib.get_close_matches(protocol, PROTOCOLS, n=1)
@@ -77,151 +105,239 @@ def load_retrieval_set(
     for image, captions in pairs:
         if not captions or not all(caption.strip() for caption in captions):
             raise InputError(f"{image} has {'an empty' if captions else 'no'} caption")
-    captions = [caption for _, own in pairs for caption in own]
-    return RetrievalSet(
+    images = [image for image, _ in pairs]
+    _require_pictures(entry, images)
+    found = RetrievalSet(
         name=entry.name,
-        images=[image for image, _ in pairs],
-        captions=captions,
+        images=images,
+        captions=[caption for _, own in pairs for caption in own],
         caption_image=[row for row, (_, own) in enumerate(pairs) for _ in own],
         description=entry.definition,
-        count_mismatch=_count_mismatch(entry, len(pairs), len(captions)),
     )
+    return replace(found, count_mismatch=_mismatch(entry, found))
 
 
-def _count_mismatch(entry: Protocol, num_images: int, num_captions: int) -> str | None:
-    expected = entry.num_images or num_images, entry.num_captions or num_captions
-    if (num_images, num_captions) == expected:
-        return None
-    return (
-        f"{entry.name} has {expected[0]} pictures and {expected[1]} captions, "
-        f"here are {num_images} and {num_captions}: the figures do not compare with published ones"
-    )
+def _require_pictures(entry: Protocol, images: Sequence[Path]) -> None:
+    """InputError if more than 1% of the pictures are not there: the figures would be those of another test."""
+    names = {folder: _names_in(folder) for folder in {image.parent for image in images}}
+    # a name that is not listed may still open, where the file system does not tell capitals apart
+    missing = [image for image in images if image.name not in names[image.parent] and not image.is_file()]
+    if len(missing) > MAX_UNREADABLE_SHARE * len(images):
+        raise InputError(
+            f"{len(missing)} of the {len(images)} pictures of {entry.name} are not there, the first: {missing[0]}"
+        )
 
 
-# --- readers ---
-
-
-def _read_sharegpt4v(root: Path, annotations: Path | None) -> Pairs:
-    path = annotations or _sharegpt4v_json(root)
-    pairs: Pairs = []
-    for number, row in enumerate(first_json_rows(path, SHAREGPT4V_TEST_ROWS)):
-        try:
-            image, caption = row["image"], one_line(row["conversations"][1]["value"])
-        except (KeyError, IndexError, TypeError):
-            raise InputError(f"{path}: row {number} is no ShareGPT4V row (image, conversations[1].value)") from None
-        pairs.append((inside_root(root, image, path), [caption]))
-    return pairs
-
-
-def _sharegpt4v_json(root: Path) -> Path:
-    if (root / SHAREGPT4V_JSON).is_file():
-        return root / SHAREGPT4V_JSON
-    found = sorted(root.glob("*.json"))
-    if len(found) != 1:
-        what = f"{len(found)} JSON files" if found else "no JSON file"
-        raise InputError(f"{what} in {root}: ShareGPT4V needs one ({SHAREGPT4V_JSON}), or name it with --annotations")
-    return found[0]
-
-
-def _read_coco_val2017(root: Path, annotations: Path | None) -> Pairs:
-    path = annotations or root / "annotations" / "captions_val2017.json"
-    folder = root / "val2017"
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}: COCO's validation pictures belong there")
-    content = read_json(path)
-    captions: dict[Any, list[str]] = {}
+def _names_in(folder: Path) -> set[str]:
+    """The names in a folder by one listing, not a look at each of 31,000 pictures; none if it cannot be listed."""
     try:
-        images = sorted(content["images"], key=lambda image: image["id"])
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(one_line(annotation["caption"]))
-        return [
-            (inside_root(folder, image["file_name"], path), captions.get(image["id"], [])[:COCO_CAPTIONS_PER_IMAGE])
-            for image in images
-        ]
-    except (KeyError, TypeError):
-        raise InputError(
-            f"{path} is no COCO captions file (images: id, file_name; annotations: image_id, caption)"
-        ) from None
+        return {path.name for path in folder.iterdir()}
+    except OSError:
+        return set()
 
 
-def _read_urban1k(root: Path, annotations: Path | None) -> Pairs:
-    return [(image, [read_text(text).strip().split("\n")[0]]) for image, text in _paired_folders(root)]
-
-
-def _read_folder(root: Path, annotations: Path | None) -> Pairs:
-    if (root / "image").is_dir() and (root / "caption").is_dir():
-        files = _paired_folders(root)
-    else:
-        images = sorted(path for path in root.rglob("*") if is_picture(path))
-        files = [(image, image.with_suffix(".txt")) for image in images]
-        _require_captions(files)
-    return [(image, [one_line(read_text(text))]) for image, text in files]
-
-
-def _paired_folders(root: Path) -> list[tuple[Path, Path]]:
-    """Pictures in root/image and their captions in root/caption, by name; numbers in numerical order."""
-    for name in ("image", "caption"):
-        if not (root / name).is_dir():
-            raise InputError(f"no folder {root / name}: the pairs are image/N.jpg and caption/N.txt")
-    images = [path for path in (root / "image").iterdir() if is_picture(path)]
-    images.sort(key=lambda path: (0, int(path.stem), "") if path.stem.isdecimal() else (1, 0, path.stem))
-    files = [(image, root / "caption" / f"{image.stem}.txt") for image in images]
-    _require_captions(files)
-    stems = {image.stem for image in images}
-    alone = sorted(path.name for path in (root / "caption").glob("[!.]*.txt") if path.stem not in stems)
-    if alone:
-        raise InputError(
-            f"{len(alone)} captions in {root / 'caption'} have no picture in image/, the first: {alone[0]}"
+def _mismatch(entry: Protocol, found: RetrievalSet) -> str | None:
+    """What of a set differs from its protocol, in words, or None."""
+    known = ((entry.num_images, len(found.images)), (entry.num_captions, len(found.captions)))
+    if any(number is not None and abs(here - number) > entry.count_tolerance * number for number, here in known):
+        about = "about " if entry.count_tolerance else ""
+        return (
+            f"{entry.name} has {about}{entry.num_images} pictures and {entry.num_captions} captions, here are "
+            f"{len(found.images)} and {len(found.captions)}: the figures do not compare with published ones"
         )
-    return files
-
-
-def _require_captions(files: list[tuple[Path, Path]]) -> None:
-    missing = [text for _, text in files if not text.is_file()]
-    if missing:
-        raise InputError(
-            f"{len(missing)} of {len(files)} pictures have no caption file, the first missing: {missing[0]}"
+    if entry.known_sha256 is not None and entry.known_sha256 != found.sha256:
+        return (
+            f"{entry.name} has as many pictures and captions as it should, but their names, texts or order are not "
+            f"the published ones (sha256 {found.sha256}, not {entry.known_sha256}): the figures may not compare"
         )
+    return None
 
 
 # --- the protocols ---
+
+_THREE_DCI = "dci_full, dci_extra and dci_short do not compare: other captions."
+_TWO_COCO = "coco2017val and coco_karpathy_5k do not compare: they choose other pictures of COCO."
+_TWO_FLICKR30K = "flickr30k_1k_test and flickr30k_all do not compare: all has thirty times the candidates."
+_DCI_FILES = "annotations/*.json and photos/ (or both in densely_captioned_images/), as DCI's repository unpacks them"
+_LINE_BREAKS = "line breaks become spaces"
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(
             name="sharegpt4v_1k",
-            definition="Rows 0 to 999 of ShareGPT4V's captions (training starts at row 1000), one long caption a "
-            "picture; line breaks become spaces. As in Long-CLIP (Zhang et al. 2024, section 4).",
-            files=f"{SHAREGPT4V_JSON} (or the only .json there, or --annotations FILE) and the pictures that it names",
-            read=_read_sharegpt4v,
+            about="Rows 0 to 999 of ShareGPT4V's 1.2M machine-written captions (Chen et al. 2023), which Long-CLIP "
+            "(Zhang et al. 2024, section 4) keeps for testing: its training starts at row 1000.",
+            caption_rule=f"The whole caption; {_LINE_BREAKS}.",
+            one_to_many=ONE_TO_ONE,
+            compare="Not comparable with tests of other rows, such as LoTLIP's 10k, nor for a model that "
+            "trained on all rows.",
+            files=f"{readers.SHAREGPT4V_JSON} (or the only .json there, or --annotations FILE) and the pictures that "
+            "it names",
+            read=readers.read_sharegpt4v_test,
             num_images=1000,
             num_captions=1000,
             has_annotations=True,
         ),
         Protocol(
             name="urban1k",
-            definition="Urban-1k (Zhang et al. 2024): 1000 street scenes, one caption each, its file's first line.",
+            about="Urban-1k (Zhang et al. 2024, Long-CLIP): 1000 street scenes that look alike.",
+            caption_rule="The first line of the caption's file.",
+            one_to_many=ONE_TO_ONE,
+            compare="Not comparable with Urban-200, the first version of it.",
             files="image/N.jpg and caption/N.txt, N = 1 to 1000 (Hugging Face: BeichenZhang/Urban1k)",
-            read=_read_urban1k,
+            read=readers.read_urban1k,
             num_images=1000,
             num_captions=1000,
         ),
         Protocol(
+            name="docci",
+            about="DOCCI (Onoe et al. 2024): the 5000 pictures of its test split.",
+            caption_rule=f"The whole description, by one person; {_LINE_BREAKS}.",
+            one_to_many=ONE_TO_ONE,
+            compare="Not comparable with tests on qual_test (100 pictures) or on all splits.",
+            files="docci_descriptions.jsonlines (or --annotations FILE) and images/, both from google.github.io/docci",
+            read=readers.read_docci_test,
+            num_images=5000,
+            num_captions=5000,
+            has_annotations=True,
+        ),
+        Protocol(
+            name="dci_full",
+            about="Densely Captioned Images (Urbanek et al. 2024): all 7805 pictures of all its splits.",
+            caption_rule="short_caption, a space, extra_caption (DCI's extended caption; the short one alone where the "
+            f"extra is empty), without the texts of the picture's parts; {_LINE_BREAKS}.",
+            one_to_many=ONE_TO_ONE,
+            compare=f"{_THREE_DCI} LoTLIP uses these texts with the sentences joined anew.",
+            files=_DCI_FILES,
+            read=partial(readers.read_dci, part="full"),
+            num_images=7805,
+            num_captions=7805,
+        ),
+        Protocol(
+            name="dci_extra",
+            about="Densely Captioned Images (Urbanek et al. 2024): the pictures that have an extra_caption, about 7600 "
+            "of 7805.",
+            caption_rule=f"extra_caption alone, which often goes on from the short one; {_LINE_BREAKS}.",
+            one_to_many=ONE_TO_ONE,
+            compare=f"{_THREE_DCI} It compares with long_dci where the sha256 is the same.",
+            files=_DCI_FILES,
+            read=partial(readers.read_dci, part="extra"),
+            num_images=7600,
+            num_captions=7600,
+            count_tolerance=0.03,
+        ),
+        Protocol(
+            name="dci_short",
+            about="Densely Captioned Images (Urbanek et al. 2024): all 7805 pictures of all its splits.",
+            caption_rule=f"short_caption alone, about a sentence; {_LINE_BREAKS}.",
+            one_to_many=ONE_TO_ONE,
+            compare=f"{_THREE_DCI} Nor with sDCI, whose captions are machine-written summaries.",
+            files=_DCI_FILES,
+            read=partial(readers.read_dci, part="short"),
+            num_images=7805,
+            num_captions=7805,
+        ),
+        Protocol(
+            name="long_dci",
+            about="Long-DCI (Najdenkoska et al. 2024, TULIP): a table of the pictures of DCI that have an "
+            "extra_caption, about 7600.",
+            caption_rule=f"The table's title column, DCI's extra_caption; {_LINE_BREAKS}.",
+            one_to_many=ONE_TO_ONE,
+            compare="Not comparable with dci_full and dci_short; with dci_extra where the sha256 is the same.",
+            files="dci_long.csv (tab-separated with a header, filepath and title; or --annotations FILE) and the "
+            "pictures that it names, beside it or in photos/",
+            read=readers.read_long_dci,
+            num_images=7600,
+            num_captions=7600,
+            count_tolerance=0.03,
+            has_annotations=True,
+        ),
+        Protocol(
+            name="iiw_400",
+            about="ImageInWords (Garg et al. 2024): IIW-400, 400 pictures of DOCCI-AAR.",
+            caption_rule=f"The field IIW, by people, never the model's IIW-P5B; {_LINE_BREAKS}.",
+            one_to_many=ONE_TO_ONE,
+            compare="Not comparable with iiw_612, whose part it is.",
+            files="IIW-400/data.jsonl (github.com/google/imageinwords, datasets/) and DOCCI-AAR's pictures in "
+            "images_aar/ or docci_aar/",
+            read=partial(readers.read_imageinwords, parts=("IIW-400",)),
+            num_images=400,
+            num_captions=400,
+            known_sha256="3c185ddd5d37bf44d12db0552316f268da54c1c3e75cb7fa552e6d66db43a41a",
+        ),
+        Protocol(
+            name="iiw_612",
+            about="ImageInWords (Garg et al. 2024): IIW-400, then the 112 pictures of DCI_Test and the 100 of "
+            "DOCCI_Test, as LoTLIP (Wu et al. 2024) puts them together.",
+            caption_rule=f"The field IIW, by people, never the model's IIW-P5B; {_LINE_BREAKS}.",
+            one_to_many=ONE_TO_ONE,
+            compare="Not comparable with iiw_400, a part of it; LoTLIP joins the sentences anew.",
+            files="IIW-400/, DCI_Test/ and DOCCI_Test/ with a data.jsonl each (github.com/google/imageinwords, "
+            "datasets/), and the pictures in images_aar/, photos/ and images/ (or docci_aar/, dci/ and docci/)",
+            read=partial(readers.read_imageinwords, parts=("IIW-400", "DCI_Test", "DOCCI_Test")),
+            num_images=612,
+            num_captions=612,
+            known_sha256="729a530cd27e468d4c9d983b3b56c2fbe99dcf102645cb2b0d5c81f01f30b727",
+        ),
+        Protocol(
             name="coco2017val",
-            definition="COCO val2017, all 5000 pictures, the first five captions of each in the file's order; image to "
-            "text, any of the five is a hit. Not the Karpathy 5k split, whose figures do not compare.",
+            about="COCO val2017 (Lin et al. 2014; captions Chen et al. 2015), all 5000 pictures, as in Long-CLIP.",
+            caption_rule=f"The first five captions of each in the file's order; {_LINE_BREAKS}.",
+            one_to_many=FIVE_CAPTIONS,
+            compare=_TWO_COCO,
             files="val2017/*.jpg and annotations/captions_val2017.json (cocodataset.org, or --annotations FILE)",
-            read=_read_coco_val2017,
+            read=readers.read_coco_val2017,
             num_images=5000,
             num_captions=25000,
             has_annotations=True,
         ),
         Protocol(
+            name="coco_karpathy_5k",
+            about="The 5000 test pictures of Karpathy and Fei-Fei's split (2015) of COCO, out of val2014, as in "
+            "MobileCLIP and DataComp.",
+            caption_rule=f"The first five captions of each in the file's order, as written (raw); {_LINE_BREAKS}.",
+            one_to_many=FIVE_CAPTIONS,
+            compare=f"{_TWO_COCO} Nor is this the mean of five folds of 1000, called 1k.",
+            files="dataset_coco.json (there or in annotations/, or --annotations FILE) and val2014/*.jpg",
+            read=readers.read_coco_karpathy_test,
+            num_images=5000,
+            num_captions=25000,
+            has_annotations=True,
+        ),
+        Protocol(
+            name="flickr30k_1k_test",
+            about="The 1000 test pictures of Karpathy and Fei-Fei's split (2015) of Flickr30k (Young et al. 2014), "
+            "the usual test.",
+            caption_rule=f"All five captions in the file's order, as written (raw); {_LINE_BREAKS}.",
+            one_to_many=FIVE_CAPTIONS,
+            compare=_TWO_FLICKR30K,
+            files="dataset_flickr30k.json (there or in annotations/, or --annotations FILE) and flickr30k-images/",
+            read=readers.read_flickr30k_karpathy_test,
+            num_images=1000,
+            num_captions=5000,
+            has_annotations=True,
+        ),
+        Protocol(
+            name="flickr30k_all",
+            about="All 31783 pictures of Flickr30k (Young et al. 2014), training pictures too, as in Long-CLIP.",
+            caption_rule="All five captions, in the file's order.",
+            one_to_many=FIVE_CAPTIONS,
+            compare=_TWO_FLICKR30K,
+            files="results_20130124.token (there or in annotations/, or --annotations FILE) and flickr30k-images/",
+            read=readers.read_flickr30k_all,
+            num_images=31783,
+            num_captions=158915,
+            has_annotations=True,
+        ),
+        Protocol(
             name="folder",
-            definition="Your own pairs, one caption a picture: all of the text file, line breaks become spaces.",
+            about="Your own pairs.",
+            caption_rule=f"All of the text file; {_LINE_BREAKS}.",
+            one_to_many=ONE_TO_ONE,
+            compare="Compare only where the sha256 is the same.",
             files="pictures with a .txt of the same name beside them (sub-folders too), or image/N.jpg, caption/N.txt",
-            read=_read_folder,
+            read=readers.read_folder,
         ),
     )
 }

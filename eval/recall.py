@@ -1,91 +1,217 @@
-"""Recall of image-text retrieval from features: ranks both ways, ties, memory-bounded.
+"""Recall of image-text retrieval from features: ranks both ways in one pass over the scores, ties, bounded memory.
 
-Shapes: N pictures, M captions, D embedding width, R rows of a block, K captions a picture, Q queries.
+Shapes: N pictures, M captions, D embedding width, Q queries (N or M), R x C one tile of the N x M scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from longclip_teacher.errors import InputError
 
-__all__ = ["recall_metrics"]
+__all__ = ["DirectionRanks", "RetrievalRanks", "direction_metrics", "recall_metrics", "retrieval_ranks"]
 
 RECALL_AT = (1, 5, 10)
-_BLOCK_ELEMENTS = 1 << 24  # similarities held at once: 64 MB
+# A tile of scores is 8 MB: it stays in a CPU's cache while it is counted, and is large enough for a fast matmul.
+_TILE_IMAGES, _TILE_TEXTS = 1024, 2048
+_TILE_STEP = 64  # smaller sets are one tile, filled up to a multiple of this
+
+
+@dataclass(frozen=True)
+class DirectionRanks:
+    """The ranks from 1 of Q queries, on the CPU. A query with several matches has the rank of its first."""
+
+    ranks: Int[Tensor, " Q"]
+    """Place of the first match in a stable sort by score: of equal scores the earlier candidate comes first."""
+    best_case: Int[Tensor, " Q"]
+    """1 + the number of candidates that score strictly higher than the best match: every tie is won."""
+    tied: Bool[Tensor, " Q"]
+    """Whether the best match shares its score with a wrong candidate."""
+
+    def select(self, queries: Tensor) -> DirectionRanks:
+        """The ranks of some queries only, by index or mask."""
+        queries = queries.cpu()
+        return DirectionRanks(self.ranks[queries], self.best_case[queries], self.tied[queries])
+
+
+@dataclass(frozen=True)
+class RetrievalRanks:
+    """Ranks both ways: `i2t` has a rank for each picture, `t2i` for each caption."""
+
+    i2t: DirectionRanks
+    t2i: DirectionRanks
 
 
 def recall_metrics(
     image_features: Float[Tensor, "N D"], text_features: Float[Tensor, "M D"], caption_image: Int[Tensor, " M"]
-) -> dict[str, dict[str, float]]:
-    """`{"i2t": {r1, r5, r10, mean_rank, median_rank, tied}, "t2i": {...}}` of features compared by their dot product.
+) -> dict[str, dict[str, Any]]:
+    """`{"i2t": direction_metrics, "t2i": direction_metrics}` of features compared by their dot product."""
+    ranks = retrieval_ranks(image_features, text_features, caption_image)
+    return {"i2t": direction_metrics(ranks.i2t), "t2i": direction_metrics(ranks.t2i)}
 
-    A query's rank is the place of its first matching candidate in a stable sort by score: any of a picture's captions
-    counts, and of equal scores the earlier candidate comes first. A model that cannot tell four candidates apart thus
-    finds one of the four, and a collapsed model next to none. `tied` is the percentage of queries whose best match
-    shares its score with a wrong candidate. Memory is bounded: similarities are computed in blocks of rows.
+
+def direction_metrics(found: DirectionRanks) -> dict[str, Any]:
+    """`{r1, r5, r10, mean_rank, median_rank, tied, best_case: {r1, r5, r10}}` of one or more queries.
+
+    Recall and `tied` are percentages of the queries. `tied` says how far recall depends on the rule for ties, and
+    `best_case` is recall under the rule often written down, 1 + the number that score strictly higher: a model that
+    cannot tell four candidates apart finds one of four by the places, and all four by that rule.
     """
-    num_images = len(image_features)
-    caption_image = caption_image.to(image_features.device)
-    captions_of = _captions_by_image(caption_image, num_images)
-    image_features, text_features = image_features.float(), text_features.float()
-    ranks_i2t, ranks_t2i, ties_i2t, ties_t2i = [], [], [], []
-    for rows in _blocks(num_images, len(text_features)):
-        scores = image_features[rows] @ text_features.T  # [R,M]
-        own = captions_of[rows]  # [R,K], -1 where a picture has fewer captions
-        own_scores = scores.gather(1, own.clamp(min=0)).masked_fill(own < 0, -torch.inf)
-        best = own_scores.amax(dim=1, keepdim=True)
-        first_own = own.masked_fill(own_scores < best, len(text_features)).amin(dim=1, keepdim=True)
-        ranks_i2t.append(_places(scores, best, first_own))
-        ties_i2t.append((scores == best).sum(dim=1) > (own_scores == best).sum(dim=1))
-    for rows in _blocks(len(text_features), num_images):
-        scores = text_features[rows] @ image_features.T  # [R,N]
-        best = scores.gather(1, caption_image[rows, None])
-        ranks_t2i.append(_places(scores, best, caption_image[rows, None]))
-        ties_t2i.append((scores == best).sum(dim=1) > 1)
+    if not len(found.ranks):
+        raise InputError("no queries to compute recall of")
+    ranks = found.ranks.double()
     return {
-        "i2t": _summary(torch.cat(ranks_i2t), torch.cat(ties_i2t)),
-        "t2i": _summary(torch.cat(ranks_t2i), torch.cat(ties_t2i)),
-    }
-
-
-def _places(
-    scores: Float[Tensor, "R C"], best: Float[Tensor, "R 1"], candidate: Int[Tensor, "R 1"]
-) -> Int[Tensor, " R"]:
-    """Place from 1 of each row's `candidate`, whose score is `best`, in a stable sort."""
-    is_earlier = torch.arange(scores.shape[1], device=scores.device) < candidate
-    return 1 + ((scores > best) | ((scores == best) & is_earlier)).sum(dim=1)
-
-
-def _captions_by_image(caption_image: Int[Tensor, " M"], num_images: int) -> Int[Tensor, "N K"]:
-    """The captions of each picture, K the most that any has, filled up with -1."""
-    counts = torch.bincount(caption_image, minlength=num_images)
-    if len(counts) > num_images or bool((counts == 0).any()):
-        raise InputError(f"every one of the {num_images} pictures needs a caption, and every caption one of them")
-    order = torch.argsort(caption_image, stable=True)
-    image = caption_image[order]
-    position = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image]
-    table = torch.full((num_images, int(counts.max())), -1, device=order.device)
-    table[image, position] = order
-    return table
-
-
-def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
-    size = max(1, _BLOCK_ELEMENTS // num_columns)
-    return (slice(start, start + size) for start in range(0, num_rows, size))
-
-
-def _summary(ranks: Int[Tensor, " Q"], tied: Tensor) -> dict[str, float]:
-    ranks = ranks.double().cpu()
-    recall = {f"r{k}": float((ranks <= k).double().mean() * 100) for k in RECALL_AT}
-    middle = float(torch.quantile(ranks, 0.5))  # of an even number, the mean of the two in the middle
-    return {
-        **recall,
+        **_recall(found.ranks),
         "mean_rank": float(ranks.mean()),
-        "median_rank": middle,
-        "tied": float(tied.double().mean() * 100),
+        "median_rank": float(ranks.quantile(0.5)),  # of an even number, the mean of the two in the middle
+        "tied": float(found.tied.double().mean() * 100),
+        "best_case": _recall(found.best_case),
     }
+
+
+def retrieval_ranks(
+    image_features: Float[Tensor, "N D"], text_features: Float[Tensor, "M D"], caption_image: Int[Tensor, " M"]
+) -> RetrievalRanks:
+    """Ranks of every picture's captions among all captions, and of every caption's picture among all pictures.
+
+    Scores are float32 dot products, whatever autocast or reduced matmul precision is on, computed on the features'
+    device in tiles that each serve both directions; beyond the features and one copy of them, memory is a few tiles.
+    The tiles that hold matching pairs are computed twice by the same call on the same shapes, first for the matches'
+    own scores and then for counting, so that a score equals itself to the bit. Raises InputError for a picture without
+    a caption, an owner that is no picture, and features that are not finite.
+    """
+    num_images, num_texts = len(image_features), len(text_features)
+    owner = caption_image.to(image_features.device)
+    captions_of = torch.bincount(owner.clamp(min=0), minlength=num_images) if num_texts else owner.new_zeros(num_images)
+    if not num_images or bool((owner < 0).any()) or len(captions_of) > num_images or bool((captions_of == 0).any()):
+        raise InputError(f"every one of the {num_images} pictures needs a caption, and every caption one of them")
+    order = torch.argsort(owner, stable=True)  # captions of a picture side by side: matches lie along a diagonal
+    with torch.no_grad(), _full_float32(image_features.device):
+        tiles = _Tiles(image_features, text_features[order])
+        if not (torch.isfinite(tiles.images).all() and torch.isfinite(tiles.texts).all()):
+            raise InputError("NaN or infinity in the features: their ranks mean nothing")
+        i2t, t2i = _count(tiles, owner[order], order)
+    back = torch.argsort(order).cpu()  # from captions side by side to the caller's order
+    return RetrievalRanks(i2t, t2i.select(back))
+
+
+class _Tiles:
+    """Scores of N pictures and M captions, a tile at a time. Features are filled up so that all tiles have one shape:
+    the same kernel computes every score, and equal features get equal scores wherever they lie."""
+
+    def __init__(self, images: Float[Tensor, "N D"], texts: Float[Tensor, "M D"]) -> None:
+        self.num_images, self.num_texts = len(images), len(texts)
+        self.rows, self.columns = _tile_size(len(images), _TILE_IMAGES), _tile_size(len(texts), _TILE_TEXTS)
+        self.images = F.pad(images.float(), (0, 0, 0, -len(images) % self.rows))
+        self.texts = F.pad(texts.float(), (0, 0, 0, -len(texts) % self.columns))
+        self._scores = torch.empty(self.rows, self.columns, device=images.device)
+
+    def row_slices(self) -> list[slice]:
+        """The pictures of each row of tiles."""
+        return _slices(self.num_images, self.rows)
+
+    def column_slices(self) -> list[slice]:
+        """The captions of each column of tiles."""
+        return _slices(self.num_texts, self.columns)
+
+    def scores(self, rows: slice, columns: slice) -> Float[Tensor, "R C"]:
+        """One tile, without the filling; the next call overwrites it."""
+        images = self.images[rows.start : rows.start + self.rows]
+        texts = self.texts[columns.start : columns.start + self.columns]
+        torch.mm(images, texts.T, out=self._scores)
+        return self._scores[: rows.stop - rows.start, : columns.stop - columns.start]
+
+
+def _count(tiles: _Tiles, owner: Int[Tensor, " M"], order: Int[Tensor, " M"]) -> tuple[DirectionRanks, DirectionRanks]:
+    """Ranks of pictures and of captions; `owner` [M] rises, `order` [M] is a caption's place among the candidates."""
+    own_score = _own_scores(tiles, owner)
+    lowest = own_score.new_full((tiles.num_images,), -torch.inf)
+    best = lowest.scatter_reduce(0, owner, own_score, "amax")  # [N]
+    is_best = own_score == best[owner]  # [M]
+    last = order.new_full((tiles.num_images,), tiles.num_texts)
+    first = last.scatter_reduce(0, owner, order.masked_fill(~is_best, tiles.num_texts), "amin")  # [N]
+    place = torch.arange(tiles.num_images, device=owner.device)
+    of_images, of_texts = _Counts(tiles, tiles.num_images, dim=1), _Counts(tiles, tiles.num_texts, dim=0)
+    for rows in tiles.row_slices():
+        for columns in tiles.column_slices():
+            scores = tiles.scores(rows, columns)
+            of_images.add(rows, scores, best[rows, None], order[None, columns], first[rows, None])
+            of_texts.add(columns, scores, own_score[None, columns], place[rows, None], owner[None, columns])
+    num_best = torch.zeros_like(of_images.equal).index_add_(0, owner, is_best.to(torch.int32))
+    return of_images.ranks(num_best), of_texts.ranks(torch.ones_like(of_texts.equal))
+
+
+class _Counts:
+    """Of Q queries along one side of the tiles, how many candidates score higher than the best match or the same."""
+
+    def __init__(self, tiles: _Tiles, num_queries: int, dim: int) -> None:
+        self.dim = dim  # of the candidates
+        zeros = torch.zeros(num_queries, dtype=torch.int32, device=tiles.images.device)
+        self.higher, self.equal, self.equal_and_earlier = zeros, zeros.clone(), zeros.clone()
+        self._mask = torch.empty(tiles.rows, tiles.columns, dtype=torch.bool, device=tiles.images.device)
+
+    def add(
+        self, queries: slice, scores: Float[Tensor, "R C"], best: Tensor, candidate: Tensor, first_match: Tensor
+    ) -> None:
+        """Count one tile. `best` and `first_match` broadcast along the candidates, `candidate` along the queries."""
+        mask = self._mask[: scores.shape[0], : scores.shape[1]]
+        higher = torch.gt(scores, best, out=mask).sum(self.dim, dtype=torch.int32)
+        equal = torch.ge(scores, best, out=mask).sum(self.dim, dtype=torch.int32) - higher
+        self.higher[queries] += higher
+        self.equal[queries] += equal
+        if equal.any():  # rare, but for the tiles along the diagonal, which hold the matches themselves
+            earlier = (scores == best) & (candidate < first_match)
+            self.equal_and_earlier[queries] += earlier.sum(self.dim, dtype=torch.int32)
+
+    def ranks(self, num_best: Int[Tensor, " Q"]) -> DirectionRanks:
+        """The ranks, where `num_best` matches of each query share its best score."""
+        best_case = 1 + self.higher.long()
+        tied = self.equal > num_best
+        return DirectionRanks((best_case + self.equal_and_earlier).cpu(), best_case.cpu(), tied.cpu())
+
+
+def _own_scores(tiles: _Tiles, owner: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
+    """The score of each caption with its own picture, taken from the tile that holds the pair."""
+    own_score = tiles.images.new_empty(tiles.num_texts)
+    rows = tiles.row_slices()
+    for columns in tiles.column_slices():
+        image = owner[columns]  # [C], rising
+        tile_row = image // tiles.rows
+        for row in range(int(tile_row[0]), int(tile_row[-1]) + 1):
+            caption = (tile_row == row).nonzero()[:, 0]
+            if len(caption):
+                scores = tiles.scores(rows[row], columns)
+                own_score[columns.start + caption] = scores[image[caption] - rows[row].start, caption]
+    return own_score
+
+
+def _tile_size(count: int, largest: int) -> int:
+    return min(largest, -(-count // _TILE_STEP) * _TILE_STEP)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _recall(ranks: Int[Tensor, " Q"]) -> dict[str, float]:
+    return {f"r{k}": float((ranks <= k).double().mean() * 100) for k in RECALL_AT}
+
+
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """No autocast, and matmuls without TF32 or bfloat16, whose rounding would make ties; restored afterwards."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

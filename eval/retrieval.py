@@ -1,6 +1,7 @@
 """Image-text retrieval: recall at 1, 5 and 10 both ways, for any protocol of protocols.py, as a command and a library.
 
     python eval/retrieval.py --checkpoint RUN_OR_FILE --protocol urban1k --root data/Urban1k --json urban1k.json
+    torchrun --nproc_per_node=2 eval/retrieval.py ...  # the pictures and captions shared among processes
 
 Shapes: N pictures, M captions, D embedding width.
 """
@@ -16,14 +17,20 @@ import torch
 import tyro
 from jaxtyping import Float, Int
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from eval.command_line import EvaluationOptions, write_json
+from eval.atomic_files import write_json
+from eval.checksums import SHA256SUMS, verify_sha256sums
+from eval.command_line import EvaluationOptions
 from eval.features import Encoding, Unreadable, encode_captions, encode_images
 from eval.models import ClipModel
-from eval.protocols import PROTOCOLS, RetrievalSet, load_retrieval_set
+from eval.processes import all_results, is_main_process, start
+from eval.protocols import PROTOCOLS, TIES, RetrievalSet, load_retrieval_set
 from eval.recall import recall_metrics
+from eval.retrieved_text import retrieved_text_quality
 from longclip_teacher.errors import InputError, run_command
 
 __all__ = ["EncodedSet", "encode_retrieval_set", "evaluate_retrieval", "retrieval_figures"]
@@ -89,6 +96,7 @@ def retrieval_figures(model: ClipModel, retrieval_set: RetrievalSet, encoded: En
         "num_unreadable": len(encoded.unreadable),
         "unreadable": [lost.name for lost in encoded.unreadable],
         "count_mismatch": retrieval_set.count_mismatch,
+        "sha256": retrieval_set.sha256,
         **recall_metrics(encoded.image_features, encoded.text_features, encoded.caption_image),
     }
 
@@ -100,16 +108,23 @@ class Options(EvaluationOptions):
     python eval/retrieval.py --checkpoint runs/distil --protocol urban1k --root data/Urban1k --json urban1k.json
     python eval/retrieval.py --checkpoint longclip-b --protocol coco2017val --root data/coco --precision bf16
     python eval/retrieval.py --protocol list
+    torchrun --nproc_per_node=4 eval/retrieval.py --checkpoint longclip-l --protocol flickr30k_all --root data/flickr30k
+
+    Of equal scores the earlier candidate counts first; the JSON gives recall with every tie won as best_case.
     """
 
     protocol: Annotated[str, tyro.conf.arg(metavar="NAME|list")] = "folder"
-    """The benchmark: sharegpt4v_1k, urban1k, coco2017val, folder; `list` explains each and what files it needs."""
+    """The benchmark, such as urban1k; `list` explains each, what files it needs and what it compares with."""
     root: Path | None = None
     """The folder that holds the benchmark's files."""
     annotations: Path | None = None
-    """The captions JSON of sharegpt4v_1k or coco2017val, where it is not in its usual place below --root."""
+    """The file of captions, for a protocol that has one, where it is not in its usual place below --root."""
     limit: int | None = None
     """Use the first so many pictures only: for a quick look, not for a figure to report."""
+    retrieved_text: bool = False
+    """Also say how good the caption is that is found for each picture: BLEU-4, variety of words."""
+    verify: bool = False
+    """First check every file that ROOT/SHA256SUMS names."""
 
 
 def main() -> None:
@@ -121,14 +136,33 @@ def main() -> None:
     if options.root is None:
         raise InputError("pass --root DIR, the folder that holds the benchmark's files (--protocol list says which)")
     options.check()
-    retrieval_set = load_retrieval_set(options.protocol, options.root, options.limit, options.annotations)
-    if retrieval_set.count_mismatch:
+    with start(options.device, allow_tf32=False) as runtime:
+        result = run(options, options.root)
+        if runtime.is_main:
+            print_table(result)
+            if options.json is not None:
+                write_json(options.json, result)
+
+
+def run(options: Options, root: Path) -> dict[str, Any]:
+    """The JSON of the command; every process of torchrun gets it."""
+    if options.verify:
+        all_results(lambda: _verify(root) if is_main_process() else {})
+    retrieval_set = load_retrieval_set(options.protocol, root, options.limit, options.annotations)
+    if retrieval_set.count_mismatch and is_main_process():
         print(f"warning: {retrieval_set.count_mismatch}", file=sys.stderr)
-    result = {"checkpoint": options.checkpoint, "precision": options.precision}
-    result |= evaluate_retrieval(options.load(), retrieval_set, options.encoding())
-    print_table(result)
-    if options.json is not None:
-        write_json(options.json, result)
+    model = options.load()
+    encoded = encode_retrieval_set(model, retrieval_set, options.encoding())
+    figures = retrieval_figures(model, retrieval_set, encoded)
+    if options.retrieved_text:
+        figures["retrieved_text"] = retrieved_text_quality(encoded)
+    return {"checkpoint": options.checkpoint, "precision": options.precision, **figures}
+
+
+def _verify(root: Path) -> dict[str, Tensor]:
+    num_files = verify_sha256sums(root, show_progress=True)
+    print(f"{num_files} files are what {SHA256SUMS} says", file=sys.stderr)
+    return {}
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -142,6 +176,8 @@ def print_table(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     notes = [f"{result['num_truncated']} captions cut at {result['context_length']} tokens"]
+    if text := result.get("retrieved_text"):
+        notes.append(f"captions found: BLEU-4 {text['bleu4']:.1f}, {text['distinct_captions']:.1f}% of them distinct")
     if result["num_unreadable"]:
         notes.append(
             f"{result['num_unreadable']} pictures unreadable and left out, the first: {result['unreadable'][0]}"
@@ -152,19 +188,36 @@ def print_table(result: dict[str, Any]) -> None:
             f"{tied:.0f}% of the queries tie with a wrong candidate, of which the earlier counts: "
             "captions or features repeat"
         )
+    best_case = [
+        f"{name} {', '.join(f'{value:.1f}' for value in result[way]['best_case'].values())}"
+        for way, name in (("i2t", "image to text"), ("t2i", "text to image"))
+        if any(f"{value:.1f}" != f"{result[way][key]:.1f}" for key, value in result[way]["best_case"].items())
+    ]
+    if best_case:
+        notes.append(f"R@1, 5, 10 if every tie were won, not the figures to report: {'; '.join(best_case)}")
     for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
 def print_protocols() -> None:
-    """What each protocol is and which files it needs, on stdout."""
+    """What each protocol is, which files it needs and what it compares with, on stdout."""
     console = Console()
     for protocol in PROTOCOLS.values():
-        counts = (
-            f"{protocol.num_images} pictures, {protocol.num_captions} captions" if protocol.num_images else "any number"
+        about = "about " if protocol.count_tolerance else ""
+        counts = f"{about}{protocol.num_images} pictures, {protocol.num_captions} captions"
+        console.print(
+            f"[bold]{protocol.name}[/bold] ({counts if protocol.num_images else 'any number'})", highlight=False
         )
-        console.print(f"[bold]{protocol.name}[/bold] ({counts})", highlight=False)
-        console.print(f"  {protocol.definition}\n  Files: {protocol.files}\n", markup=False, highlight=False)
+        for label, text in (
+            ("What", protocol.about),
+            ("Files", protocol.files),
+            ("Caption", protocol.caption_rule),
+            ("Matches", protocol.one_to_many),
+            ("Compares", protocol.compare),
+        ):
+            console.print(Padding(Text(f"{label}: {text}"), (0, 0, 0, 2)))
+        console.print()
+    console.print(Text(TIES))
 
 
 if __name__ == "__main__":

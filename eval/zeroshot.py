@@ -1,40 +1,66 @@
 """Zero-shot classification (Radford et al. 2021, section 3.1): a class is the mean of its name in many templates.
 
-Shapes: C classes, T templates, B batch, D embedding width.
+Shapes: C classes, T templates, N pictures, D embedding width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
 
-from eval.features import (
-    Encoding,
-    Unreadable,
-    encode_captions,
-    evaluation_mode,
-    image_batches,
-    model_device,
-    refuse_many_unreadable,
-    show_track,
-)
-from eval.labelled_images import find_labelled_images
+from eval.confusion import Matrix, confused_pairs, confusion_matrix, mean_recall, recall_by_class
+from eval.features import Encoding, encode_captions, show_track
+from eval.labelled_features import LabelledFeatures, encode_labelled
+from eval.labelled_images import LabelledImages, find_labelled_images
 from eval.models import ClipModel
 from longclip_teacher.errors import InputError
 
-__all__ = ["OPENAI_TEMPLATES", "SIMPLE_TEMPLATES", "evaluate_zeroshot", "zeroshot_classifier"]
+__all__ = [
+    "CIFAR_TEMPLATES",
+    "OPENAI_TEMPLATES",
+    "SIMPLE_TEMPLATES",
+    "ZeroshotAnswers",
+    "classify",
+    "evaluate_zeroshot",
+    "zeroshot_classifier",
+    "zeroshot_figures",
+]
 
 OPENAI_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)  # 80
 SIMPLE_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in SIMPLE_IMAGENET_TEMPLATES)  # 7
+_CIFAR_PHOTOS = (
+    *("a photo of {} {{}}.", "a blurry photo of {} {{}}.", "a black and white photo of {} {{}}."),
+    *("a low contrast photo of {} {{}}.", "a high contrast photo of {} {{}}.", "a bad photo of {} {{}}."),
+    *("a good photo of {} {{}}.", "a photo of {} small {{}}.", "a photo of {} big {{}}."),
+)
+CIFAR_TEMPLATES: tuple[str, ...] = tuple(  # 18, those of CLIP's authors for CIFAR-10 and -100
+    photo.format(article) for article in ("a", "the") for photo in _CIFAR_PHOTOS
+)
+TOP = 5
 _CLASSES_AT_ONCE = 64  # 5120 prompts: enough of like length to fill batches, few enough to hold
+_SCORES_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class ZeroshotAnswers:
+    """What a model answers: `best` [N,5] are each picture's classes of highest score, best first (all, if fewer)."""
+
+    labelled: LabelledImages
+    pictures: LabelledFeatures
+    best: Int64[Tensor, "N top"]
+    num_templates: int
+
+    def confusion(self) -> Matrix:
+        """Pictures by true class (rows) and first answer (columns)."""
+        return confusion_matrix(self.pictures.targets, self.best[:, 0], len(self.labelled.classnames))
 
 
 def zeroshot_classifier(
@@ -65,53 +91,55 @@ def evaluate_zeroshot(
     model: ClipModel,
     source: str | Path,
     classnames: Sequence[str] | None = None,
-    templates: Sequence[str] = OPENAI_TEMPLATES,
+    templates: Sequence[str] | None = None,
     encoding: Encoding = Encoding(),
 ) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy (percent) on a folder of class folders or on shards, as the JSON has them.
+    """Zero-shot figures on a folder of class folders or on shards, as the JSON has them: see `zeroshot_figures`.
 
-    `source` and `classnames` are find_labelled_images's. The model keeps the training mode it was in.
+    `source` and `classnames` are find_labelled_images's. Templates left out are the data set's: CIFAR's 18 for CIFAR,
+    the 80 of ImageNet otherwise. The model keeps the training mode it was in.
     Unreadable pictures are left out and named; more than 1% of them is an InputError.
     """
-    labelled = find_labelled_images(source, classnames)
+    return zeroshot_figures(classify(model, find_labelled_images(source, classnames), templates, encoding))
+
+
+def classify(
+    model: ClipModel,
+    labelled: LabelledImages,
+    templates: Sequence[str] | None = None,
+    encoding: Encoding = Encoding(),
+) -> ZeroshotAnswers:
+    """A model's answers for labelled pictures: the classes whose embeddings have the highest cosines."""
+    if templates is None:
+        templates = OPENAI_TEMPLATES if labelled.cifar is None else CIFAR_TEMPLATES
     classifier = zeroshot_classifier(model, labelled.classnames, templates, encoding)
-    batches = image_batches(labelled.dataset(model.preprocess), encoding, model_device(model))
-    num_images, unreadable = 0, list[Unreadable]()
-    hits = torch.zeros(2, dtype=torch.int64, device=classifier.device)  # top-1, top-5
-    with evaluation_mode(model, encoding.precision):
-        for batch in batches:
-            unreadable += batch.unreadable
-            if labelled.files:
-                refuse_many_unreadable(unreadable, len(labelled.files))
-            if len(batch.images):
-                num_images += len(batch.images)
-                hits += _hits(model.encode_image(batch.images), classifier, batch.targets.to(classifier.device))
-    refuse_many_unreadable(unreadable, num_images + len(unreadable))
-    if not num_images:
-        raise InputError(f"no pictures with classes at {source}")
-    top1, top5 = (hits.double() * 100 / num_images).tolist()
+    pictures = encode_labelled(model, labelled, encoding)
+    return ZeroshotAnswers(labelled, pictures, _best_classes(pictures.features, classifier), len(templates))
+
+
+def zeroshot_figures(answers: ZeroshotAnswers) -> dict[str, Any]:
+    """Top-1, top-5 and mean per-class accuracy in percent, each class's own, and the 20 pairs confused most."""
+    labelled, pictures = answers.labelled, answers.pictures
+    hits = answers.best == pictures.targets[:, None]  # [N,5]
+    num_images, matrix = len(pictures.targets), answers.confusion()
     return {
         "dataset": labelled.name,
+        "source": labelled.source,
         "num_images": num_images,
         "num_classes": len(labelled.classnames),
-        "num_templates": len(templates),
-        "num_unreadable": len(unreadable),
-        "unreadable": [lost.name for lost in unreadable],
-        "count_mismatch": _count_mismatch(labelled.num_expected, num_images + len(unreadable)),
-        "top1": top1,
-        "top5": top5,
+        "num_templates": answers.num_templates,
+        "num_unreadable": len(pictures.unreadable),
+        "unreadable": [lost.name for lost in pictures.unreadable],
+        "count_mismatch": labelled.count_mismatch(pictures.num_found),
+        "top1": int(hits[:, 0].sum()) * 100 / num_images,
+        "top5": int(hits.sum()) * 100 / num_images,
+        "mean_per_class": mean_recall(matrix),
+        "per_class": recall_by_class(matrix, labelled.classnames),
+        "confusion": confused_pairs(matrix, labelled.classnames),
     }
 
 
-def _hits(features: Float[Tensor, "B D"], classifier: Float[Tensor, "C D"], targets: Tensor) -> Tensor:
-    """How many of the batch have the right class first, and among the first five."""
-    with torch.autocast(features.device.type, enabled=False):  # bf16 scores would tie
-        scores = features.float() @ classifier.T  # a picture's own norm does not change the order of its classes
-    best = scores.topk(min(5, len(classifier)), dim=1).indices == targets[:, None]  # [B,5]
-    return torch.stack([best[:, 0].sum(), best.sum()])
-
-
-def _count_mismatch(num_expected: int | None, num_found: int) -> str | None:
-    if num_expected is None or num_found == num_expected:
-        return None
-    return f"ImageNet's validation set has {num_expected} pictures, here are {num_found}: not a figure to compare"
+def _best_classes(features: Float[Tensor, "N D"], classifier: Float[Tensor, "C D"]) -> Int64[Tensor, "N top"]:
+    blocks = features.split(max(1, _SCORES_AT_ONCE // len(classifier)))
+    top = min(TOP, len(classifier))
+    return torch.cat([(block @ classifier.T).topk(top, dim=1).indices for block in blocks])

@@ -1,4 +1,4 @@
-"""Zero-shot classification of ImageNet's validation set, or of any folder of class folders, as a command.
+"""Zero-shot classification of ImageNet's test sets, CIFAR, or any folder of class folders, as a command.
 
 python eval/zeroshot_imagenet.py --checkpoint mobileclip_s0.pt --imagenet-val data/imagenet/val --json imagenet.json
 """
@@ -16,8 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.annotation_files import read_text
-from eval.command_line import EvaluationOptions, write_json
-from eval.zeroshot import OPENAI_TEMPLATES, SIMPLE_TEMPLATES, evaluate_zeroshot
+from eval.atomic_files import write_json
+from eval.command_line import EvaluationOptions
+from eval.confusion import check_plot_path, draw_confusion
+from eval.labelled_images import DatasetName, find_labelled_images
+from eval.processes import start
+from eval.zeroshot import CIFAR_TEMPLATES, OPENAI_TEMPLATES, SIMPLE_TEMPLATES, classify, zeroshot_figures
 from longclip_teacher.errors import InputError, run_command
 
 # Where the layout of the validation folder is described
@@ -26,22 +30,32 @@ LAYOUT = "https://pytorch.org/vision/stable/generated/torchvision.datasets.Image
 
 @dataclass
 class Options(EvaluationOptions):
-    """Zero-shot top-1 and top-5 accuracy of a student, a teacher or published weights, on ImageNet or your own classes.
+    """Zero-shot accuracy of a student, a teacher or published weights, on ImageNet's test sets, CIFAR, or your classes.
 
-    ImageNet, with 80 templates; then classes of your own, one folder each, with one template:
+    ImageNet and ImageNet-R, with 80 templates; CIFAR-10, with its 18; then classes of your own, with one:
     python eval/zeroshot_imagenet.py --checkpoint mobileclip_s0.pt --variant s0 --imagenet-val data/imagenet/val
+    python eval/zeroshot_imagenet.py --checkpoint longclip-b --dataset imagenet_r --imagenet-val data/imagenet-r
+    python eval/zeroshot_imagenet.py --checkpoint longclip-b --dataset cifar10 --imagenet-val data/cifar
     python eval/zeroshot_imagenet.py --checkpoint runs/distil --imagenet-val data/pets --templates "a photo of a {}."
     """
 
     imagenet_val: Annotated[str | None, tyro.conf.arg(metavar="DIR|'DIR/*.tar'")] = None
     """The pictures. ImageNet: one folder a synset (n01440764/ILSVRC2012_val_00000293.JPEG, ...), all 1000 or some;
-    your own: one folder a class; or webdataset shards whose samples have a .jpg and a .cls (the class number)."""
+    ImageNet-V2: folders 0 to 999; CIFAR: its binary version, unpacked; your own: one folder a class; or webdataset
+    shards whose samples have a .jpg and a .cls (the class number, 0 to 199 for imagenet_a and imagenet_r)."""
+    dataset: DatasetName = "auto"
+    """Which set it is; auto finds out ImageNet and ImageNet-V2, and takes all else for classes of your own. A set given
+    by name must be whole, and imagenet_a and imagenet_r choose among their own 200 classes only. folder: any folder of
+    class folders, the folders' names taken as they are."""
     classnames: Path | None = None
-    """A text file of class names, one a line, in the sorted order of the folders. Unset: ImageNet's names for synset
-    folders and for shards, otherwise the folders' own names with _ and - as spaces."""
-    templates: Annotated[str, tyro.conf.arg(metavar="openai|simple|FILE|TEXT")] = "openai"
-    """Sentences to put the class names into: openai (80), simple (7), a text file of them (one a line, {} for the
-    name), or one in quotes, such as "a photo of a {}."."""
+    """A text file of class names, one a line, in the sorted order of the folders (in the order of the class numbers for
+    a set given by name). Unset: ImageNet's names for synset folders and for shards, CIFAR's own, otherwise the folders'
+    names with _ and - as spaces."""
+    templates: Annotated[str, tyro.conf.arg(metavar="auto|openai|simple|cifar|FILE|TEXT")] = "auto"
+    """Sentences to put the class names into: openai (80), simple (7), cifar (18), a text file of them (one a line, {}
+    for the name), or one in quotes, such as "a photo of a {}.". auto: cifar for CIFAR, otherwise openai."""
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png|FILE.svg")] = None
+    """Draw here which classes were taken for which."""
 
 
 def main() -> None:
@@ -53,13 +67,22 @@ def main() -> None:
             f"described at {LAYOUT}, or any folder of class folders"
         )
     options.check()
+    if options.plot is not None:
+        check_plot_path(options.plot)
     classnames = read_lines(options.classnames) if options.classnames is not None else None
     templates = read_templates(options.templates)
-    result = {"checkpoint": options.checkpoint, "precision": options.precision}
-    result |= evaluate_zeroshot(options.load(), options.imagenet_val, classnames, templates, options.encoding())
-    print_table(result)
-    if options.json is not None:
-        write_json(options.json, result)
+    labelled = find_labelled_images(options.imagenet_val, classnames, options.dataset)
+    with start(options.device, allow_tf32=False) as runtime:
+        answers = classify(options.load(), labelled, templates, options.encoding())
+        if not runtime.is_main:
+            return
+        result = {"checkpoint": options.checkpoint, "precision": options.precision} | zeroshot_figures(answers)
+        print_table(result)
+        if options.plot is not None:
+            title = f"{labelled.name}: top-1 {result['top1']:.1f}%, mean per class {result['mean_per_class']:.1f}%"
+            draw_confusion(answers.confusion(), labelled.classnames, title, options.plot)
+        if options.json is not None:
+            write_json(options.json, result)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -70,9 +93,9 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def read_templates(choice: str) -> Sequence[str]:
-    """The templates that --templates means."""
-    named = {"openai": OPENAI_TEMPLATES, "simple": SIMPLE_TEMPLATES}
+def read_templates(choice: str) -> Sequence[str] | None:
+    """The templates that --templates means; None leaves them to the data set."""
+    named = {"auto": None, "openai": OPENAI_TEMPLATES, "simple": SIMPLE_TEMPLATES, "cifar": CIFAR_TEMPLATES}
     if choice in named:
         return named[choice]
     if "{}" in choice:
@@ -89,11 +112,14 @@ def read_templates(choice: str) -> Sequence[str]:
 def print_table(result: dict[str, Any]) -> None:
     """The figures as a table on stdout, what casts doubt on them on stderr."""
     table = Table(title=f"zero-shot: {result['dataset']}", title_justify="left")
-    for column in ("pictures", "classes", "templates", "top-1 %", "top-5 %"):
+    for column in ("pictures", "classes", "templates", "top-1 %", "top-5 %", "mean per class %"):
         table.add_column(column, justify="right")
     counts = (str(result[key]) for key in ("num_images", "num_classes", "num_templates"))
-    table.add_row(*counts, f"{result['top1']:.1f}", f"{result['top5']:.1f}")
+    table.add_row(*counts, *(f"{result[key]:.1f}" for key in ("top1", "top5", "mean_per_class")))
     Console().print(table)
+    if result["confusion"]:
+        true, answer, count = result["confusion"][0]
+        print(f"most often wrong: {true}, taken for {answer} {count} times")
     if result["num_unreadable"]:
         print(f"{result['num_unreadable']} pictures unreadable and left out, the first: {result['unreadable'][0]}")
     if result["count_mismatch"]:

@@ -20,18 +20,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.command_line import write_json
+from eval.atomic_files import write_json
 from eval.cost import measure_costs
+from eval.figures import Column, best_models, figure_columns, format_figure, model_figures
 from eval.models import ClipModel, load_model
+from eval.report import Report, model_colours, write_report
 from eval.retrieval import encode_retrieval_set
 from eval.retrieval_examples import retrieval_examples
 from longclip_teacher.errors import InputError, run_command
 from mobileclip_student import MobileCLIP, reparameterize, save_student
 from training.config import EMBEDDED_DATA, EMBEDDED_TEACHER, TrainConfig, parse_config
+from training.curves import run_facts, training_curves
 from training.digit_scenes import write_digit_scenes
 from training.evaluate import evaluate_tests, test_sets
-from training.figures import Column, best_models, figure_columns, format_figure, model_figures
-from training.report import Report, run_facts, write_report
 
 STUDENTS = {  # what sets each student apart; data, steps, seed and optimiser are the same
     "distilled": [],
@@ -333,7 +334,8 @@ def report(options: Options, models: Mapping[str, Figures], spreads: Mapping[str
     seed = options.seeds[0]
     distilled = load_model(options.run_dir("distilled", seed))
     sets = test_sets(student_config(options))
-    facts = run_facts(options.run_dir("distilled", seed))
+    runs = {name: options.run_dir(name, seed) for name in STUDENTS}
+    facts = run_facts(runs["distilled"])
     facts["command"] = shlex.join(["python", *sys.argv])
     write_report(
         options.out / "report.html",
@@ -348,7 +350,7 @@ def report(options: Options, models: Mapping[str, Figures], spreads: Mapping[str
             columns=columns(),
             models=models,
             spreads=spreads,
-            runs={name: options.run_dir(name, seed) for name in STUDENTS},
+            sections={"Training": training_curves(runs, model_colours(models))},
             examples={
                 f"The distilled student on the {name} test": retrieval_examples(encode_retrieval_set(distilled, found))
                 for name, found in sets.items()

@@ -93,7 +93,14 @@ def test_every_preset_and_every_kind_of_setting_takes_a_step(
 
 
 @pytest.mark.parametrize(
-    "script", ["training/main.py", "eval/retrieval.py", "eval/zeroshot_imagenet.py", "scripts/quickstart.py"]
+    "script",
+    [
+        "training/main.py",
+        *(f"eval/{name}.py" for name in ("retrieval", "zeroshot_imagenet", "probes", "long_captions", "agreement")),
+        *(f"eval/{name}.py" for name in ("cost", "leakage", "compare")),
+        "scripts/quickstart.py",
+        "scripts/bench.py",
+    ],
 )
 def test_help_teaches(script: str, tmp_path: Path) -> None:
     done = command(str(ROOT / script), "--help", cwd=tmp_path)

@@ -6,6 +6,7 @@ from typing import Any
 
 from eval.features import Encoding
 from eval.models import ClipModel
+from eval.named_sets import parse_sets
 from eval.protocols import RetrievalSet, load_retrieval_set
 from eval.retrieval import evaluate_retrieval
 from eval.zeroshot import evaluate_zeroshot
@@ -39,14 +40,7 @@ def evaluate_tests(model: ClipModel, config: TrainConfig) -> dict[str, Any]:
 
 def test_sets(config: TrainConfig) -> dict[str, RetrievalSet]:
     """The retrieval sets of data.tests by name. Raises InputError for an entry that is not NAME=PROTOCOL:FOLDER."""
-    sets = {}
-    for entry in config.data.tests:
-        name, equals, place = entry.partition("=")
-        protocol, colon, root = place.partition(":")
-        if not (name and equals and colon and root):
-            raise InputError(f"--data.tests {entry}: write NAME=PROTOCOL:FOLDER, such as urban=urban1k:data/Urban1k")
-        sets[name] = load_retrieval_set(protocol, root)
-    return sets
+    return parse_sets(config.data.tests, "--data.tests")
 
 
 def check_sets(config: TrainConfig) -> None:

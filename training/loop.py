@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eval.command_line import write_json
+from eval.atomic_files import write_json
 from longclip_teacher.errors import InputError
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from training.config import TrainConfig

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from eval.command_line import write_json
+from eval.atomic_files import write_json, write_text
+from eval.environment import environment_record, uncommitted_changes
 from training.config import TrainConfig, config_to_toml
 from training.distributed import Runtime
 
-__all__ = ["RunLog", "read_metrics", "write_text"]
-
-_PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "webdataset", "numpy", "pillow")
+__all__ = ["RunLog", "read_metrics"]
 
 
 class RunLog:
@@ -108,13 +101,6 @@ def read_metrics(run_dir: Path, group: str = "train") -> list[dict[str, float]]:
     return rows
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _forget_after(path: Path, step: int) -> None:
     """Drop the records of what a run resumed at `step` does again: later steps, and the validation at this one."""
     if not path.exists():
@@ -132,36 +118,6 @@ def _forget_after(path: Path, step: int) -> None:
 
 def _write_environment(out_dir: Path) -> None:
     """environment.json: versions, machine, command and commit; uncommitted changes go to git.diff."""
-    root = Path(__file__).resolve().parent.parent
-    diff = _git(root, "diff", "HEAD")
-    record = {
-        "command": [sys.executable, *sys.argv],
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "machine": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "threads": torch.get_num_threads(),
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(diff),
-    }
-    write_json(out_dir / "environment.json", record)
-    if diff:
+    write_json(out_dir / "environment.json", environment_record())
+    if diff := uncommitted_changes():
         write_text(out_dir / "git.diff", diff + "\n")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git(root: Path, *args: str) -> str | None:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

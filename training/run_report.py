@@ -8,16 +8,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.command_line import write_json
+from eval.atomic_files import write_json
 from eval.cost import measure_costs
+from eval.figures import Figures, best_models, figure_columns, format_figure, model_figures
 from eval.models import ClipModel, load_model
+from eval.report import Report, model_colours, write_report
 from eval.retrieval import encode_retrieval_set
 from eval.retrieval_examples import retrieval_examples
 from training.config import TrainConfig
+from training.curves import run_facts, training_curves
 from training.distributed import Runtime
 from training.evaluate import evaluate_tests, test_sets
-from training.figures import Figures, best_models, figure_columns, format_figure, model_figures
-from training.report import Report, run_facts, write_report
 
 __all__ = ["report_run"]
 
@@ -60,7 +61,7 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
             paragraphs=[_summary(config, teacher is not None)],
             columns=columns,
             models=figures,
-            runs={config.run.train: out_dir},
+            sections={"Training": training_curves({config.run.train: out_dir}, model_colours(figures))},
             examples={
                 f"The {config.run.train} on {name}": retrieval_examples(
                     encode_retrieval_set(models[config.run.train], found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eval.cost import CAPTION_TOKENS, measure_cost, measure_costs
+from eval import cost as cost_module
+from eval.cost import CAPTION_TOKENS, measure_cost, measure_costs, measure_full_cost, measure_full_costs
+from longclip_teacher import LongCLIP, create_teacher, save_teacher
+from longclip_teacher.config import ImageTowerConfig, TeacherConfig, TextTowerConfig
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from mobileclip_student import MobileCLIP, create_student, reparameterize, save_student
@@ -96,3 +101,114 @@ def test_a_real_student_and_its_file(tiny_student: MobileCLIP, tmp_path: Path) -
 def test_no_repeats_is_an_error(tiny_student: MobileCLIP) -> None:
     with pytest.raises(InputError, match="1 or more repeats, got 0"):
         measure_cost(tiny_student, repeats=0)
+
+
+def block_flops(length: int, width: int, queries: int) -> int:
+    """A transformer block whose output is wanted at `queries` of `length` positions, two a multiply-accumulate."""
+    keys_and_values = length * width * 2 * width
+    query_and_output = 2 * queries * width * width
+    attention = 2 * queries * length * width  # scores, then the weighted sum of the values
+    mlp = 2 * queries * width * 4 * width
+    return 2 * (keys_and_values + query_and_output + attention + mlp)
+
+
+@pytest.fixture(scope="module")
+def tiny_teacher() -> LongCLIP:
+    torch.manual_seed(0)
+    return create_teacher("tiny").eval()
+
+
+@pytest.mark.parametrize("num_tokens", [77, 248])
+def test_flops_of_a_caption_are_those_of_the_equations(tiny_teacher: LongCLIP, num_tokens: int) -> None:
+    """Two causal blocks 96 wide, of which the last is computed at the end token alone, and a projection to 128."""
+    by_hand = block_flops(num_tokens, 96, num_tokens) + block_flops(num_tokens, 96, 1) + 2 * 96 * 128
+    assert measure_full_cost(tiny_teacher, repeats=1)[f"flops_text_{num_tokens}"] == by_hand
+
+
+def test_flops_of_a_picture_are_those_of_the_equations(tiny_teacher: LongCLIP) -> None:
+    """3x3 convolutions of stride 2 to 24, 48 and 96 channels, 1x1 to 96, then three blocks on 36 patches + class."""
+    stem = 9 * (3 * 24 * 24**2 + 24 * 48 * 12**2 + 48 * 96 * 6**2) + 96 * 96 * 6**2
+    by_hand = 2 * stem + 2 * block_flops(37, 96, 37) + block_flops(37, 96, 1) + 2 * 96 * 128
+    assert measure_full_cost(tiny_teacher, repeats=1)["flops_image"] == by_hand
+
+
+def test_flops_do_not_depend_on_how_attention_is_computed(tmp_path: Path) -> None:
+    """A plain ViT in eval mode without gradients takes torch's fused path, which a counter would pass over."""
+    layer = nn.TransformerEncoderLayer(32, 4, dim_feedforward=128, batch_first=True).eval()
+    tokens = torch.randn(1, 10, 32)
+    with torch.no_grad():
+        assert cost_module._flops(lambda: layer(tokens)) == block_flops(10, 32, 10)
+        assert torch.backends.mha.get_fastpath_enabled()  # as it was before
+        depthwise = nn.Conv2d(8, 8, 5, groups=8, padding=2)
+        assert cost_module._flops(lambda: depthwise(torch.randn(2, 8, 6, 6))) == 2 * 2 * 8 * 25 * 36
+
+
+def test_flops_of_a_masked_student_count_what_it_reads(tiny_student: MobileCLIP) -> None:
+    """The student's towers are not causal: a caption of 77 tokens costs what it costs at a context of 77."""
+    torch.manual_seed(0)
+    short = create_student("tiny", context_length=77).eval()
+    long_cost, short_cost = measure_full_cost(tiny_student, repeats=1), measure_full_cost(short, repeats=1)
+    assert long_cost["flops_text_77"] == short_cost["flops_text_77"]
+    assert long_cost["flops_text_248"] > 3 * long_cost["flops_text_77"]  # attention grows with the square
+    absent = {key for key, value in short_cost.items() if value is None}
+    assert absent == {"bytes", "flops_text_248", "text_248_ms_b1", "text_248_ms_b32"}
+
+
+def test_full_costs_before_and_after_reparameterisation(tiny_student: MobileCLIP) -> None:
+    costs = measure_full_costs({"plain": tiny_student, "fused": reparameterize(tiny_student)}, repeats=1)
+    plain, fused = costs["plain"], costs["fused"]
+    assert plain.keys() == fused.keys()
+    for key in ("params", "params_image", "params_text", "flops_image"):
+        assert 0 < fused[key] < plain[key], key  # type: ignore[operator]
+    assert fused["flops_text_248"] == plain["flops_text_248"]  # its one branch is a BatchNorm, which is not counted
+    for cost in costs.values():
+        assert cost["params"] == cost["params_image"] + cost["params_text"] + 1  # type: ignore[operator]
+        assert cost["peak_bytes_b32"] > cost["peak_bytes_b1"] > 4 * cost["params"]  # type: ignore[operator]
+        assert cost["text_248_ms_b32"] > cost["text_77_ms_b1"] > 0  # type: ignore[operator]
+        assert cost["threads"] == torch.get_num_threads()
+    assert not tiny_student.training
+
+
+def test_peak_memory_is_the_most_that_is_alive_at_a_time() -> None:
+    def call() -> Tensor:
+        first = torch.ones(1 << 20)  # 4 MiB
+        second = first + 1  # 8 MiB alive
+        del first
+        return (second + 1).sum()  # 8 MiB again, never 12
+
+    peak = cost_module._peak_of_call(call, torch.device("cpu"))
+    assert peak is not None and 8 << 20 <= peak < (8 << 20) + 1000
+
+
+def test_captions_have_exactly_the_length_asked_for(tiny_student: MobileCLIP) -> None:
+    class PairsTokenizer:  # each word is two tokens, "a" is one, and one token ends the caption
+        def count_tokens(self, text: str) -> int:
+            return 1 + sum(1 if word == "a" else 2 for word in text.split())
+
+    class Other:
+        tokenizer = PairsTokenizer()
+
+    for num_tokens in (77, 100, 248):
+        for model in (tiny_student, Other()):
+            caption = cost_module._caption(model, num_tokens)  # type: ignore[arg-type]
+            assert model.tokenizer.count_tokens(caption) == num_tokens  # type: ignore[attr-defined]
+
+
+def test_the_command(
+    tiny_student: MobileCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_student(tiny_student, tmp_path / "run" / "best.safetensors")
+    small = TeacherConfig(16, ImageTowerConfig(16, 8, 16, 1, 1), TextTowerConfig(16, 1, 1, 77))
+    save_teacher(LongCLIP(small), tmp_path / "teacher.safetensors")
+    for checkpoint, names in (("run", ["as loaded", "reparameterised"]), ("teacher.safetensors", ["as loaded"])):
+        arguments = ["--checkpoint", str(tmp_path / checkpoint), "--repeats", "1", "--json", str(tmp_path / "a.json")]
+        monkeypatch.setattr(sys, "argv", ["cost.py", *arguments, "--device", "cpu"])
+        cost_module.main()
+        shown, written = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+        assert list(written["costs"]) == names
+        assert all(name in shown for name in names) and "FLOPs are 2 x MACs" in shown
+        assert all(cost["bytes"] > cost["params"] for cost in written["costs"].values())
+    assert "-" in shown  # no caption of 248 tokens for this teacher
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--checkpoint", str(tmp_path / "run"), "--threads", "0"])
+    with pytest.raises(InputError, match="--threads 0: 1 or more"):
+        cost_module.main()

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eval.protocols import RetrievalSet, load_retrieval_set
-from eval.retrieval import encode_retrieval_set
-from eval.retrieval_examples import pick_examples, retrieval_examples
+from eval.recall import retrieval_ranks
+from eval.retrieval import EncodedSet, encode_retrieval_set
+from eval.retrieval_examples import pick_examples, retrieval_examples, worst_examples
 
 
 def test_known_colours_are_all_found(colour_model: torch.nn.Module, colour_folder: Path) -> None:
@@ -84,3 +85,21 @@ def _colour_named(caption: str) -> tuple[int, int, int]:
     values = {"black": (0, 0, 0), "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
     values |= {"yellow": (255, 255, 0), "purple": (255, 0, 255), "aqua": (0, 255, 255), "white": (255, 255, 255)}
     return values[caption.split()[1]]
+
+
+def test_the_worst_are_the_queries_of_the_worst_ranks_each_picture_once() -> None:
+    generator = torch.Generator().manual_seed(1)
+    images = F.normalize(torch.randn(12, 8, generator=generator), dim=1)
+    captions = F.normalize(torch.randn(36, 8, generator=generator), dim=1)
+    owner = torch.arange(36) // 3
+    paths, texts = [Path(f"{i}.png") for i in range(12)], [f"caption {j}" for j in range(36)]
+    encoded = EncodedSet(paths, texts, images, captions, owner, 0, [])
+    ranks = retrieval_ranks(images, captions, owner)
+    examples = worst_examples(encoded, ranks, num_examples=3, num_answers=2)
+    shown = [example.answers[-1].rank for example in examples]
+    assert shown[:3] == sorted(ranks.i2t.ranks.tolist(), reverse=True)[:3]
+    of_pictures = ranks.t2i.ranks.reshape(12, 3).amax(dim=1).tolist()
+    assert shown[3:] == sorted(of_pictures, reverse=True)[:3]
+    assert not any(example.is_success for example in examples)
+    perfect = EncodedSet(paths, texts[:12], images, images, torch.arange(12), 0, [])
+    assert worst_examples(perfect, retrieval_ranks(images, images, torch.arange(12)), num_examples=3) == []

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -13,7 +15,16 @@ from torch import nn
 
 from eval.features import Encoding
 from eval.labelled_images import find_labelled_images
-from eval.zeroshot import OPENAI_TEMPLATES, SIMPLE_TEMPLATES, _hits, evaluate_zeroshot, zeroshot_classifier
+from eval.zeroshot import (
+    CIFAR_TEMPLATES,
+    OPENAI_TEMPLATES,
+    SIMPLE_TEMPLATES,
+    _best_classes,
+    classify,
+    evaluate_zeroshot,
+    zeroshot_classifier,
+    zeroshot_figures,
+)
 from longclip_teacher.errors import InputError
 
 NAMES = ["black", "red", "green", "blue", "yellow", "purple", "aqua", "white"]
@@ -36,6 +47,17 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 def test_templates_are_open_clips() -> None:
     assert len(OPENAI_TEMPLATES) == 80 and len(SIMPLE_TEMPLATES) == 7
     assert OPENAI_TEMPLATES[0] == "a bad photo of a {}." and SIMPLE_TEMPLATES[0] == "itap of a {}."
+
+
+def test_cifar_templates_are_clips_eighteen() -> None:
+    assert len(set(CIFAR_TEMPLATES)) == 18
+    benchmark = importlib.util.find_spec("clip_benchmark")
+    if benchmark is None or benchmark.origin is None:
+        pytest.skip("clip-benchmark is not installed")
+    lists = Path(benchmark.origin).parent / "datasets" / "en_zeroshot_classification_templates.json"
+    theirs = json.loads(lists.read_text())
+    for name in ("cifar10", "cifar100"):
+        assert [template.replace("{c}", "{}") for template in theirs[name]] == list(CIFAR_TEMPLATES)
 
 
 def test_a_class_is_the_normalised_mean_of_its_normalised_templates(colour_model: nn.Module) -> None:
@@ -81,8 +103,51 @@ def test_wrong_and_nearly_right_answers_are_counted(colour_model: nn.Module, col
 
 def test_top_five_ends_at_the_fifth() -> None:
     classifier = torch.tensor([[7.0], [6.0], [5.0], [4.0], [3.0], [2.0]])  # best to worst for a positive feature
-    hits = [_hits(torch.ones(1, 1), classifier, torch.tensor([target])).tolist() for target in range(6)]
-    assert hits == [[1, 1], [0, 1], [0, 1], [0, 1], [0, 1], [0, 0]]
+    assert _best_classes(torch.ones(1, 1), classifier).tolist() == [[0, 1, 2, 3, 4]]
+    assert _best_classes(-torch.ones(1, 1), classifier[:2]).tolist() == [[1, 0]]
+
+
+def test_figures_of_unequal_classes_by_hand(colour_model: nn.Module, tmp_path: Path) -> None:
+    """Six red pictures, all found; two that look green but are filed under blue; so 75% of pictures, 50% of classes."""
+    for folder, colour, number in (("blue", "lime", 2), ("green", "lime", 0), ("red", "red", 6)):
+        (tmp_path / folder).mkdir()
+        for index in range(number):
+            (tmp_path / folder / f"{index}.png").write_bytes(png(colour))
+    (tmp_path / "green" / "0.png").write_bytes(png("lime"))
+    result = evaluate_zeroshot(colour_model, tmp_path, templates=["{}"])
+    assert result["top1"] == pytest.approx(700 / 9) and result["top5"] == 100.0
+    assert result["mean_per_class"] == pytest.approx(200 / 3)
+    assert result["per_class"] == [
+        {"class": "blue", "num_images": 2, "accuracy": 0.0},
+        {"class": "green", "num_images": 1, "accuracy": 100.0},
+        {"class": "red", "num_images": 6, "accuracy": 100.0},
+    ]
+    assert result["confusion"] == [["blue", "green", 2]] and result["source"] == str(tmp_path)
+
+
+def test_files_and_shards_give_the_same_figures(colour_model: nn.Module, colour_classes: Path, tmp_path: Path) -> None:
+    members = []
+    for number, folder in enumerate(sorted(colour_classes.iterdir())):
+        for picture in sorted(folder.iterdir()):
+            name = f"{folder.name}_{picture.stem}"
+            members += [(f"{name}.png", picture.read_bytes()), (f"{name}.cls", str(number).encode())]
+    write_tar(tmp_path / "0.tar", members)
+    names = ["red", "black", *(path.name.replace("_", " ") for path in sorted(colour_classes.iterdir())[2:])]
+    both = [evaluate_zeroshot(colour_model, source, names, ["{}"]) for source in (colour_classes, tmp_path / "*.tar")]
+    for result in both:
+        del result["dataset"], result["source"]
+    assert both[0] == both[1] and both[0]["top1"] < 100
+
+
+def test_cifar_as_a_whole(colour_model: nn.Module, tmp_path: Path) -> None:
+    """Two records of the binary version, of red and of blue pixels, of classes that are called so."""
+    (tmp_path / "batches.meta.txt").write_text("red\nblue\ngreen\nblack\nwhite\naqua\npurple\nyellow\ncat\ndog\n\n")
+    red, blue = bytes([0]) + b"\xff" * 1024 + bytes(2048), bytes([1]) + bytes(2048) + b"\xff" * 1024
+    (tmp_path / "test_batch.bin").write_bytes(red + blue + blue)
+    answers = classify(colour_model, find_labelled_images(tmp_path, dataset="cifar10"))
+    result = zeroshot_figures(answers)
+    assert (result["dataset"], result["num_images"], result["num_templates"]) == ("cifar10", 3, 18)
+    assert result["top1"] == 100.0 and result["count_mismatch"].startswith("CIFAR-10's test split has 10000 pictures")
 
 
 def test_synset_folders_have_imagenets_class_numbers(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""report.html: what a run gave, as one page that needs nothing else: table, bars, training curves, retrieval examples.
+"""report.html: what models do, as one page that needs nothing else: table, bars, charts, retrieval examples.
 
 The page loads nothing from anywhere: pictures are data: URIs, charts are inline SVG, and a content security policy in
 its head forbids the rest.
@@ -8,59 +8,50 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import math
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from eval.atomic_files import write_text
+from eval.charts import NUM_COLOURS
+from eval.figures import Column, Figures, best_models, format_figure
 from eval.images import open_image
 from eval.retrieval_examples import Answer, Example
-from training.charts import NUM_COLOURS, Points, line_chart
-from training.figures import Column, Figures, best_models, format_figure
-from training.run_log import read_metrics, write_text
 
-__all__ = ["Report", "run_facts", "write_report"]
+__all__ = ["Chart", "PlainTable", "Report", "model_colours", "write_report"]
 
 _THUMBNAIL_PX = 224
 _PIXEL_ART_PX = 64  # pictures up to this size are shown enlarged, pixel by pixel
 _COMPARABLE = 0.3  # captions with a smaller share of common words are shown as they are
 _CONTEXT_WORDS = 4  # common words shown on each side of a difference
 
-_CURVES = {  # (group, key in metrics.jsonl): title, meaning; in the order of the page
-    ("train", "loss"): (
-        "Loss",
-        "What training makes small: the weighted sum of the terms below. Runs with different terms or weights cannot "
-        "be compared by it.",
-    ),
-    ("train", "clip_long"): (
-        "Contrastive, long captions",
-        "How hard it is to find each picture's own long caption in the batch, and the reverse.",
-    ),
-    ("train", "clip_short"): (
-        "Contrastive, short captions",
-        "The same with short captions and a coarse version of the picture's features.",
-    ),
-    ("train", "crd_long"): (
-        "Distillation, long captions",
-        "How far the student's view of which captions fit which pictures is from the teacher's (KL divergence).",
-    ),
-    ("train", "crd_short"): ("Distillation, short captions", "The same with short captions."),
-    ("train", "fd"): (
-        "Distance to the teacher's features",
-        "Mean squared distance between the student's and the teacher's features.",
-    ),
-    ("val", "i2t_r1"): ("Validation: picture → caption", "Percent of pictures whose caption is ranked first."),
-    ("val", "t2i_r1"): ("Validation: caption → picture", "Percent of captions whose picture is ranked first."),
-    ("val", "zeroshot_top1"): ("Validation: zero-shot class", "Percent of labelled pictures put into the right class."),
-    ("train", "lr"): ("Learning rate", "Size of the steps: a short warm-up, then a slow decrease."),
-}
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture of figures: `svg` as eval.charts makes it, which shows these models in their `model_colours`."""
+
+    title: str
+    meaning: str
+    """One or two sentences for a newcomer."""
+    svg: str
+    models: Sequence[str]
+
+
+@dataclass(frozen=True)
+class PlainTable:
+    """A table of text beside the main one. The first cell of a row is its heading; what follows a line break in a cell
+    stands small below the rest."""
+
+    meaning: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: Collection[tuple[int, int]] = ()
+    """(row, cell) of what is printed bold."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +66,27 @@ class Report:
     """Figures by model, in the order of the table."""
     spreads: Mapping[str, Figures] = field(default_factory=dict)
     """Standard deviations of figures that are means over several seeds, by model."""
-    runs: Mapping[str, Path] = field(default_factory=dict)
-    """Run folders whose metrics.jsonl gives curves, by the name of the model that the run made."""
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    """Confidence intervals (low, high) of figures, by model."""
+    warnings: Sequence[str] = ()
+    """What the reader must know before a figure is believed; stands above the table."""
+    tables: Mapping[str, PlainTable] = field(default_factory=dict)
+    """Further tables, each under its heading."""
+    sections: Mapping[str, Sequence[Chart]] = field(default_factory=dict)
+    """Charts, under the heading of each group of them."""
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
     """Retrieval examples under a heading that names model and test."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """How it was made: command, commit, machine."""
 
 
+def model_colours(names: Iterable[str]) -> dict[str, int]:
+    """The page's colour number of each model, by its place in the table."""
+    return {name: index % NUM_COLOURS for index, name in enumerate(names)}
+
+
 def write_report(path: Path, report: Report) -> None:
     """Write the page atomically. Raises InputError if a picture of the examples cannot be read."""
-    colours = {name: index for index, name in enumerate(dict.fromkeys([*report.models, *report.runs]))}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -95,31 +96,13 @@ def write_report(path: Path, report: Report) -> None:
     )
     page = environment.get_template("report.html.jinja").render(
         report=report,
-        colours={name: index % NUM_COLOURS for name, index in colours.items()},
+        colours=model_colours(report.models),
         rows=_table(report),
         bars=_bars(report),
-        curves=_curves(report.runs, colours),
+        sections={heading: _shown_charts(charts) for heading, charts in report.sections.items() if charts},
         galleries={heading: _gallery(examples) for heading, examples in report.examples.items() if examples},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
-
-
-def run_facts(run_dir: Path) -> dict[str, str]:
-    """Command, commit and machine of a run, from its environment.json; empty without one."""
-    path = run_dir / "environment.json"
-    if not path.exists():
-        return {}
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    commit = record["commit"] or "not in a git checkout"
-    return {
-        "command": shlex.join(record["command"]),
-        "commit": commit + (" with uncommitted changes (git.diff)" if record["uncommitted_changes"] else ""),
-        "machine": f"{record['machine']}, {record['cpu_count']} CPUs, {record['gpu'] or 'no GPU'}",
-        "processes": f"{record['world_size']}, {record['threads']} threads each",
-        "software": f"Python {record['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in record["packages"].items() if version),
-    }
 
 
 # --- table and bars --------------------------------------------------------------------------------------------------
@@ -128,6 +111,7 @@ def run_facts(run_dir: Path) -> dict[str, str]:
 class _Cell(NamedTuple):
     text: str
     spread: str
+    interval: str
     is_best: bool
 
 
@@ -135,17 +119,19 @@ class _Bar(NamedTuple):
     name: str
     text: str
     percent: float
+    interval: tuple[float, float] | None
 
 
 def _table(report: Report) -> dict[str, list[_Cell]]:
     best = {column.key: best_models(column, report.models) for column in report.columns}
     rows = {}
     for name, figures in report.models.items():
-        spreads = report.spreads.get(name, {})
+        spreads, intervals = report.spreads.get(name, {}), report.intervals.get(name, {})
         rows[name] = [
             _Cell(
                 format_figure(figures.get(column.key), column.unit),
                 "" if spreads.get(column.key) is None else format_figure(spreads[column.key], column.unit),
+                "–".join(format_figure(end, column.unit) for end in intervals.get(column.key, ())),
                 name in best[column.key],
             )
             for column in report.columns
@@ -157,35 +143,28 @@ def _bars(report: Report) -> list[tuple[Column, list[_Bar]]]:
     """The percentages, drawn from 0 to 100."""
     charts = []
     for column in report.columns:
-        values = {name: figures.get(column.key) for name, figures in report.models.items()}
-        bars = [_Bar(name, format_figure(value, "%"), value) for name, value in values.items() if value is not None]
+        bars = [
+            _Bar(name, format_figure(value, "%"), value, report.intervals.get(name, {}).get(column.key))
+            for name, figures in report.models.items()
+            if (value := figures.get(column.key)) is not None
+        ]
         if column.unit == "%" and bars:
             charts.append((column, bars))
     return charts
 
 
-# --- curves ----------------------------------------------------------------------------------------------------------
+# --- charts ----------------------------------------------------------------------------------------------------------
 
 
-class _Chart(NamedTuple):
-    title: str
-    meaning: str
-    svg: Markup
+class _ShownCharts(NamedTuple):
+    models: list[str]
+    charts: list[tuple[Chart, Markup]]
 
 
-def _curves(runs: Mapping[str, Path], colours: Mapping[str, int]) -> list[_Chart]:
-    """A chart for each measure that some run recorded at two steps or more."""
-    records = {group: {name: read_metrics(run, group) for name, run in runs.items()} for group in ("train", "val")}
-    charts = []
-    for (group, key), (title, meaning) in _CURVES.items():
-        lines = {name: points for name, rows in records[group].items() if (points := _points(rows, key))}
-        if any(len(points) > 1 for points in lines.values()):
-            charts.append(_Chart(title, meaning, Markup(line_chart(lines, colours, title))))
-    return charts
-
-
-def _points(rows: Iterable[Mapping[str, float]], key: str) -> Points:
-    return [(row["step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
+def _shown_charts(charts: Sequence[Chart]) -> _ShownCharts:
+    """The charts, with the models of their common legend. matplotlib has escaped what stands in the SVG."""
+    models = dict.fromkeys(name for chart in charts for name in chart.models)
+    return _ShownCharts(list(models), [(chart, Markup(chart.svg)) for chart in charts])
 
 
 # --- retrieval examples ----------------------------------------------------------------------------------------------

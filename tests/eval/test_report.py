@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval.charts import line_chart
+from eval.figures import Column, best_models, figure_columns, format_figure, model_figures
+from eval.report import Report, model_colours, write_report
 from eval.retrieval_examples import Answer, Example
 from longclip_teacher.errors import InputError
-from training.charts import line_chart
-from training.figures import Column, best_models, figure_columns, format_figure, model_figures
-from training.report import Report, run_facts, write_report
+from training.curves import run_facts, training_curves
 
 RIGHT = (
     "A navy board in a red frame. top left shows a large red zero on dark. "
@@ -100,7 +101,7 @@ def full_report(run: Path, pictures: list[Path]) -> Report:
             "tiny": {"twins_i2t_r1": 79.98, "twins_t2i_r1": 60.0, "zeroshot_top1": 7.0, "params": 900, "text_ms": None},
         },
         spreads={"tiny": {"twins_t2i_r1": 1.25}},
-        runs={"tiny": run},
+        sections={"Training": training_curves({"tiny": run}, model_colours(["big", "tiny"]))},
         examples={"What tiny finds": examples},
         facts={"command": "python x.py --a '<b>'"},
     )

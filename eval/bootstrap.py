@@ -1,0 +1,109 @@
+"""How sure a recall is: 95% confidence intervals, and those of the difference between two models, by bootstrap.
+
+Shapes: Q queries, P pictures, K series of hits (a model's R@1, its R@5, another's R@1, ...), B resamples.
+
+What is drawn anew, with replacement, is the picture with all its queries: the five captions of a picture are found or
+missed together, and intervals that take them for independent are too narrow. All K series see the same draws, so that
+differences between models are paired: a picture that is hard for both does not count as a difference. The interval is
+the percentile one (Efron and Tibshirani 1993, chapter 13): the middle 95% of the resampled figures. At exactly 0 or
+100% no resample differs and the interval has no width, which says nothing about the next thousand pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from longclip_teacher.errors import InputError
+
+__all__ = ["Estimate", "Estimates", "bootstrap_recalls"]
+
+NUM_RESAMPLES = 2000
+_BLOCK_ELEMENTS = 4_000_000  # weights of resampled pictures held at a time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure in percent (or a difference in points), and the ends of its 95% confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """`recalls` by series, and of every series its `differences` from the baseline."""
+
+    recalls: dict[str, Estimate]
+    differences: dict[str, Estimate]
+
+
+def bootstrap_recalls(
+    hits: Mapping[str, Float[np.ndarray, " Q"]],
+    query_picture: Int[np.ndarray, " Q"],
+    *,
+    baseline: str | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Estimates:
+    """The share of hits of each series with its interval, and its difference from `baseline` (unset: the first).
+
+    A hit is 1 or 0, or, for a model trained with several seeds, the share of its seeds that hit: the interval is then
+    of their mean, and tells what other pictures, not what other seeds would change. `query_picture` is each query's
+    picture. The same seed gives the same intervals. Raises InputError where the numbers of queries differ.
+    """
+    if not hits or any(len(series) != len(query_picture) for series in hits.values()) or not len(query_picture):
+        lengths = {name: len(series) for name, series in hits.items()}
+        raise InputError(f"hits of {lengths} queries do not fit {len(query_picture)} queries: all models need the same")
+    series = np.stack([np.asarray(values, dtype=np.float64) for values in hits.values()], axis=1)  # [Q,K]
+    sums, counts = _per_picture(series, query_picture)
+    values = 100 * sums.sum(axis=0) / counts.sum()
+    resampled = 100 * _resampled(sums, counts, num_resamples, np.random.default_rng(seed))
+    first = list(hits).index(baseline) if baseline is not None else 0
+    return Estimates(
+        _estimates(hits, values, resampled, confidence),
+        _estimates(hits, values - values[first], resampled - resampled[:, first : first + 1], confidence),
+    )
+
+
+def _per_picture(
+    series: Float[np.ndarray, "Q K"], query_picture: Int[np.ndarray, " Q"]
+) -> tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]:
+    """Hits and number of queries of each picture."""
+    pictures, position = np.unique(query_picture, return_inverse=True)
+    sums = np.zeros((len(pictures), series.shape[1]))
+    np.add.at(sums, position, series)
+    return sums, np.bincount(position).astype(np.float64)
+
+
+def _resampled(
+    sums: Float[np.ndarray, "P K"], counts: Float[np.ndarray, " P"], num_resamples: int, rng: np.random.Generator
+) -> Float[np.ndarray, "B K"]:
+    """Shares of hits among the queries of as many pictures, drawn with replacement: weights say how often each came."""
+    num_pictures = len(counts)
+    block = max(1, _BLOCK_ELEMENTS // num_pictures)
+    shares = []
+    for start in range(0, num_resamples, block):
+        drawn = rng.integers(num_pictures, size=(min(block, num_resamples - start), num_pictures))
+        weights = np.stack([np.bincount(row, minlength=num_pictures) for row in drawn]).astype(np.float64)  # [b,P]
+        shares.append((weights @ sums) / (weights @ counts)[:, None])
+    return np.concatenate(shares)
+
+
+def _estimates(
+    names: Mapping[str, object],
+    values: Float[np.ndarray, " K"],
+    resampled: Float[np.ndarray, "B K"],
+    confidence: float,
+) -> dict[str, Estimate]:
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
+    return {
+        name: Estimate(float(value), float(start), float(end))
+        for name, value, start, end in zip(names, values, low, high, strict=True)
+    }

@@ -1,0 +1,280 @@
+"""Several models on several tests: one table, one JSON, one page, with confidence intervals.
+
+python eval/compare.py teacher=longclip-b student=runs/distil --protocols urban=urban1k:data/Urban1k --out runs/table
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from eval.agreement import agreement
+from eval.atomic_files import write_json, write_text
+from eval.compare_measures import Kept, measure_retrieval, model_digest
+from eval.compare_page import comparison_report
+from eval.compare_tables import Comparison, comparison_json, comparison_markdown, summarise
+from eval.cost import measure_costs
+from eval.encoding_options import EncodingOptions
+from eval.environment import environment_record
+from eval.feature_cache import FeatureCache
+from eval.labelled_images import find_labelled_images
+from eval.long_captions import long_caption_behaviour
+from eval.models import ClipModel, load_model, weights_file
+from eval.named_sets import is_plain_name, parse_sets, set_digest
+from eval.protocols import RetrievalSet
+from eval.report import write_report
+from eval.retrieval import EncodedSet, encode_retrieval_set
+from eval.zeroshot import evaluate_zeroshot
+from longclip_teacher.errors import InputError, run_command
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Options(EncodingOptions):
+    """Compare models on the same tests: table.md, results.json and a self-contained report.html in --out.
+
+    python eval/compare.py longclip-b runs/distil --protocols urban=urban1k:data/Urban1k coco=coco2017val:data/coco
+    python eval/compare.py teacher=longclip-b student=runs/s0,runs/s1,runs/s2 --protocols urban=urban1k:data/Urban1k
+
+    NAME=A,B,C are runs of one model with different seeds: its figures are means. What is measured is kept in --out: a
+    comparison that was stopped goes on, and one more model costs only its own time.
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Each a checkpoint (a weight file, a run's folder, a hub name, an open_clip name), NAME=CHECKPOINT, or several
+    seeds of one model: NAME=CHECKPOINT,CHECKPOINT,... The first is what the others are compared with."""
+    protocols: tuple[str, ...] = ()
+    """Retrieval tests, each NAME=PROTOCOL:FOLDER, such as urban=urban1k:data/Urban1k; `python eval/retrieval.py
+    --protocol list` explains the protocols."""
+    zeroshot: tuple[str, ...] = ()
+    """Classification tests, each NAME=FOLDER of class folders, such as imagenet=data/imagenet/val."""
+    out: Path = Path("runs/compare")
+    """Folder for the results."""
+    teacher: str | None = None
+    """The name of one of the models: how far the features of the others agree with it is told too."""
+    behaviour: bool = False
+    """Also measure recall when captions are cut to their first sentences: up to 25 more passes over the captions."""
+    num_failures: int = 2
+    """Worst failures shown of each model, test and direction."""
+
+    def check(self) -> None:
+        """InputError for options that can do nothing, before any data is read."""
+        super().check()
+        if not self.models:
+            raise InputError("name at least one model: a checkpoint or NAME=CHECKPOINT")
+        if not self.protocols and not self.zeroshot:
+            raise InputError("name a test: --protocols NAME=PROTOCOL:FOLDER or --zeroshot NAME=FOLDER")
+        if self.num_failures < 0:
+            raise InputError(f"--num-failures {self.num_failures}: 0 or more")
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"--out {self.out} is a file: name a folder")
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Options, description=Options.__doc__)
+    options.check()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a comparison runs in one process: leave torchrun out, or share eval/retrieval.py's work")
+    comparison = compare(options)
+    summary = summarise(comparison)
+    markdown = comparison_markdown(comparison, summary)
+    write_json(options.out / "results.json", comparison_json(comparison, summary))
+    write_text(options.out / "table.md", markdown)
+    write_report(options.out / "report.html", comparison_report(comparison, summary))
+    Console(soft_wrap=True).print(markdown, markup=False, highlight=False)
+    console.print(f"Report: {options.out / 'report.html'}", markup=False)
+
+
+def compare(options: Options) -> Comparison:
+    """Everything checked first, then measured; what --out has already is not measured again."""
+    checkpoints = parse_models(options.models)
+    if options.teacher is not None and options.teacher not in checkpoints:
+        raise InputError(f"--teacher {options.teacher} is none of the models: {', '.join(checkpoints)}")
+    sets = parse_sets(options.protocols, "--protocols")
+    folders = parse_folders(options.zeroshot, taken=sets)
+    for name in (*checkpoints, *sets, *folders):
+        if not is_plain_name(name):
+            raise InputError(f"{name!r} cannot name a file: use letters, digits, . _ + and -, as in NAME=...")
+    console.print("checking every model and set", markup=False)
+    candidates = {
+        name: [Candidate(options, checkpoint) for checkpoint in places] for name, places in checkpoints.items()
+    }
+    for seeds in candidates.values():
+        for candidate in seeds:
+            candidate.check()
+    work = Work(options, sets, folders, candidates)
+    measured = {name: [work.measure(name, seed) for seed in range(len(seeds))] for name, seeds in candidates.items()}
+    return Comparison(
+        checkpoints=checkpoints,
+        measured=measured,
+        sets=sets,
+        set_digests=work.digests,
+        zeroshot=list(folders),
+        costs=work.costs(),
+        teacher=options.teacher,
+        precision=options.precision,
+        environment=environment_record(),
+    )
+
+
+def parse_models(entries: Sequence[str]) -> dict[str, list[str]]:
+    """Checkpoints by the model's name; a checkpoint without a name is called as its file or folder is."""
+    models: dict[str, list[str]] = {}
+    for entry in entries:
+        name, equals, places = entry.partition("=")
+        if not equals or Path(entry).exists():
+            path = Path(entry)
+            name, places = (path.parent.name if path.name == "best.safetensors" else path.name), entry
+        checkpoints = places.split(",")
+        if not name or not all(checkpoints):
+            raise InputError(f"{entry}: write NAME=CHECKPOINT or NAME=CHECKPOINT,CHECKPOINT,...")
+        if name in models:
+            raise InputError(f"two models are called {name}: name them, as in first={entry}")
+        if len(set(checkpoints)) < len(checkpoints):
+            raise InputError(f"{entry}: the same checkpoint twice is no second seed")
+        models[name] = checkpoints
+    return models
+
+
+def parse_folders(entries: Sequence[str], taken: Mapping[str, object]) -> dict[str, Path]:
+    """Folders of class folders by name, each seen to hold pictures."""
+    folders: dict[str, Path] = {}
+    for entry in entries:
+        name, equals, place = entry.partition("=")
+        if not (name and equals and place):
+            raise InputError(f"--zeroshot {entry}: write NAME=FOLDER, such as imagenet=data/imagenet/val")
+        if name in folders or name in taken:
+            raise InputError(f"--zeroshot {entry}: {name} is named already, give each test a name of its own")
+        find_labelled_images(place)
+        folders[name] = Path(place)
+    return folders
+
+
+class Candidate:
+    """A checkpoint that is loaded when something is measured of it."""
+
+    def __init__(self, options: Options, checkpoint: str) -> None:
+        self.options, self.checkpoint = options, checkpoint
+        self.digest = ""
+
+    @cached_property
+    def model(self) -> ClipModel:
+        """The model in eval mode on the device."""
+        return load_model(self.checkpoint, device=self.options.torch_device())
+
+    def check(self) -> None:
+        """Load it once to see that it can be, and what it is."""
+        self.digest = model_digest(self.model)
+        self.release()
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.__dict__.pop("model", None)
+
+
+class Work:
+    """Measuring, a model and a set at a time."""
+
+    def __init__(
+        self,
+        options: Options,
+        sets: Mapping[str, RetrievalSet],
+        folders: Mapping[str, Path],
+        candidates: Mapping[str, Sequence[Candidate]],
+    ) -> None:
+        self.options, self.sets, self.folders, self.candidates = options, sets, folders, candidates
+        self.kept = Kept(options.out / "kept")
+        self.encoding = replace(options.encoding(), cache=FeatureCache(options.out / "features"))
+        self.digests = {name: set_digest(found) for name, found in sets.items()}
+        self._teacher_features: dict[str, EncodedSet] = {}
+
+    def measure(self, name: str, seed: int) -> dict[str, Any]:
+        """Everything about one checkpoint, by kind of measure and name of the test."""
+        candidate = self.candidates[name][seed]
+        console.print(f"{name}: {candidate.checkpoint}", markup=False)
+        result: dict[str, Any] = {"retrieval": {}, "zeroshot": {}, "agreement": {}, "behaviour": {}}
+        for test in self.sets:
+            for kind, measured in self._on_set(candidate, f"{name}.{seed}.{test}", test, name).items():
+                result[kind][test] = measured
+        for test in self.folders:
+            result["zeroshot"][test] = self._on_folder(candidate, f"{name}.{seed}.{test}.zeroshot", test)
+        candidate.release()
+        return result
+
+    def _on_set(self, candidate: Candidate, stem: str, test: str, name: str) -> dict[str, dict[str, Any]]:
+        found, options = self.sets[test], self.options
+        inputs: dict[str, Any] = {
+            "model": candidate.digest,
+            "set": self.digests[test],
+            "protocol": found.name,
+            "images": [str(path) for path in (found.images[0], found.images[-1])],
+            "precision": self.encoding.precision,
+        }
+        features: list[EncodedSet] = []
+
+        def encoded() -> EncodedSet:
+            if not features:
+                features.append(encode_retrieval_set(candidate.model, found, self.encoding))
+            return features[0]
+
+        def retrieval() -> dict[str, Any]:
+            return measure_retrieval(candidate.model, found, encoded(), num_failures=options.num_failures)
+
+        results = {"retrieval": self.kept.get(stem, inputs | {"num_failures": options.num_failures}, retrieval)}
+        if options.teacher is not None and name != options.teacher:
+            against = {"teacher": self.candidates[options.teacher][0].digest}
+            results["agreement"] = self.kept.get(
+                f"{stem}.agreement", inputs | against, lambda: agreement(self._teacher(test), encoded())
+            )
+        if options.behaviour:
+            results["behaviour"] = self.kept.get(
+                f"{stem}.behaviour", inputs, lambda: long_caption_behaviour(candidate.model, found, self.encoding)
+            )
+        return results
+
+    def _on_folder(self, candidate: Candidate, stem: str, test: str) -> dict[str, Any]:
+        folder = self.folders[test]
+        inputs = {"model": candidate.digest, "folder": str(folder), "precision": self.encoding.precision}
+        return self.kept.get(stem, inputs, lambda: evaluate_zeroshot(candidate.model, folder, encoding=self.encoding))
+
+    def _teacher(self, test: str) -> EncodedSet:
+        """The teacher's features of a set, computed once."""
+        assert self.options.teacher is not None
+        if test not in self._teacher_features:
+            teacher = self.candidates[self.options.teacher][0]
+            self._teacher_features[test] = encode_retrieval_set(teacher.model, self.sets[test], self.encoding)
+            teacher.release()
+        return self._teacher_features[test]
+
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """The cost of each model, of its first checkpoint; all are measured in turns, so all together or not at all."""
+        firsts = {name: seeds[0] for name, seeds in self.candidates.items()}
+        inputs = {
+            "models": {name: candidate.digest for name, candidate in firsts.items()},
+            "device": self.options.torch_device(),
+            "threads": torch.get_num_threads(),
+        }
+
+        def measure() -> dict[str, Any]:
+            console.print("measuring what the models cost", markup=False)
+            files = {name: file for name, first in firsts.items() if (file := weights_file(first.checkpoint))}
+            costs = measure_costs({name: candidate.model for name, candidate in firsts.items()}, files)
+            for candidate in firsts.values():
+                candidate.release()
+            return {name: dict(cost) for name, cost in costs.items()}
+
+        return self.kept.get("costs", inputs, measure)
+
+
+if __name__ == "__main__":
+    run_command(main)

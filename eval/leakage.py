@@ -1,0 +1,265 @@
+"""Leakage audit: which pictures and captions of a benchmark are in the training data, as a command.
+
+    python eval/leakage.py --train 'shards/*.tar' --protocol urban1k --root data/Urban1k --strict --json leaks.json
+
+What counts as a leak: leakage_audit.py. When two pictures look the same: picture_hashes.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from eval.annotation_files import first_json_rows, inside_root, one_line
+from eval.atomic_files import write_json
+from eval.audit_parts import FileList, Part, Shard, hash_parts
+from eval.features import show_track
+from eval.images import is_picture, open_image
+from eval.leakage_audit import FILES_PER_PART, LEAKS, MIN_CAPTION_LENGTH, SIGNS, Audit, load_benchmark
+from eval.pair_sheet import PicturePair, draw_pairs
+from eval.protocols import load_retrieval_set
+from longclip_teacher.errors import InputError, run_command
+
+__all__ = ["Options", "pair_sheet", "picture_files", "protocol_files", "run_audit", "shard_parts", "sharegpt4v_parts"]
+
+_EXAMPLES_PRINTED = 3  # of each sign
+_PAIRS_SHOWN = 16  # of each leak, on the contact sheet
+
+
+@dataclass
+class Options:
+    """List the pictures and captions that are in the training data and in a benchmark.
+
+    python eval/leakage.py --train 'shards/*.tar' --protocol urban1k --root data/Urban1k --strict --json leaks.json
+    python eval/leakage.py --train-json share-captioner_coco_lcs_sam_1246k_1107.json --train-images data \
+        --protocol coco2017val --root data/coco --hash-cache cache --pairs-image pairs.png
+    python eval/leakage.py --train shards --pictures data/imagenet/val
+    """
+
+    train: str | None = None
+    """The training shards: a folder of .tar files, or a pattern in quotes."""
+    train_json: Path | None = None
+    """The training data as ShareGPT4V's JSON, instead of shards."""
+    train_images: Path | None = None
+    """The folder of the pictures that the JSON names. Without it, names and captions are compared and no pictures."""
+    skip_rows: int = 1000
+    """Rows at the head of the JSON that are no training data: the first 1000 are the sharegpt4v_1k benchmark."""
+    protocol: str | None = None
+    """The benchmark, as in eval/retrieval.py; `python eval/retrieval.py --protocol list` explains each."""
+    root: Path | None = None
+    """The folder that holds the benchmark's files."""
+    annotations: Path | None = None
+    """The benchmark's annotation file, where it is not in its usual place below --root."""
+    pictures: Path | None = None
+    """A folder of pictures as the benchmark, sub-folders too, instead of a protocol."""
+    strict: bool = False
+    """Exit with status 1 if a file, a look or a whole caption is in both."""
+    min_caption_length: int = MIN_CAPTION_LENGTH
+    """Equal captions shorter than so many characters are a hint and no leak: two people may have written them."""
+    json: Path | None = None
+    """Write the counts and all pairs here, as JSON."""
+    pairs_image: Path | None = None
+    """Draw the first pairs side by side here, as a PNG."""
+    hash_cache: Path | None = None
+    """Keep the hashes in this folder: an audit that was stopped goes on, and another benchmark takes minutes."""
+    num_workers: int = 0
+    """Processes that read and hash; 0 does it in the main process."""
+
+    def check(self) -> None:
+        """InputError for options that do not fit together."""
+        if (self.train is None) == (self.train_json is None):
+            raise InputError("pass the training data: either --train 'DIR/*.tar' or --train-json FILE")
+        if (self.protocol is None) == (self.pictures is None):
+            raise InputError("pass the benchmark: either --protocol NAME --root DIR or --pictures DIR")
+        if (self.protocol is None) != (self.root is None):
+            raise InputError("--protocol and --root go together: which benchmark, and the folder of its files")
+        if self.train_images is not None and self.train_json is None:
+            raise InputError("--train-images goes with --train-json: shards hold their pictures")
+        if min(self.num_workers, self.skip_rows, self.min_caption_length) < 0:
+            raise InputError("--num-workers, --skip-rows and --min-caption-length are 0 or more")
+        for path in (self.json, self.pairs_image):
+            if path is not None and path.is_dir():
+                raise InputError(f"{path} is a folder: name a file")
+
+
+def run_audit(options: Options) -> Audit:
+    """Hash the benchmark, then the training data, and compare part by part."""
+    parts: Iterable[Part]
+    if options.train is not None:
+        parts = shard_parts(options.train)
+        total = len(parts)
+    else:
+        assert options.train_json is not None  # check() comes first
+        parts = sharegpt4v_parts(options.train_json, options.train_images, options.skip_rows)
+        total = -(-max(0, _count_sharegpt4v_rows(options.train_json) - options.skip_rows) // FILES_PER_PART)
+    if options.pictures is not None:
+        name, files = str(options.pictures), picture_files(options.pictures)
+    else:
+        assert options.protocol is not None and options.root is not None
+        name, files = options.protocol, protocol_files(options.protocol, options.root, options.annotations)
+    benchmark = load_benchmark(name, files, options.hash_cache, options.num_workers)
+    audit = Audit(benchmark, options.min_caption_length)
+    for part, hashed in show_track(hash_parts(parts, options.hash_cache, options.num_workers), "training data", total):
+        audit.compare(part, hashed)
+    if audit.num_samples == 0:
+        raise InputError(f"no samples in {options.train or options.train_json}: nothing was compared")
+    return audit
+
+
+def protocol_files(protocol: str, root: Path, annotations: Path | None = None) -> FileList:
+    """The pictures and captions of a retrieval protocol."""
+    retrieval_set = load_retrieval_set(protocol, root, annotations=annotations)
+    if retrieval_set.count_mismatch:
+        print(f"warning: {retrieval_set.count_mismatch}", file=sys.stderr)
+    captions: list[list[str]] = [[] for _ in retrieval_set.images]
+    for caption, image in zip(retrieval_set.captions, retrieval_set.caption_image, strict=True):
+        captions[image].append(caption)
+    names = tuple(str(path) for path in retrieval_set.images)
+    return FileList(names, tuple(retrieval_set.images), tuple(tuple(own) for own in captions))
+
+
+def picture_files(folder: Path) -> FileList:
+    """The pictures below a folder, such as ImageNet's validation set, without captions."""
+    paths = tuple(sorted(path for path in folder.rglob("*") if is_picture(path))) if folder.is_dir() else ()
+    if not paths:
+        raise InputError(f"no pictures below {folder}")
+    return FileList(tuple(map(str, paths)), paths, ((),) * len(paths))
+
+
+def shard_parts(source: str) -> list[Shard]:
+    """The shards of a folder or of a pattern such as 'DIR/*.tar'."""
+    path = Path(source)
+    found = sorted(path.glob("*.tar") if path.is_dir() else path.parent.glob(path.name))
+    if not found:
+        raise InputError(f"no shards at {source}: name a folder of .tar files or a pattern in quotes, 'DIR/*.tar'")
+    return [Shard(shard) for shard in found]
+
+
+def sharegpt4v_parts(path: Path, images: Path | None, skip_rows: int) -> Iterator[FileList]:
+    """Rows of a ShareGPT4V JSON from number `skip_rows` on, a thousand a part; `images` is the pictures' folder."""
+    if images is not None and not images.is_dir():
+        raise InputError(f"no folder of training pictures at {images}")
+    rows = islice(enumerate(first_json_rows(path, sys.maxsize)), skip_rows, None)
+    while block := list(islice(rows, FILES_PER_PART)):
+        names, captions = [], []
+        for number, row in block:
+            try:
+                names.append(str(inside_root(Path(), row["image"], path)))
+                captions.append((one_line(row["conversations"][1]["value"]),))
+            except (KeyError, IndexError, TypeError):
+                raise InputError(f"{path}: row {number} is no ShareGPT4V row (image, conversations[1].value)") from None
+        paths = tuple(None if images is None else images / name for name in names)
+        yield FileList(tuple(names), paths, tuple(captions))
+
+
+def _count_sharegpt4v_rows(path: Path) -> int:
+    """For the progress bar: counted in the raw bytes, which takes a second where parsing takes minutes."""
+    with path.open("rb") as file:
+        return sum(line.count(b'"conversations"') for line in iter(lambda: file.read(1 << 24), b""))
+
+
+def pair_sheet(audit: Audit) -> Image.Image:
+    """The first pairs of each leak: training picture left, benchmark picture right."""
+    shown = [(sign, match) for sign in LEAKS for match in audit.matches[sign][:_PAIRS_SHOWN]]
+    wanted: dict[Part, set[int]] = defaultdict(set)
+    for _, match in shown:
+        wanted[match.part].add(match.sample)
+    contents = dict(content for part, rows in wanted.items() for content in _contents(part, rows))
+    pairs = []
+    for sign, match in shown:
+        look = match.look
+        figures = f", {look.distance} bits, correlation {look.correlation:.3f}" if look is not None else ""
+        lines = (SIGNS[sign] + figures, match.train, match.benchmark)
+        path = audit.benchmark.files.paths[match.other]
+        pairs.append(PicturePair(_shown(contents[match.part, match.sample]), _shown(path), lines))
+    return draw_pairs(pairs)
+
+
+def _contents(part: Part, rows: set[int]) -> Iterator[tuple[tuple[Part, int], bytes | None]]:
+    """The pictures of some of a part's samples, read again up to the last of them."""
+    for row, sample in islice(enumerate(part.samples()), max(rows) + 1):
+        if row in rows:
+            yield (part, row), sample.content
+
+
+def _shown(source: Path | bytes | None) -> Image.Image | None:
+    try:
+        return None if source is None else open_image(source)
+    except InputError:
+        return None
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Options, description=Options.__doc__)
+    options.check()
+    audit = run_audit(options)
+    figures = audit.figures()
+    if options.json is not None:
+        write_json(options.json, figures)
+    if options.pairs_image is not None and audit.has_leak:
+        _write_png(options.pairs_image, pair_sheet(audit))
+    print_table(figures)
+    if options.strict and audit.has_leak:
+        raise SystemExit(1)
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """The counts of each sign as a table, the first examples, and the verdict, on stdout."""
+    table = Table(
+        title=f"{figures['benchmark']} ({figures['num_benchmark_pictures']} pictures, "
+        f"{figures['num_benchmark_captions']} captions) in {figures['num_train_samples']} training samples"
+    )
+    for column in ("", "", "training samples", "benchmark pictures"):
+        table.add_column(column, justify="right" if column else "left")
+    for sign, title in SIGNS.items():
+        row = figures["signs"][sign]
+        table.add_row("leak" if row["is_leak"] else "hint", title, str(row["num_train"]), str(row["num_benchmark"]))
+    console = Console()
+    console.print(table)
+    for note in _notes(figures):
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
+
+
+def _notes(figures: dict[str, Any]) -> list[str]:
+    notes = [
+        f"{title}: {pair['train']} = {pair['benchmark']}"
+        for sign, title in SIGNS.items()
+        for pair in figures["signs"][sign]["pairs"][:_EXAMPLES_PRINTED]
+    ]
+    if figures["num_train_pictures"] == 0:
+        notes.append(
+            "No training picture was compared: names and captions only (--train-images DIR names the pictures)."
+        )
+    if figures["num_unreadable"]:
+        notes.append(
+            f"{figures['num_unreadable']} samples could not be read in full; the first: {figures['unreadable'][0]}"
+        )
+    if plain := figures["num_train_plain"] + figures["num_benchmark_plain"]:
+        notes.append(f"{plain} pictures of nearly one colour were compared by their bytes alone: they have no look.")
+    leaks = {sign: figures["signs"][sign]["num_train"] for sign in LEAKS}
+    found = ", ".join(f"{count} with the {SIGNS[sign]}" for sign, count in leaks.items() if count)
+    notes.append(f"LEAK: training samples {found}." if found else "No leak: no file, look or whole caption is in both.")
+    return notes
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, "PNG")
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    run_command(main)

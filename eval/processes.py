@@ -1,0 +1,137 @@
+"""Processes: start-up from torchrun's environment, shared work, what every process gets of the others.
+
+Evaluation shares pictures and captions among the processes; every process gets all features, rank 0 prints and writes.
+What travels is safetensors bytes, no pickle.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor
+
+from longclip_teacher.errors import InputError
+
+__all__ = ["Runtime", "all_results", "is_main_process", "my_share", "process_device", "start"]
+
+_TIMEOUT = timedelta(hours=4)  # rank 0 evaluates, or draws the embedded data, while the others wait
+_ERROR = "__error__"
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands: its rank, how many there are, its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def start(device: str = "auto", allow_tf32: bool = True) -> Iterator[Runtime]:
+    """Join the process group that torchrun's environment describes (gloo on the CPU, nccl on GPUs), or run alone.
+
+    `device`: see `process_device`. `allow_tf32` lets a GPU round the inputs of its float32 products, as training does.
+    """
+    chosen = process_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+    if world_size == 1:
+        yield Runtime(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield Runtime(dist.get_rank(), world_size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def process_device(name: str) -> torch.device:
+    """The device called `name`: "auto" (a GPU if there is one), "cpu", "cuda" (the local rank's GPU) or "cuda:N".
+
+    Raises InputError for a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name}: give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"device {name}: torch sees no GPU here; use cpu")
+        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        if index >= torch.cuda.device_count():
+            raise InputError(
+                f"this process wants GPU {index}, but there are {torch.cuda.device_count()}: lower --nproc_per_node"
+            )
+        return torch.device("cuda", index)
+    return device
+
+
+def is_main_process() -> bool:
+    """True on rank 0, and where there is one process only."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def my_share(batches: Sequence[Item]) -> Sequence[Item]:
+    """This process's part of a list of batches, dealt out one by one: every batch is what one process would make."""
+    if not dist.is_initialized():
+        return batches
+    return batches[dist.get_rank() :: dist.get_world_size()]
+
+
+def all_results(compute: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """What `compute` returns on each process, in rank order, the same list everywhere; on the CPU if there are several.
+
+    An InputError on one process is raised on all of them, where the others would wait for it for ever.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [compute()]
+    try:
+        mine = compute()
+    except InputError as error:
+        mine = {_ERROR: _to_bytes(str(error).encode())}
+    results = [load(part) for part in _all_gather_bytes(save({name: value.cpu() for name, value in mine.items()}))]
+    for result in results:
+        if _ERROR in result:
+            raise InputError(bytes(result[_ERROR].tolist()).decode())
+    return results
+
+
+def _all_gather_bytes(content: bytes) -> list[bytes]:
+    """Every rank's bytes; nccl wants them on the GPU, and both want one size, so that the shorter are filled up."""
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    local = _to_bytes(content).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(local)], device=device))
+    longest = max(int(size) for size in sizes)
+    parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in sizes]
+    dist.all_gather(parts, torch.nn.functional.pad(local, (0, longest - len(local))))
+    return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+
+def _to_bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
