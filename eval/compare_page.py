@@ -123,7 +123,8 @@ def _difference_tables(comparison: Comparison, summary: Summary) -> dict[str, Pl
         rows.append(cells)
     meaning = (
         f"R@1 minus that of {comparison.first}, in points, with the 95% interval of the difference. Both saw the same "
-        "pictures, so this is sharper than to compare two intervals. Bold: the interval leaves 0 out."
+        "pictures, so this is sharper than to compare two intervals. Bold: the interval leaves 0 out, for the "
+        "weights compared here."
     )
     header = ["model", *(f"{test} {WAYS[way]}" for test, way, _ in keys)]
     return {f"Difference from {comparison.first}": PlainTable(meaning, header, rows, sure)}

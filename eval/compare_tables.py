@@ -24,7 +24,8 @@ WAYS = {"i2t": "picture → caption", "t2i": "caption → picture"}
 INTERVAL_METHOD = (
     f"95% confidence intervals by bootstrap: {NUM_RESAMPLES} draws of the pictures with replacement, each with all its "
     "captions, and the middle 95% of what they give. They say what other pictures of the same kind would change. Where "
-    "a model has several seeds, the interval is that of their mean, and ± is the standard deviation between the seeds."
+    "a model has several seeds, the interval is that of their mean, and ± is the standard deviation between the seeds: "
+    "what another training would change stands in ± alone."
 )
 
 
