@@ -110,6 +110,10 @@ def classify(
     encoding: Encoding = Encoding(),
 ) -> ZeroshotAnswers:
     """A model's answers for labelled pictures: the classes whose embeddings have the highest cosines."""
+    if len(labelled.classnames) < 2:
+        raise InputError(
+            f"one class alone, {labelled.classnames[0]!r}: every answer is right; give the folder of classes"
+        )
     if templates is None:
         templates = OPENAI_TEMPLATES if labelled.cifar is None else CIFAR_TEMPLATES
     classifier = zeroshot_classifier(model, labelled.classnames, templates, encoding)

@@ -241,3 +241,9 @@ def test_templates_need_a_place_for_the_name(colour_model: nn.Module) -> None:
     for templates in ([], ["a photo"]):
         with pytest.raises(InputError, match=r"every template needs \{\}"):
             zeroshot_classifier(colour_model, NAMES, templates)
+
+
+def test_one_class_alone_is_refused(colour_model: nn.Module, colour_classes: Path) -> None:
+    """A folder above the class folders looks like one class, of which every picture is right."""
+    with pytest.raises(InputError, match="one class alone, 'classes'"):
+        evaluate_zeroshot(colour_model, colour_classes.parent, templates=["{}"])
