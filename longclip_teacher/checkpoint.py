@@ -24,7 +24,7 @@ from longclip_teacher.positions import NUM_KEPT_POSITIONS, stretch_positions
 from longclip_teacher.text import CONTEXT_LENGTH
 from longclip_teacher.weights_file import WeightsFile, load_strictly, read_weights, write_weights
 
-__all__ = ["HUB_NAMES", "export_official", "load_teacher", "save_teacher"]
+__all__ = ["HUB_NAMES", "export_official", "load_teacher", "save_teacher", "teacher_file"]
 
 logger = logging.getLogger(__name__)
 _FORMAT, _KIND = "compact-longclip", "teacher"
@@ -56,11 +56,8 @@ def load_teacher(
     positions, which are stretched. `activation` must be given where the file cannot tell it: for CLIPs that are not
     evidently OpenAI's. The log names the file's sha256. Whatever does not fit raises InputError in one line.
     """
-    path = Path(name_or_path)
-    if not path.exists():
-        if str(name_or_path) not in _HUB_FILES:
-            raise InputError(f"no weight file at {path}, and the known hub names are {', '.join(HUB_NAMES)}")
-        path = _download(*_HUB_FILES[str(name_or_path)])
+    path = teacher_file(name_or_path)
+    if path != Path(name_or_path):  # from the hub
         activation = activation or "quickgelu"
     file = read_weights(path)
     if file.metadata.get("format") == _FORMAT:
@@ -75,6 +72,19 @@ def load_teacher(
         raise InputError(f"{path} is a {model.config.activation} model: leave out activation={activation!r}")
     logger.info("teacher %s: %s", name_or_path, model.config)
     return model.to(device).eval().requires_grad_(False)
+
+
+def teacher_file(name_or_path: str | Path) -> Path:
+    """The weight file that `load_teacher` reads: the path itself, or what the hub gives for a name of `HUB_NAMES`.
+
+    Raises InputError where there is neither.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        return path
+    if str(name_or_path) not in _HUB_FILES:
+        raise InputError(f"no weight file at {path}, and the known hub names are {', '.join(HUB_NAMES)}")
+    return _download(*_HUB_FILES[str(name_or_path)])
 
 
 def save_teacher(model: LongCLIP, path: str | Path) -> None:

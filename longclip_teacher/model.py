@@ -1,17 +1,19 @@
 """Long-CLIP: open_clip's two transformers, reading captions of 248 tokens.
 
-Only what a feature depends on is computed: captions are encoded at their own length, and the last block of each tower
-works on the one position that is pooled. Both are exact.
+Only what a feature depends on is computed: distinct captions are encoded at their own length, and the last block of
+each tower works on the one position that is pooled. All of it is exact.
 
-Shapes: B batch, L tokens, N patches + class token, W tower width, D embedding width.
+Shapes: B batch, L tokens, T tokens of several captions end to end, N patches + class token, W tower width,
+D embedding width.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,8 +30,9 @@ from longclip_teacher.text import CaptionTokenizer, caption_lengths, length_buck
 __all__ = ["LongCLIP", "create_teacher"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"quickgelu": QuickGELU, "gelu": nn.GELU}
-_SMALLEST_BUCKET = {"cpu": 8}  # captions; on an accelerator launching a small batch costs more than its padding
-_SMALLEST_BUCKET_ELSEWHERE = 64
+_PACKED_DEVICES = ("cpu",)  # elsewhere attention over one length at a time is too many small launches
+_SMALLEST_BUCKET = 64  # captions; on an accelerator launching a small batch costs more than its padding
+_PACK_TOKENS = 1024  # on the CPU, where what a block makes of more leaves the caches
 
 
 class LongCLIP(nn.Module):
@@ -41,6 +44,8 @@ class LongCLIP(nn.Module):
         self.visual = ImageTransformer(config)
         self.text = CaptionTransformer(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log space
+        self.trim_captions = True
+        """False: `encode_text` passes the whole batch at once, each caption padded to the context length."""
 
     def encode_image(self, images: Float[Tensor, "B 3 H W"], normalize: bool = False) -> Float[Tensor, "B D"]:
         """Features of images that `preprocess` (or `preprocess_cfg`'s mean and std) has normalised."""
@@ -50,17 +55,33 @@ class LongCLIP(nn.Module):
     def encode_text(self, tokens: Int[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
         """Features of token ids of any length L; captions beyond `context_length` are cut there with EOT kept.
 
-        Captions are encoded in groups of like length. A causal tower never sees what follows EOT, so this equals the
-        full padded pass.
+        Distinct captions are encoded once, in groups of like length. A causal tower never sees what follows EOT, so
+        this equals the full padded pass, unit-norm features to 1e-5.
         """
         tokens = truncate(tokens, self.context_length)
-        lengths = caption_lengths(tokens).tolist()
-        smallest = _SMALLEST_BUCKET.get(tokens.device.type, _SMALLEST_BUCKET_ELSEWHERE)
-        buckets = length_buckets(lengths, smallest=smallest)
-        encoded = torch.cat([self.text(tokens[rows, : lengths[rows[0]]]) for rows in buckets])
-        order = torch.tensor([row for rows in buckets for row in rows], device=tokens.device)
-        features = encoded[order.argsort()]
+        if not len(tokens):
+            features = self.text.text_projection.new_zeros(0, self.embed_dim)
+        elif self.trim_captions:
+            features = self._encode_trimmed(tokens)
+        else:
+            features = self.text(F.pad(tokens, (0, self.context_length - tokens.shape[1])))
         return F.normalize(features, dim=-1) if normalize else features
+
+    def _encode_trimmed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
+        host = tokens.cpu()
+        captions = [row[:length] for row, length in zip(host.numpy(), caption_lengths(host).tolist(), strict=True)]
+        first_rows: dict[bytes, int] = {}
+        same_as = [first_rows.setdefault(caption.tobytes(), row) for row, caption in enumerate(captions)]
+        rows = sorted(first_rows.values(), key=lambda row: -len(captions[row]))
+        lengths = [len(captions[row]) for row in rows]
+        distinct = tokens[torch.tensor(rows, device=tokens.device)]
+        if tokens.device.type in _PACKED_DEVICES:
+            groups = [self.text.packed(distinct[pack], lengths[pack]) for pack in _packs(lengths)]
+        else:
+            buckets = length_buckets(lengths, smallest=_SMALLEST_BUCKET)  # consecutive: they are sorted
+            groups = [self.text(distinct[bucket[0] : bucket[-1] + 1, : lengths[bucket[0]]]) for bucket in buckets]
+        place = {row: index for index, row in enumerate(rows)}
+        return torch.cat(groups)[torch.tensor([place[row] for row in same_as], device=tokens.device)]
 
     @property
     def linear_logit_scale(self) -> Float[Tensor, ""]:
@@ -175,6 +196,24 @@ class CaptionTransformer(TextTransformer):
         x = _block_at(self.transformer.resblocks[-1], x, eot, after_eot)
         return self.ln_final(x) @ self.text_projection  # [B, W] -> [B, D]
 
+    def packed(self, tokens: Int[Tensor, "B L"], lengths: Sequence[int]) -> Float[Tensor, "B D"]:
+        """The same of captions that have these lengths, without computing a single pad.
+
+        The captions lie end to end, and each token is by itself in all but attention. That runs over captions of one
+        length at a time: sort them by length, and such captions are one batch with no mask but the causal one.
+        """
+        is_real = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
+        positions = is_real.nonzero()[:, 1]  # [T]
+        x = self.token_embedding(tokens[is_real]) + self.position_table[positions]  # [T, W]
+        runs = [(len(list(run)), length) for length, run in groupby(lengths)]
+        for block in self.transformer.resblocks[:-1]:
+            x = x + _attend_packed(block.attn, block.ln_1(x), runs)
+            x = x + block.mlp(block.ln_2(x))
+        block, eot = self.transformer.resblocks[-1], torch.tensor(lengths).cumsum(0) - 1
+        pooled = x[eot] + _attend_packed(block.attn, block.ln_1(x), runs, eot)  # [B, W]
+        pooled = pooled + block.mlp(block.ln_2(pooled))
+        return self.ln_final(pooled) @ self.text_projection  # [B, W] -> [B, D]
+
 
 def create_teacher(name_or_config: str | TeacherConfig, context_length: int | None = None) -> LongCLIP:
     """A LongCLIP with random weights, ready to train: `tiny`, `small`, `b16`, `l14` or a configuration.
@@ -205,6 +244,43 @@ def _block_at(
     attended, _ = block.attn(query, keys, keys, key_padding_mask=hidden, need_weights=False)
     pooled = x[rows, position] + attended.squeeze(1)  # [B, W]
     return pooled + block.mlp(block.ln_2(pooled))
+
+
+def _attend_packed(
+    attention: nn.MultiheadAttention,
+    x: Float[Tensor, "T W"],
+    runs: Sequence[tuple[int, int]],
+    eot: Int[Tensor, " B"] | None = None,
+) -> Float[Tensor, "T W"] | Float[Tensor, "B W"]:
+    """Causal self-attention in each caption of `runs` (captions, their length); with `eot`, of these tokens alone."""
+    width, heads = attention.embed_dim, attention.num_heads
+    assert attention.in_proj_weight is not None and attention.in_proj_bias is not None
+    weights, biases = (
+        attention.in_proj_weight.split([width, 2 * width]),
+        attention.in_proj_bias.split([width, 2 * width]),
+    )
+    queries = F.linear(x if eot is None else x[eot], weights[0], biases[0])
+    keys_values = F.linear(x, weights[1], biases[1])  # [T, 2 W]
+    attended = []
+    sizes = [count * length for count, length in runs]
+    parts = queries.split(sizes if eot is None else [count for count, _ in runs])
+    for (count, _), query, key_value in zip(runs, parts, keys_values.split(sizes), strict=True):
+        query = query.view(count, -1, heads, width // heads).transpose(1, 2)  # [n, H, L or 1, W / H]
+        key, value = key_value.view(count, -1, 2, heads, width // heads).permute(2, 0, 3, 1, 4)  # [n, H, L, W / H] each
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=eot is None)
+        attended.append(mixed.transpose(1, 2).flatten(0, 1).flatten(1))
+    return attention.out_proj(torch.cat(attended))
+
+
+def _packs(lengths: Sequence[int]) -> list[slice]:
+    """Cut captions of these lengths into groups of about `_PACK_TOKENS` tokens."""
+    cuts, num_tokens = [0], 0
+    for index, length in enumerate(lengths):
+        if num_tokens >= _PACK_TOKENS:
+            cuts.append(index)
+            num_tokens = 0
+        num_tokens += length
+    return [slice(start, stop) for start, stop in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
 
 
 def _conv_stem(image: ImageTowerConfig) -> nn.Sequential:

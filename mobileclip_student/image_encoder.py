@@ -30,6 +30,7 @@ _POOLING = {
     "vit_large_patch14_clip_224": "token",
 }
 _NARROW = "fastvit"
+_PICTURE_CHANNELS = 3
 _MAX_SIZE = 8192  # a configuration read from a file may not ask for any amount of memory
 
 
@@ -75,14 +76,33 @@ class ImageConfig:
 
 
 class ImageEncoder(nn.Module):
-    """Images, normalised already, to features."""
+    """Images, normalised already, to features.
+
+    `channels_last` runs a FastViT in that memory format, which changes features and gradients by rounding alone: S0
+    trains 1.3 times as fast on a CPU, a narrow tower 1.6 times. Parameters keep their layout.
+    """
+
+    channels_last: bool = True
 
     def __init__(self, config: ImageConfig, embed_dim: int) -> None:
         super().__init__()
         self.trunk = _narrow_fastvit(config, embed_dim) if config.tower == _NARROW else _named_tower(config, embed_dim)
+        if isinstance(self.trunk, FastVit):
+            for module in self.trunk.modules():
+                if isinstance(module, nn.Conv2d) and module.in_channels == _PICTURE_CHANNELS:
+                    module.register_forward_hook(self._to_channels_last)
 
     def forward(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B D"]:
+        if images.device.type == "cpu" and torch.is_grad_enabled():
+            # The backward of a 1 x 1 convolution of 3 channels-last channels with stride 2 corrupts memory (torch 2.15,
+            # oneDNN), so pictures come in channels first; the hooks turn what the first convolutions make of them.
+            images = images.contiguous()
+        elif self.channels_last and isinstance(self.trunk, FastVit):
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.trunk(images)
+
+    def _to_channels_last(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.contiguous(memory_format=torch.channels_last) if self.channels_last else output
 
 
 def _named_tower(config: ImageConfig, embed_dim: int) -> nn.Module:
@@ -103,7 +123,7 @@ def _named_tower(config: ImageConfig, embed_dim: int) -> nn.Module:
 def _narrow_fastvit(config: ImageConfig, embed_dim: int) -> FastVit:
     """MCi's recipe (RepMixer stages, 7 x 7 downsampling with activation) at a width and depth of choice."""
     stages = len(config.layers)
-    tower = FastVit(
+    return FastVit(
         layers=config.layers,
         embed_dims=config.embed_dims,
         token_mixers=("repmixer",) * stages,
@@ -116,11 +136,3 @@ def _narrow_fastvit(config: ImageConfig, embed_dim: int) -> FastVit:
         layer_scale_init_value=config.layer_scale,
         lkc_use_act=True,
     )
-    # On CPU, channels-last trains a narrow tower 1.6 times as fast. It starts after the first block, whose 1 x 1
-    # convolution of 3 channels with stride 2 corrupts memory in its channels-last backward (torch 2.15, oneDNN).
-    tower.stem[0].register_forward_hook(_channels_last_on_cpu)
-    return tower
-
-
-def _channels_last_on_cpu(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output.contiguous(memory_format=torch.channels_last) if output.device.type == "cpu" else output

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from caption_sources import Pair, read_coco, read_folder, read_sharegpt4v, read_table
 from rich.console import Console
 from rich.progress import track
 
+from caption_sources import Pair, read_coco, read_folder, read_sharegpt4v, read_table
 from eval.images import IMAGE_SUFFIXES, open_image
 from longclip_teacher.errors import InputError, run_command
 from training.shard_index import ShardRecord, expand_patterns, read_manifest

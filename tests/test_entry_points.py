@@ -100,6 +100,9 @@ def test_every_preset_and_every_kind_of_setting_takes_a_step(
         *(f"eval/{name}.py" for name in ("cost", "leakage", "compare")),
         "scripts/quickstart.py",
         "scripts/bench.py",
+        "scripts/cache_teacher.py",
+        "scripts/export_datacompdr.py",
+        "scripts/plan_run.py",
     ],
 )
 def test_help_teaches(script: str, tmp_path: Path) -> None:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from eval.models import load_model
 from longclip_teacher import LongCLIP, create_teacher, load_teacher
-from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
+from longclip_teacher.text import CaptionTokenizer
 from mobileclip_student import MobileCLIP, create_student, load_student
-from training.config import TrainConfig
+from mobileclip_student.inference import compile_towers
+from training.config import SpeedOptions, TrainConfig
+from training.datacompdr import DataCompDRStore, datacompdr_facts
 from training.distill import Distiller
 from training.distributed import Runtime
-from training.shards import ShardLoader, build_loader
+from training.shard_index import ShardIndex, expand_patterns
+from training.shards import OpenStore, ShardLoader, build_loader
 from training.step import seed_everything
+from training.stored import TeacherFacts, TeacherStore
+from training.teacher_cache import cache_facts, open_cache
 from training.transforms import ViewSpec
 
-__all__ = ["build_distiller", "build_training_loader", "check_config"]
+DATACOMPDR = "datacompdr"  # as teacher.cache: the shards hold the features themselves
+
+__all__ = ["build_distiller", "build_training_loader", "check_config", "frozen_teacher"]
 
 
 def check_config(config: TrainConfig, world_size: int) -> None:
@@ -44,7 +53,10 @@ def check_config(config: TrainConfig, world_size: int) -> None:
 
 
 def build_distiller(config: TrainConfig, runtime: Runtime) -> Distiller:
-    """The trained model and the frozen teacher on the run's device; the same initial weights on every process."""
+    """The trained model and the frozen teacher on the run's device; the same initial weights on every process.
+
+    Where the teacher's features are stored it is not loaded.
+    """
     seed_everything(config.run.seed)
     model = _teacher_to_train(config) if config.run.train == "teacher" else _student(config)
     model.requires_grad_(True)
@@ -52,11 +64,9 @@ def build_distiller(config: TrainConfig, runtime: Runtime) -> Distiller:
     if config.loss.init_logit_scale is not None:
         with torch.no_grad():
             model.logit_scale.fill_(config.loss.init_logit_scale).log_()
-    teacher = None
-    if config.distils:
-        assert config.teacher.checkpoint is not None
-        teacher = _frozen_teacher(config.teacher.checkpoint, config.teacher.activation)
-    distiller = Distiller(model, teacher, config.loss)
+    teacher = frozen_teacher(config) if config.runs_teacher else None
+    distiller = Distiller(model, teacher, config.loss, _stored_facts(config), config.speed.streaming_losses)
+    _apply_speed(config.speed, model, teacher)
     if config.run.sync_bn and runtime.world_size > 1:
         if runtime.device.type != "cuda":
             raise InputError("--run.sync_bn needs GPUs: torch has no synchronised BatchNorm on the CPU")
@@ -80,25 +90,55 @@ def _teacher_to_train(config: TrainConfig) -> LongCLIP:
     return load_teacher(options.init, activation=options.activation)
 
 
-def _frozen_teacher(checkpoint: str, activation: Activation | None) -> LongCLIP:
-    teacher = load_model(checkpoint, activation=activation)
+def frozen_teacher(config: TrainConfig) -> LongCLIP:
+    """The teacher that teacher.checkpoint names, on the CPU. Raises InputError for a student, or without a name."""
+    checkpoint = config.teacher.checkpoint
+    if checkpoint is None:
+        raise InputError("--teacher.stored_features False runs the teacher: name it with --teacher.checkpoint")
+    teacher = load_model(checkpoint, activation=config.teacher.activation)
     if not isinstance(teacher, LongCLIP):
         raise InputError(f"--teacher.checkpoint {checkpoint} is a student; give a Long-CLIP or CLIP")
     return teacher.requires_grad_(False).eval()
 
 
+def _stored_facts(config: TrainConfig) -> TeacherFacts | None:
+    """What the stored features say of their teacher; None without a store."""
+    cache = config.teacher.cache
+    if not config.distils or cache is None:
+        return None
+    if cache != DATACOMPDR:
+        return cache_facts(Path(cache))
+    facts = datacompdr_facts(expand_patterns(config.data.shards), config.teacher.stored_widths)
+    loss = config.loss
+    if facts.logit_scale is None and loss.teacher_scale is None and max(loss.crd_long, loss.crd_short) > 0:
+        raise InputError(
+            "these shards do not tell their teachers' logit scale: give --loss.teacher_scale (DataCompDR: 100)"
+        )
+    return facts
+
+
+def _apply_speed(speed: SpeedOptions, model: MobileCLIP | LongCLIP, teacher: LongCLIP | None) -> None:
+    for text_side in (model.text_encoder if isinstance(model, MobileCLIP) else model, teacher):
+        if text_side is not None:
+            text_side.trim_captions = speed.trim
+    if isinstance(model, MobileCLIP):
+        model.image_encoder.channels_last = speed.channels_last
+    if speed.compile:
+        compile_towers(model)
+
+
 def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Distiller) -> ShardLoader:
     """The loader of this process: the model's view of each picture, and the teacher's where it differs."""
-    data, model, teacher = config.data, distiller.model, distiller.teacher
+    data, speed, model, teacher = config.data, config.speed, distiller.model, distiller.teacher
     views = [_view(model)]
     if teacher is not None and _view(teacher) != views[0]:
         views.append(_view(teacher))
-    context_length = max(model.context_length, teacher.context_length if teacher is not None else 0)
+    context_length = max(model.context_length, distiller.facts.context_length if distiller.facts is not None else 0)
     loader = build_loader(
         data.shards,
         views=views,
         augment=config.augment,
-        tokenizer=model.tokenizer,
+        tokenizer=CaptionTokenizer(context_length, fast=speed.fast_tokenizer),
         context_length=context_length,
         global_batch_size=config.run.global_batch_size,
         rank=runtime.rank,
@@ -108,6 +148,11 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Dist
         max_bad_share=data.max_bad_share,
         shuffle_shards=data.shuffle_shards,
         epoch_samples=data.epoch_samples,
+        open_store=_store_opener(config, distiller.facts),
+        stored_features=config.teacher.stored_features,
+        fast_decode=speed.fast_decode,
+        trim_captions=speed.trim,
+        pin_memory=runtime.device.type == "cuda",
     )
     if loader.steps_per_epoch < 1:
         raise InputError(
@@ -115,6 +160,22 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Dist
             "lower --run.global_batch_size"
         )
     return loader
+
+
+def _store_opener(config: TrainConfig, facts: TeacherFacts | None) -> OpenStore | None:
+    cache, teacher = config.teacher.cache, config.teacher
+    if not config.distils or cache is None:
+        return None
+
+    def open_store(index: ShardIndex | None) -> TeacherStore:
+        if cache == DATACOMPDR:
+            assert facts is not None
+            return DataCompDRStore(facts)
+        if index is None:
+            raise InputError("streamed shards have no sidecars: copy them to a disk, or leave --teacher.cache out")
+        return open_cache(Path(cache), index, config.augment, teacher.checkpoint, config.speed.fast_decode)
+
+    return open_store
 
 
 def _view(model: MobileCLIP | LongCLIP) -> ViewSpec:

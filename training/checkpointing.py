@@ -6,6 +6,7 @@ state besides tensors: killed and resumed equals never killed.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ from longclip_teacher import LongCLIP, save_teacher
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import load_strictly, torch_load
 from mobileclip_student import MobileCLIP, save_student
-from training.config import TrainConfig
+from training.config import SpeedOptions, TrainConfig
 from training.distill import Distiller
 
 __all__ = ["TrainState", "find_checkpoint", "load_checkpoint", "save_checkpoint", "save_weights"]
 
-# fields that may change between a run and its continuation, because no sample, step or weight depends on them
+# fields that may change between a run and its continuation, because no sample, step or weight depends on them beyond
+# rounding
 _FREE_FIELDS = {
     "run": {"out_dir", "resume", "device", "log_every", "eval_every", "save_every", "keep_every"},
     "data": {
@@ -35,6 +37,7 @@ _FREE_FIELDS = {
         "num_workers",
         "max_bad_share",
     },
+    "speed": {field.name for field in dataclasses.fields(SpeedOptions)},
 }
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "LossOptions",
     "OptimOptions",
     "RunOptions",
+    "SpeedOptions",
     "StudentOptions",
     "TeacherOptions",
     "TrainConfig",
@@ -134,6 +135,14 @@ class TeacherOptions:
     """With run.train = teacher and no init: architecture built from scratch (tiny, small, b16, l14)."""
     init: str | None = None
     """With run.train = teacher: CLIP or Long-CLIP weights to start from; 77 positions are stretched to 248."""
+    cache: str | None = None
+    """Stored teacher features (scripts/cache_teacher.py): the folder of the sidecars, or "datacompdr" where the shards
+    themselves hold them. The teacher is then not loaded; checkpoint None accepts the cache's, whichever it is."""
+    stored_features: bool = True
+    """With cache. False: replay the stored crops and captions but run the teacher on them, to check a cache."""
+    stored_widths: tuple[int, ...] | None = None
+    """With cache datacompdr: widths of the teachers whose features stand side by side; None: one teacher, or two of 768
+    in 1536."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +230,30 @@ class LossOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpeedOptions:
+    """What makes a run faster and leaves its results alone, within the tolerance named. All are on but compile."""
+
+    fast_decode: bool = True
+    """Decode and resize JPEGs with torchvision; False: with PIL. Pixels equal to 1 level in 255 (bilinear) or 2
+    (bicubic), on average to 0.02."""
+    fast_tokenizer: bool = True
+    """Remember the tokens of words; False: open_clip's SimpleTokenizer. The ids are the same."""
+    trim: bool = True
+    """Compute only real tokens; False: captions padded to 248 in both text towers. Features equal to 1e-5."""
+    streaming_losses: bool = True
+    """Contrastive and KL losses in blocks of rows, shared among the processes; False: full matrices in each. Losses and
+    gradients equal to 1e-5."""
+    channels_last: bool = True
+    """Image tower in channels-last memory format where that is faster. Features equal to rounding."""
+    fused_adamw: bool = True
+    """AdamW in one kernel. Weights equal to rounding."""
+    keep_memory: bool = True
+    """On Linux, keep freed memory in the process instead of giving it back after each operation. Changes no figure."""
+    compile: bool = False
+    """torch.compile of the towers: minutes at the start, faster steps on a GPU. Features equal to rounding."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a run; saved beside it as config.toml."""
 
@@ -231,11 +264,18 @@ class TrainConfig:
     student: StudentOptions = dataclasses.field(default_factory=StudentOptions)
     optim: OptimOptions = dataclasses.field(default_factory=OptimOptions)
     loss: LossOptions = dataclasses.field(default_factory=LossOptions)
+    speed: SpeedOptions = dataclasses.field(default_factory=SpeedOptions)
 
     @property
     def distils(self) -> bool:
-        """True if this run has a frozen teacher."""
-        return self.run.train == "student" and self.teacher.checkpoint is not None and self.loss.distils
+        """True if this run has a teacher, loaded or stored."""
+        has_teacher = self.teacher.checkpoint is not None or self.teacher.cache is not None
+        return self.run.train == "student" and has_teacher and self.loss.distils
+
+    @property
+    def runs_teacher(self) -> bool:
+        """True if the frozen teacher itself is run in the training step."""
+        return self.distils and not (self.teacher.cache is not None and self.teacher.stored_features)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain values by section and field, paths as strings."""

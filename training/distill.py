@@ -5,9 +5,12 @@ Shapes: B pairs of this process, G pairs of all processes, D embedding width, L 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -16,9 +19,11 @@ from longclip_teacher import LongCLIP
 from mobileclip_student import MobileCLIP
 from training.config import LossOptions
 from training.distributed import gather
-from training.losses import clip_loss, crd_loss, fd_loss
-from training.pca import pca_project
-from training.shards import Batch
+from training.losses import Factors, PairedLosses, fd_loss, full_matrix_losses, paired_losses
+from training.pca import pca_factors
+from training.pictures import normalized
+from training.samples import Batch
+from training.stored import TeacherFacts
 
 __all__ = ["Distiller", "Features", "caption_groups", "compute_losses", "gather_features"]
 
@@ -35,6 +40,8 @@ class Features:
     """Student only: features mapped to the teacher's width, unit-norm, by name (image, long, short)."""
     main_image: Tensor | None = None
     """PCA'd image features of the short losses; not unit-norm. Set by gather_features."""
+    factors: list[Factors] | None = None
+    """What `main_image` is the product of, for each teacher side by side; None where PCA was not global."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
@@ -58,15 +65,30 @@ class Distiller(nn.Module):
 
     teacher: LongCLIP | None
 
-    def __init__(self, model: MobileCLIP | LongCLIP, teacher: LongCLIP | None, options: LossOptions) -> None:
+    def __init__(
+        self,
+        model: MobileCLIP | LongCLIP,
+        teacher: LongCLIP | None,
+        options: LossOptions,
+        facts: TeacherFacts | None = None,
+        streaming: bool = True,
+    ) -> None:
+        """`facts` describe a teacher whose features come stored with the batches; by default those of `teacher`.
+
+        `streaming` computes the image-text losses in blocks of rows (training/losses/streaming.py).
+        """
         super().__init__()
         self.model = model
         self.options = options
+        self.streaming = streaming
         self.__dict__["teacher"] = teacher
+        if facts is None and teacher is not None:
+            facts = TeacherFacts((teacher.embed_dim,), float(teacher.linear_logit_scale), teacher.context_length)
+        self.facts = facts
         self.project = nn.ModuleDict()
-        if teacher is not None and options.fd > 0 and teacher.embed_dim != model.embed_dim:
-            self.project["image"] = nn.Linear(model.embed_dim, teacher.embed_dim)
-            self.project["text"] = nn.Linear(model.embed_dim, teacher.embed_dim)
+        if facts is not None and options.fd > 0 and facts.embed_dim != model.embed_dim:
+            self.project["image"] = nn.Linear(model.embed_dim, facts.embed_dim)
+            self.project["text"] = nn.Linear(model.embed_dim, facts.embed_dim)
         used = max(options.clip_long, options.clip_short, options.crd_long, options.crd_short) > 0
         model.logit_scale.requires_grad_(used)  # DDP waits for the gradient of every parameter that has one
 
@@ -84,7 +106,15 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def teacher_features(self, batch: Batch) -> Features | None:
-        """Unit-norm features of the frozen teacher; None without one."""
+        """Features of the frozen teacher, stored with the batch or computed now; None without a teacher.
+
+        Unit-norm; of several teachers side by side, each part is.
+        """
+        if batch.teacher is not None:
+            assert self.facts is not None
+            widths = self.facts.widths
+            stored = {name: _unit_parts(value, widths) for name, value in batch.teacher.items()}
+            return Features(stored["image"], stored["long"], stored["short"] if self.options.uses_short else None)
         if self.teacher is None:
             return None
         images = batch.images if batch.teacher_images is None else batch.teacher_images
@@ -98,7 +128,12 @@ class Distiller(nn.Module):
         """Linear logit scale of the teacher's distributions."""
         if self.options.teacher_scale is not None:
             return self.options.teacher_scale
-        return 1.0 if self.teacher is None else float(self.teacher.linear_logit_scale)
+        return 1.0 if self.facts is None or self.facts.logit_scale is None else self.facts.logit_scale
+
+    @property
+    def teacher_widths(self) -> tuple[int, ...]:
+        """Widths of the teachers whose features stand side by side; empty without a teacher."""
+        return () if self.facts is None else self.facts.widths
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -106,30 +141,44 @@ def _unit(features: Tensor) -> Tensor:
     return normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
 
 
+def _unit_parts(features: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Unit rows of each teacher's part, which float16 has rounded."""
+    return torch.cat([_unit(part) for part in features.split(widths, dim=-1)], dim=-1)
+
+
 def _encode(model: MobileCLIP | LongCLIP, images: Tensor, long: Tensor, short: Tensor | None) -> dict[str, Tensor]:
     mean, std = (
         torch.tensor(value, dtype=model.logit_scale.dtype, device=images.device).view(3, 1, 1)
         for value in (model.preprocess_cfg.mean, model.preprocess_cfg.std)
     )
-    pixels = images.to(mean.dtype) / 255
     captions = {"long": long} if short is None else {"long": long, "short": short}
     if isinstance(model, MobileCLIP):  # together, for one set of BatchNorm statistics
         texts = model.encode_texts(*captions.values())
     else:
         texts = [model.encode_text(tokens) for tokens in captions.values()]
-    return {"image": model.encode_image((pixels - mean) / std), **dict(zip(captions, texts, strict=True))}
+    return {"image": model.encode_image(normalized(images, mean, std)), **dict(zip(captions, texts, strict=True))}
 
 
-def gather_features(local: Features, options: LossOptions) -> Features:
-    """Features of the global batch [G, D] from those of each process [B, D], with the PCA'd image features added."""
+def gather_features(local: Features, options: LossOptions, widths: tuple[int, ...] | None = None) -> Features:
+    """Features of the global batch [G, D] from those of each process [B, D], with the PCA'd image features added.
+
+    `widths` are those of several teachers side by side, each of which has a PCA of its own.
+    """
     gathered = Features.from_tensors({name: gather(value) for name, value in local.tensors().items()})
-    if gathered.short is not None:
-        if options.pca_scope == "global":
-            gathered.main_image = pca_project(gathered.image, options.pca_rank)
-        elif options.pca_scope == "rank":
-            gathered.main_image = gather(pca_project(local.image, options.pca_rank))
-        else:
-            gathered.main_image = gathered.image
+    if gathered.short is None:
+        return gathered
+    if options.pca_scope == "off":
+        gathered.main_image = gathered.image
+        return gathered
+    source = gathered.image if options.pca_scope == "global" else local.image
+    parts = [pca_factors(part, options.pca_rank) for part in source.split(widths or source.shape[1], dim=1)]
+    projected = torch.cat([image for image, _ in parts], dim=1)
+    if options.pca_scope == "rank":
+        gathered.main_image = gather(projected)
+        return gathered
+    gathered.main_image = projected
+    factors = [found for _, found in parts if found is not None]
+    gathered.factors = factors if len(factors) == len(parts) else None
     return gathered
 
 
@@ -147,47 +196,64 @@ def compute_losses(
     teacher_scale: float,
     options: LossOptions,
     groups: dict[str, Int[Tensor, " G"]] | None = None,
+    *,
+    teacher_widths: tuple[int, ...] | None = None,
+    streaming: bool = True,
 ) -> dict[str, Tensor]:
-    """Unweighted losses of a global batch by their name in LossOptions; those of weight 0 are not computed.
+    """Unweighted losses of a global batch by their name in LossOptions, those of weight 0 being left out, and their
+    weighted sum as `loss`: the only one sure to carry a gradient.
 
     `logit_scale` and `teacher_scale` are linear. `groups` are the caption_groups of the long and of the short
-    captions, where equal ones share the target. Without a teacher the distillation losses are absent.
+    captions, where equal ones share the target. Without a teacher the distillation losses are absent. `streaming`
+    computes in tiles, which the processes share; else each process holds full matrices.
     """
-    losses = {}
-    smoothing = options.label_smoothing
-    if options.clip_long:
-        losses["clip_long"] = clip_loss(
-            student.image,
-            student.long,
+    losses: dict[str, Tensor] = {}
+    totals = []
+    for length in ("long", "short"):
+        clip_weight = getattr(options, f"clip_{length}")
+        crd_weight = 0.0 if teacher is None else getattr(options, f"crd_{length}")
+        if clip_weight == crd_weight == 0:
+            continue
+        image, text, factors = _sides(student, length)
+        teacher_image, teacher_text, teacher_factors = _sides(teacher, length) if teacher else (None, None, None)
+        compute: Callable[..., PairedLosses] = full_matrix_losses
+        if streaming:
+            share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            ours = factors[0] if factors else None
+            compute = partial(paired_losses, student_factors=ours, teacher_factors=teacher_factors, share=share)
+        total, clip, crd = compute(
+            image,
+            text,
             logit_scale,
-            label_smoothing=smoothing,
-            caption_groups=(groups or {}).get("long"),
+            teacher_image,
+            teacher_text,
+            teacher_scale,
+            clip_weight=clip_weight,
+            crd_weight=crd_weight,
+            label_smoothing=options.label_smoothing,
+            caption_groups=(groups or {}).get(length),
+            teacher_widths=teacher_widths,
         )
-    if options.clip_short:
-        assert student.main_image is not None and student.short is not None
-        losses["clip_short"] = clip_loss(
-            student.main_image,
-            student.short,
-            logit_scale,
-            label_smoothing=smoothing,
-            caption_groups=(groups or {}).get("short"),
-        )
-    if teacher is None:
-        return losses
-    if options.crd_long:
-        losses["crd_long"] = crd_loss(
-            student.image, student.long, teacher.image, teacher.long, logit_scale, teacher_scale
-        )
-    if options.crd_short:
-        assert student.main_image is not None and student.short is not None
-        assert teacher.main_image is not None and teacher.short is not None
-        losses["crd_short"] = crd_loss(
-            student.main_image, student.short, teacher.main_image, teacher.short, logit_scale, teacher_scale
-        )
-    if options.fd:
-        ours = student.projected or student.tensors()
-        theirs = teacher.tensors()
-        texts = [name for name in ("long", "short") if name in theirs]
-        per_text = [fd_loss(ours[name], theirs[name]) for name in texts]
-        losses["fd"] = fd_loss(ours["image"], theirs["image"]) + torch.stack(per_text).mean()
+        totals.append(total)
+        losses |= {f"{name}_{length}": value for name, value in (("clip", clip), ("crd", crd)) if value is not None}
+    if teacher is not None and options.fd:
+        losses["fd"] = _feature_loss(student, teacher)
+        totals.append(options.fd * losses["fd"])
+    losses["loss"] = torch.stack(totals).sum()
     return losses
+
+
+def _feature_loss(student: Features, teacher: Features) -> Tensor:
+    """fd_loss of the images and the mean of that of the texts."""
+    ours = student.projected or student.tensors()
+    theirs = {name: normalize(value, dim=-1) for name, value in teacher.tensors().items()}  # of several: the whole row
+    per_text = [fd_loss(ours[name], theirs[name]) for name in ("long", "short") if name in theirs]
+    return fd_loss(ours["image"], theirs["image"]) + torch.stack(per_text).mean()
+
+
+def _sides(features: Features, length: str) -> tuple[Tensor, Tensor, list[Factors] | None]:
+    """Image and text features of the losses with long or with short captions, and the factors of the images."""
+    if length == "long":
+        return features.image, features.long, None
+    assert features.main_image is not None and features.short is not None
+    return features.main_image, features.short, features.factors

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from eval.memory import peak_memory_gb
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +29,7 @@ from training.step import backward_step
 __all__ = ["train"]
 
 _MAX_LOG_SCALE = math.log(100)  # CLIP's clamp: a larger scale makes the softmax a hard maximum
+_STARVED_SHARE = 0.05  # of the time spent waiting for data, above which the run says so
 
 
 def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: ShardLoader) -> TrainState:
@@ -36,7 +38,7 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
     run, out_dir = config.run, config.run.out_dir
     steps_per_epoch = loader.steps_per_epoch
     total_steps = run.max_steps or max(1, round(run.epochs * steps_per_epoch))
-    optimizer = build_optimizer(distiller, config.optim)
+    optimizer = build_optimizer(distiller, config.optim, fused=config.speed.fused_adamw)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=run.precision == "fp16")
     state = TrainState(distiller, optimizer, scaler)
     if (checkpoint := find_checkpoint(config)) is not None:
@@ -45,7 +47,7 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
     log = RunLog(config, runtime, step=state.step, total_steps=total_steps)
     how = "resuming" if checkpoint else "starting"
     log.say(f"{how} at step {state.step} of {total_steps}, {steps_per_epoch} steps an epoch -> {out_dir}")
-    meter = _Meter(run.global_batch_size)
+    meter = _Meter(run.global_batch_size, runtime.device)
 
     try:
         batches: Iterator[Batch] = iter(())
@@ -58,6 +60,11 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
             if run.keep_every and state.step > 0 and state.step % run.keep_every == 0:
                 _save(config, runtime, state, f"step_{state.step}")
             if done:
+                if meter.starved_share > _STARVED_SHARE:
+                    log.say(
+                        f"{meter.starved_share:.0%} of the training time went into waiting for data: raise "
+                        "--data.num_workers, or store smaller pictures (make_shards.py --resize)"
+                    )
                 break
 
             waiting = time.monotonic()
@@ -65,7 +72,7 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
                 epoch, position = divmod(state.step, steps_per_epoch)
                 batches = loader.batches(epoch, position)
                 batch = next(batches)
-            meter.waited += time.monotonic() - waiting
+            meter.wait(time.monotonic() - waiting)
             batch = batch.to(runtime.device)
 
             rate = learning_rate(state.step, total_steps, config.optim)
@@ -165,13 +172,28 @@ class _Meter:
     """Throughput, the share of time spent waiting for data, and unreadable samples, since the last reading."""
 
     global_batch_size: int
+    device: torch.device
 
     def __post_init__(self) -> None:
         self.waited, self.steps, self.skipped, self.since = 0.0, 0, 0, time.monotonic()
+        self._total_waited, self._total_steps, self._started = 0.0, 0, 0.0
+
+    def wait(self, seconds: float) -> None:
+        self.waited += seconds
+        if self._total_steps == 0:
+            self._started = time.monotonic()  # the first batch comes after the workers' start: it tells nothing
+        else:
+            self._total_waited += seconds
 
     def add(self, batch: Batch) -> None:
         self.steps += 1
+        self._total_steps += 1
         self.skipped += sum(batch.skipped.values())
+
+    @property
+    def starved_share(self) -> float:
+        """Share of the time since the first batch that went into waiting for data."""
+        return self._total_waited / max(time.monotonic() - self._started, 1e-9) if self._total_steps > 1 else 0.0
 
     def read(self, step: int) -> dict[str, float]:
         now = time.monotonic()
@@ -181,6 +203,7 @@ class _Meter:
             "samples_per_second": self.steps * self.global_batch_size / seconds,
             "data_wait_share": self.waited / seconds,
             "skipped_samples": float(self.skipped),
+            "peak_memory_gb": peak_memory_gb(self.device),
         }
         self.waited, self.steps, self.since = 0.0, 0, now
         return values

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from eval.memory import keep_freed_memory
 from longclip_teacher.errors import InputError, run_command
 from training.build import build_distiller, build_training_loader, check_config
 from training.config import parse_config
@@ -22,6 +23,8 @@ def main() -> None:
     """Parse, set up, build, train, report."""
     with _told_once():
         config = parse_config(sys.argv[1:])
+    if config.speed.keep_memory:
+        keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     with start(config.run.device) as runtime:
         logging.getLogger().setLevel(logging.INFO if runtime.is_main else logging.WARNING)

@@ -12,9 +12,15 @@ from training.config import OptimOptions
 __all__ = ["build_optimizer", "learning_rate"]
 
 
-def build_optimizer(module: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; those of fewer than two dimensions and positional embeddings do not
-    decay."""
+_FUSED_DEVICES = {"cpu", "cuda"}
+
+
+def build_optimizer(module: nn.Module, options: OptimOptions, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; those of fewer than two dimensions and positional embeddings do not decay.
+
+    `fused` updates each parameter in one pass over memory where the device has a kernel for it; otherwise, and
+    elsewhere, one operation runs over all parameters at a time. The weights differ by rounding.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
@@ -23,7 +29,10 @@ def build_optimizer(module: nn.Module, options: OptimOptions) -> torch.optim.Ada
                 parameter
             )
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+    fused = fused and {parameter.device.type for parameter in (*decayed, *plain)} <= _FUSED_DEVICES
+    return torch.optim.AdamW(
+        groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=fused, foreach=not fused
+    )
 
 
 def learning_rate(step: int, total_steps: int, options: OptimOptions) -> float:

@@ -17,69 +17,91 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-__all__ = ["pca_project"]
+__all__ = ["pca_factors", "pca_project"]
 
 
 def pca_project(features: Float[Tensor, "B D"], rank: int = 32) -> Float[Tensor, "B D"]:
     """Centre `features`, keep the `rank` directions of largest variance, add the mean back. Not renormalised.
 
     Computed in float32 (float64 for float64 input) with autocast off. The gradient equals SVD autograd's wherever
-    that is finite, and is finite everywhere: the inverse of a gap across the cut is bounded (at ten times the
-    rounding error of the eigenvalues) and zero at an exact tie. A batch of equal rows gives its mean.
+    that is finite, and is finite everywhere: a gap across the cut within ten times the rounding error of the
+    eigenvalues counts as a tie, which contributes nothing. A batch of equal rows gives its mean.
 
     Raises ValueError when `rank` is not in 1 .. B - 1: B centred rows span at most B - 1 directions, so PCA would do
     nothing.
     """
-    batch, _ = features.shape
+    return pca_factors(features, rank)[0]
+
+
+def pca_factors(
+    features: Float[Tensor, "B D"], rank: int = 32
+) -> tuple[Float[Tensor, "B D"], tuple[Float[Tensor, "B K1"], Float[Tensor, "K1 D"]] | None]:
+    """`pca_project(features, rank)` and what it is the product of: coordinates and basis, K1 = `rank` + 1.
+
+    The factors carry no gradient; they are None where `rank` >= D leaves the features as they are.
+    """
+    batch, width = features.shape
     if not 1 <= rank < batch:
         raise ValueError(f"PCA of rank {rank} needs a batch of at least {rank + 1} samples, got {batch}")
     with torch.autocast(features.device.type, enabled=False):
         features = features if features.dtype == torch.float64 else features.float()
-        mean = features.mean(dim=0, keepdim=True)
-        if rank >= features.shape[1]:
-            return features.clone()
-        return _TopComponents.apply(features - mean, rank) + mean
+        if rank >= width:
+            return features.clone(), None
+        projected, coordinates, basis = _Projection.apply(features, rank)
+        return projected, (coordinates, basis)
 
 
-class _TopComponents(torch.autograd.Function):
-    """Projection of centred rows [B, D] onto their own leading `rank` principal directions."""
+class _Projection(torch.autograd.Function):
+    """Rows [B, D] projected onto their mean and their own leading `rank` principal directions.
+
+    Of the B x B Gram matrix and the D x D covariance the smaller one is decomposed. "rows" are the centred features
+    with that side first [N, M].
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, centred: Tensor, rank: int) -> Tensor:
+    def forward(ctx: FunctionCtx, features: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        mean = features.mean(dim=0, keepdim=True)
+        centred = features - mean
         wide = centred.shape[0] < centred.shape[1]
-        rows = centred if wide else centred.T  # [N, M]: the smaller side first, so the eigenproblem is N x N
+        rows = centred if wide else centred.T
         gram = rows @ rows.T
         scale = gram.diagonal().sum().clamp_min(torch.finfo(gram.dtype).tiny)
         values, vectors = _eigh(gram / scale)  # ascending; eigenvalues are shares of the variance
         kept = vectors[:, -rank:]  # [N, K]
-        projected = kept @ (kept.T @ rows)
-        ctx.save_for_backward(rows, values, vectors, scale)
-        ctx.rank, ctx.wide = rank, wide  # type: ignore[attr-defined]
-        return projected if wide else projected.T
+        kept_rows = kept.T @ rows  # [K, M]
+        coordinates, basis = (kept, kept_rows) if wide else (kept_rows.T, kept.T)
+        coordinates = torch.cat([coordinates, torch.ones_like(coordinates[:, :1])], dim=1)
+        basis = torch.cat([basis, mean])
+        ctx.save_for_backward(rows, kept_rows, values, vectors, scale)
+        ctx.wide = wide  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(coordinates, basis)
+        return coordinates @ basis, coordinates, basis
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        rows, values, vectors, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        rows, kept_rows, values, vectors, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_rows = grad if ctx.wide else grad.T  # type: ignore[attr-defined]
-        cut = values.shape[0] - ctx.rank  # type: ignore[attr-defined]
+        cut = len(values) - len(kept_rows)
         dropped, kept = vectors[:, :cut], vectors[:, cut:]
-        # d loss / d gram for kept x dropped pairs: u_i^T (M + M^T) u_j / (l_i - l_j), with M = grad rows^T
-        kept_rows, dropped_rows = kept.T @ rows, dropped.T @ rows
-        kept_grad, dropped_grad = kept.T @ grad_rows, dropped.T @ grad_rows
-        numerator = kept_grad @ dropped_rows.T + kept_rows @ dropped_grad.T  # [K, N - K]
-        weight = numerator * _inverse_gaps(values, cut) / scale
-        # <Q, dG> with Q = kept weight dropped^T and dG = d(rows rows^T) gives (Q + Q^T) rows
-        grad_in = kept @ (kept_grad + weight @ dropped_rows) + dropped @ (weight.T @ kept_rows)
-        return (grad_in if ctx.wide else grad_in.T), None  # type: ignore[attr-defined]
+        # d loss / d gram for kept x dropped pairs: u_i^T (M + M^T) u_j / (l_i - l_j), with M = grad rows^T. Only K rows
+        # of it are needed, so that no product is larger than K N M.
+        kept_grad = kept.T @ grad_rows
+        numerator = (kept_grad @ rows.T + kept_rows @ grad_rows.T) @ dropped  # [K, N - K]
+        weight = (numerator * _inverse_gaps(values, cut) / scale) @ dropped.T  # [K, N]
+        # <Q, dG> with Q = kept weight and dG = d(rows rows^T) gives (Q + Q^T) rows
+        left = torch.cat([kept, weight.T], dim=1)  # [N, 2 K]
+        right = torch.cat([kept_grad + weight @ rows, kept_rows])  # [2 K, M]
+        grad_in = left @ right if ctx.wide else right.T @ left.T  # type: ignore[attr-defined]
+        return grad_in.add_(grad.mean(dim=0) - grad_in.mean(dim=0)), None
 
 
 def _inverse_gaps(values: Tensor, cut: int) -> Tensor:
-    """1 / (l_i - l_j) for kept i, dropped j [K, N - K], as gap / (gap^2 + t^2): zero at a tie, at most 1 / (2 t)."""
-    tiny = torch.finfo(values.dtype).tiny
-    tolerance = (10 * torch.finfo(values.dtype).eps * values[-1]).clamp_min(tiny**0.5)
+    """1 / (l_i - l_j) for kept i, dropped j [K, N - K]; zero at a tie, a gap within ten times the rounding error."""
+    limits = torch.finfo(values.dtype)
     gap = values[cut:, None] - values[None, :cut]
-    return gap / (gap.square() + tolerance.square())
+    tie = gap <= (10 * limits.eps * values[-1]).clamp_min(limits.tiny**0.5)
+    return gap.reciprocal_().masked_fill_(tie, 0)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

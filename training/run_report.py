@@ -15,6 +15,7 @@ from eval.models import ClipModel, load_model
 from eval.report import Report, model_colours, write_report
 from eval.retrieval import encode_retrieval_set
 from eval.retrieval_examples import retrieval_examples
+from training.build import frozen_teacher
 from training.config import TrainConfig
 from training.curves import run_facts, training_curves
 from training.distributed import Runtime
@@ -24,9 +25,14 @@ __all__ = ["report_run"]
 
 
 def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None) -> None:
-    """Evaluate, print, and write results.json and report.html into the run's folder; nothing if there are no tests."""
+    """Evaluate, print, and write results.json and report.html into the run's folder; nothing if there are no tests.
+
+    A named teacher that training did without, because its features were stored, is loaded now.
+    """
     if not config.data.tests and config.data.zeroshot is None:
         return
+    if teacher is None and config.distils and config.teacher.checkpoint is not None:
+        teacher = frozen_teacher(config).to(runtime.device)
     out_dir = config.run.out_dir
     best = out_dir / "best.safetensors"
     models: dict[str, ClipModel] = {config.run.train: load_model(out_dir, device=str(runtime.device))}

@@ -1,12 +1,12 @@
 """One sample from its tar members to pixels and captions, and samples to a batch.
 
-Shapes: B batch, S image size, L tokens of the batch's longest caption.
+Shapes: B batch, S image size, L tokens of the batch's longest caption, D width of stored teacher features.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,15 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.images import open_image
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, first_sentence, trim
+from training.pictures import open_picture, picture_size
 from training.shard_index import RawSample
-from training.transforms import AugmentConfig, ViewSpec, centre_crop, draw_augmentation, render, sample_generator
+from training.stored import StoredDraw, TeacherStore, choose_captions
+from training.transforms import (
+    Augmentation,
+    AugmentConfig,
+    ViewSpec,
+    draw_augmentation,
+    render,
+    sample_generator,
+)
 
 __all__ = ["BadSample", "Batch", "Sample", "SampleDecoder", "collate", "read_captions"]
 
-_CROP, _CAPTION = 0, 1  # separate streams of random numbers, so that the crop does not depend on the captions
+_CROP = 0  # a stream of random numbers of its own, so that the crop does not depend on the captions (stored.py)
 
 
 class BadSample(Exception):
@@ -31,12 +39,13 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """A decoded sample: one uint8 [S, S, 3] array a view and its two captions."""
+    """A decoded sample: one uint8 [3, S, S] tensor a view, its two captions, the stored teacher features if any."""
 
     key: str
-    pictures: list[np.ndarray]
-    caption_long: str
-    caption_short: str
+    pictures: list[Tensor]
+    caption_long: str | np.ndarray  # text, or token ids from SOT to EOT
+    caption_short: str | np.ndarray
+    teacher: dict[str, np.ndarray] | None  # image, long, short: [D]
 
 
 @dataclass(frozen=True)
@@ -49,48 +58,82 @@ class Batch:
     short_tokens: Tensor  # int64 [B, L']
     keys: list[str]
     skipped: dict[str, int]  # samples that could not be decoded and were replaced, by cause
+    teacher: dict[str, Tensor] | None = None  # stored features by name (image, long, short), [B, D]
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        teacher_images = self.teacher_images
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies beside its work (DataLoader calls it)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def rows(self, rows: slice) -> Batch:
+        """Some samples of the batch. `skipped` stays with the whole."""
+        return replace(self._map(lambda tensor: tensor[rows]), keys=self.keys[rows], skipped={})
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
-            images=self.images.to(device, non_blocking=True),
-            teacher_images=None if teacher_images is None else teacher_images.to(device, non_blocking=True),
-            long_tokens=self.long_tokens.to(device, non_blocking=True),
-            short_tokens=self.short_tokens.to(device, non_blocking=True),
+            images=function(self.images),
+            teacher_images=None if self.teacher_images is None else function(self.teacher_images),
+            long_tokens=function(self.long_tokens),
+            short_tokens=function(self.short_tokens),
+            teacher=None if self.teacher is None else {name: function(value) for name, value in self.teacher.items()},
         )
 
 
 @dataclass(frozen=True)
 class SampleDecoder:
-    """Members to pictures and captions; everything random depends on `seed` and the sample's key numbers alone."""
+    """Members to pictures and captions; everything random depends on `seed` and the sample's key numbers alone.
+
+    With a `store`, crop and captions are those whose teacher features are stored, and `augment` is not used;
+    `stored_features` False leaves the features out, for a teacher that is run on the same crops.
+    """
 
     views: tuple[ViewSpec, ...]
-    augment: AugmentConfig | None
+    augment: AugmentConfig
     seed: int
+    fast_decode: bool = True
+    store: TeacherStore | None = None
+    stored_features: bool = True
 
     def decode(self, raw: RawSample, *key: int) -> Sample:
         """Decode `raw`; `key` is (epoch, index) or whatever else tells this draw from others. Raises BadSample."""
-        long_captions, short_captions = read_captions(raw)
+        draw = self.store.draw(raw, self.seed, key) if self.store is not None else None
+        captions = (draw.caption_long, draw.caption_short) if draw is not None else self._captions(raw, key)
         if raw.image is None:
             raise BadSample("no picture, or one of more than 64 MB")
         try:
-            picture = open_image(raw.image)
+            picture = open_picture(raw.image, self.fast_decode)
         except InputError as error:  # "picture: CAUSE (details)"
             raise BadSample(str(error).removeprefix("picture: ").partition(" (")[0]) from None
-        if self.augment is None:
-            augmentation = centre_crop(picture.size)
-        else:
-            generator = sample_generator(self.seed, *key, _CROP)
-            augmentation = draw_augmentation(picture.size, self.augment, generator)
-        caption_long, caption_short = long_captions[0], (short_captions or [""])[0]
-        if len(long_captions) > 1 or len(short_captions) > 1:
-            draws = sample_generator(self.seed, *key, _CAPTION).random(2)
-            caption_long = long_captions[int(draws[0] * len(long_captions))]
-            caption_short = short_captions[int(draws[1] * len(short_captions))] if short_captions else ""
-        caption_short = caption_short or first_sentence(caption_long)
-        return Sample(raw.key, render(picture, augmentation, self.views), caption_long, caption_short)
+        size = picture_size(picture)
+        if draw is not None and draw.picture_size not in (None, size):
+            raise InputError(
+                f"sample {raw.key}: a picture of {size} pixels, the teacher cache was made from one of "
+                f"{draw.picture_size}: make the cache again"
+            )
+        augmentation = self._augmentation(size, key) if draw is None else draw.augmentation
+        try:
+            pictures = render(picture, augmentation, self.views)
+        except InputError:
+            raise BadSample("stored crop outside the picture") from None
+        teacher = _features(draw) if draw is not None and self.stored_features else None
+        return Sample(raw.key, pictures, *captions, teacher)
+
+    def _captions(self, raw: RawSample, key: tuple[int, ...]) -> tuple[str, str]:
+        long, short = read_captions(raw)
+        chosen, chosen_short = choose_captions(len(long), len(short), self.seed, key)
+        caption = long[chosen]
+        return caption, first_sentence(caption) if chosen_short < 0 else short[chosen_short]
+
+    def _augmentation(self, size: tuple[int, int], key: tuple[int, ...]) -> Augmentation:
+        return draw_augmentation(size, self.augment, sample_generator(self.seed, *key, _CROP))
+
+
+def _features(draw: StoredDraw) -> dict[str, np.ndarray]:
+    return {"image": draw.image, "long": draw.long, "short": draw.short}
 
 
 def read_captions(raw: RawSample) -> tuple[list[str], list[str]]:
@@ -129,18 +172,40 @@ def _texts(value: Any) -> list[str]:
 
 
 def collate(
-    samples: Sequence[Sample], tokenizer: CaptionTokenizer, context_length: int, skipped: dict[str, int]
+    samples: Sequence[Sample],
+    tokenizer: CaptionTokenizer,
+    context_length: int,
+    skipped: dict[str, int],
+    trim_captions: bool = True,
 ) -> Batch:
     """Samples to a batch: pictures stacked, captions tokenised and trimmed to the batch's longest."""
-    stacks = [
-        torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()  # [B, S, S, 3] -> [B, 3, S, S]
-        for pictures in zip(*(sample.pictures for sample in samples), strict=True)
+    stacks = [torch.stack(pictures) for pictures in zip(*(sample.pictures for sample in samples), strict=True)]
+    tokens = [
+        _tokens(captions, tokenizer, context_length)
+        for captions in ([sample.caption_long for sample in samples], [sample.caption_short for sample in samples])
     ]
+    long_tokens, short_tokens = [trim(rows).contiguous() for rows in tokens] if trim_captions else tokens
+    stored = [sample.teacher for sample in samples if sample.teacher is not None]
+    teacher = (
+        {name: torch.from_numpy(np.stack([row[name] for row in stored])) for name in stored[0]} if stored else None
+    )
     return Batch(
         images=stacks[0],
         teacher_images=stacks[1] if len(stacks) > 1 else None,
-        long_tokens=trim(tokenizer([sample.caption_long for sample in samples], context_length)).contiguous(),
-        short_tokens=trim(tokenizer([sample.caption_short for sample in samples], context_length)).contiguous(),
+        long_tokens=long_tokens,
+        short_tokens=short_tokens,
         keys=[sample.key for sample in samples],
         skipped=skipped,
+        teacher=teacher,
     )
+
+
+def _tokens(captions: Sequence[str | np.ndarray], tokenizer: CaptionTokenizer, context_length: int) -> Tensor:
+    """Token ids [B, context_length], of texts or of stored ids."""
+    texts = [caption for caption in captions if isinstance(caption, str)]
+    if len(texts) == len(captions):
+        return tokenizer(texts, context_length)
+    rows = torch.zeros(len(captions), context_length, dtype=torch.int64)
+    for row, caption in zip(rows, captions, strict=True):
+        row[: len(caption)] = torch.from_numpy(np.asarray(caption, dtype=np.int64))
+    return rows

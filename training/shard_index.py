@@ -1,9 +1,10 @@
 """Where each sample lies: shard patterns, the manifest beside the shards, and reads by byte offset.
 
-A shard is a plain webdataset tar: `KEY.jpg` (or another picture suffix) with `KEY.json` and / or `KEY.txt`. With the
-byte index of its members any sample is one `pread` away, which is what makes an exact, resumable order possible. The
-index comes from `manifest.json` beside the shards, or from one scan of a tar's headers, kept as `NAME.tar.index.json`.
-Tars are read, never extracted; nothing in them is executed or unpickled.
+A shard is a plain webdataset tar: `KEY.jpg` (or another picture suffix) with `KEY.json` and / or `KEY.txt`, in
+DataCompDR's shards also `EXTRA_MEMBERS`. With the byte index of its members any sample is one `pread` away, which is
+what makes an exact, resumable order possible. The index comes from `manifest.json` beside the shards, or from one scan
+of a tar's headers, kept as `NAME.tar.index.json`. Tars are read, never extracted; nothing in them is executed or
+unpickled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from eval.images import IMAGE_SUFFIXES
 from longclip_teacher.errors import InputError
 
 __all__ = [
+    "EXTRA_MEMBERS",
     "MANIFEST_NAME",
+    "MAX_EXTRA_BYTES",
     "RawSample",
     "ShardIndex",
     "ShardRecord",
@@ -43,6 +46,9 @@ MANIFEST_FORMAT = "compact-longclip shards"
 MANIFEST_VERSION = 1
 MAX_IMAGE_BYTES = 64 << 20
 MAX_TEXT_BYTES = 4 << 20
+MAX_EXTRA_BYTES = 4 << 20
+EXTRA_MEMBERS = ("syn.json", "paug.json", "npz", "pth.gz")
+"""What else a sample of DataCompDR holds; read as bytes, see datacompdr.py."""
 _MAX_OPEN_FILES = 128
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:")
 _ALLOWED_URL = re.compile(r"(https://|s3://|http://(localhost|127\.0\.0\.1)(:\d+)?/)")
@@ -59,6 +65,8 @@ class RawSample:
     image: bytes | None
     json: bytes | None
     txt: bytes | None
+    extra: dict[str, bytes] = field(default_factory=dict)
+    """`EXTRA_MEMBERS` by suffix, as far as the sample has them within their bound."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class ShardRecord:
     keys: np.ndarray  # bytes [N]
     spans: np.ndarray  # int64 [N, 3, 2]: offset and size of the image, json and txt member; size 0 if absent
     inputs: str = ""  # a hash of what the shard was made from, by which an interrupted import knows what is done
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of each of `EXTRA_MEMBERS` that the shard has: int64 [N, 2], offset and size; size 0 where absent."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the manifest. A kind of member that no sample has is left out."""
@@ -78,6 +88,7 @@ class ShardRecord:
         for column, name in enumerate(_COLUMNS):
             if self.spans[:, column, 1].any():
                 index[name] = self.spans[:, column].tolist()
+        index.update({name: spans.tolist() for name, spans in self.extra.items()})
         return {
             "name": self.name,
             "num_samples": len(self.keys),
@@ -96,10 +107,18 @@ class ShardRecord:
         for column, name in enumerate(_COLUMNS):
             if name in index:
                 spans[:, column] = np.asarray(index[name], dtype=np.int64).reshape(len(keys), 2)
-        outside = (spans < 0).any() or (spans > num_bytes).any() or (spans.sum(axis=2) > num_bytes).any()
-        if outside or len(keys) != data["num_samples"]:
+        extra = {
+            name: np.asarray(index[name], dtype=np.int64).reshape(len(keys), 2)
+            for name in EXTRA_MEMBERS
+            if name in index
+        }
+        if len(keys) != data["num_samples"] or any(_is_outside(part, num_bytes) for part in (spans, *extra.values())):
             raise ValueError("an index that points outside its shard")
-        return cls(str(data["name"]), num_bytes, str(data["sha256"]), keys, spans, str(data.get("inputs", "")))
+        return cls(str(data["name"]), num_bytes, str(data["sha256"]), keys, spans, str(data.get("inputs", "")), extra)
+
+
+def _is_outside(spans: np.ndarray, num_bytes: int) -> bool:
+    return bool((spans < 0).any() or (spans > num_bytes).any() or (spans.sum(axis=-1) > num_bytes).any())
 
 
 def is_remote(shard: str) -> bool:
@@ -147,7 +166,7 @@ def scan_tar(path: Path) -> ShardRecord:
     num_bytes = path.stat().st_size
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            samples = [(group["__key__"], _spans(group)) for group in group_by_keys(_members(tar), suffixes=None)]
+            samples = list(group_by_keys(_members(tar), suffixes=None))
             end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
     except (tarfile.TarError, ValueError, OSError) as error:
         reason = str(error.args[0]) if error.args else str(error)
@@ -156,9 +175,14 @@ def scan_tar(path: Path) -> ShardRecord:
         raise InputError(f"{path} is broken or cut short after {len(samples)} samples: make or fetch it again")
     if not samples:
         raise InputError(f"{path} is an empty shard: remove it or make it again")
-    keys = np.array([key.encode() for key, _ in samples], dtype=np.bytes_)
-    spans = np.array([spans for _, spans in samples], dtype=np.int64)
-    return ShardRecord(path.name, num_bytes, "", keys, spans)
+    keys = np.array([sample["__key__"].encode() for sample in samples], dtype=np.bytes_)
+    spans = np.array([_spans(sample) for sample in samples], dtype=np.int64)
+    extra = {
+        name: np.array([sample.get(name, (0, 0)) for sample in samples], dtype=np.int64)
+        for name in EXTRA_MEMBERS
+        if any(name in sample for sample in samples)
+    }
+    return ShardRecord(path.name, num_bytes, "", keys, spans, extra=extra)
 
 
 def is_sample_member(member: tarfile.TarInfo) -> bool:
@@ -196,6 +220,13 @@ class ShardIndex:
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._keys = np.concatenate([record.keys for record in records])
         self._spans = np.concatenate([record.spans for record in records])  # [N, 3, 2]
+        self._extra = {  # [N, 2] each; none in ordinary shards
+            name: np.concatenate(
+                [record.extra.get(name, np.zeros((len(record.keys), 2), dtype=np.int64)) for record in records]
+            )
+            for name in EXTRA_MEMBERS
+            if any(name in record.extra for record in records)
+        }
         self._files: OrderedDict[int, int] = OrderedDict()
 
     @property
@@ -207,15 +238,27 @@ class ShardIndex:
         """The key of sample `index`: its members' name without the suffix."""
         return bytes(self._keys[index]).decode()
 
+    def locate(self, index: int) -> tuple[int, int]:
+        """The shard that sample `index` lies in, as its place in `paths`, and the sample's row among the shard's."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, int(index - self._starts[shard])
+
     def read(self, index: int) -> RawSample:
         """The members of sample `index`, undecoded. Raises InputError naming a shard that has shrunk since."""
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard, _ = self.locate(index)
         bounds = (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, MAX_TEXT_BYTES)
-        members = [
+        image, captions, txt = (
             self._pread(shard, int(offset), int(size)) if 0 < size <= bound else None
             for (offset, size), bound in zip(self._spans[index], bounds, strict=True)
-        ]
-        return RawSample(self.key(index), *members)
+        )
+        extra = {
+            name: self._pread(shard, int(spans[index, 0]), int(spans[index, 1]))
+            for name, spans in self._extra.items()
+            if 0 < spans[index, 1] <= MAX_EXTRA_BYTES
+        }
+        return RawSample(self.key(index), image, captions, txt, extra)
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         if shard not in self._files:

@@ -23,7 +23,14 @@ from eval.images import IMAGE_SUFFIXES
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from training.samples import BadSample, Batch, Sample, SampleDecoder, collate
-from training.shard_index import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, RawSample, is_sample_member
+from training.shard_index import (
+    EXTRA_MEMBERS,
+    MAX_EXTRA_BYTES,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    RawSample,
+    is_sample_member,
+)
 from training.transforms import sample_generator
 
 __all__ = ["ShardStream"]
@@ -42,6 +49,7 @@ class ShardStream(IterableDataset):
     context_length: int
     batch_size: int
     rank: int
+    trim_captions: bool = True
 
     def __post_init__(self) -> None:
         self._epoch, self._start, self._stop = 0, 0, 0
@@ -59,7 +67,7 @@ class ShardStream(IterableDataset):
         try:
             for _ in range(self._start + number, self._stop, num_workers):  # DataLoader takes the workers in turn
                 batch = [next(samples) for _ in range(self.batch_size)]
-                yield collate(batch, self.tokenizer, self.context_length, dict(skipped))
+                yield collate(batch, self.tokenizer, self.context_length, dict(skipped), self.trim_captions)
                 skipped.clear()
         except InputError as error:
             yield error
@@ -112,15 +120,16 @@ def read_remote_shard(url: str) -> Iterator[RawSample]:
     with fsspec.open(url, "rb", **options) as file, tarfile.open(fileobj=file, mode="r|") as tar:
         for group in group_by_keys(_members(tar)):
             image = next((group[suffix] for suffix in group if f".{suffix}" in IMAGE_SUFFIXES), None)
-            yield RawSample(group["__key__"], image, group.get("json"), group.get("txt"))
+            extra = {name: group[name] for name in EXTRA_MEMBERS if group.get(name)}
+            yield RawSample(group["__key__"], image, group.get("json"), group.get("txt"), extra)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
     for member in tar:
         suffix = (base_plus_ext(member.name)[1] or "").lower()
-        is_image = f".{suffix}" in IMAGE_SUFFIXES
-        bound = MAX_IMAGE_BYTES if is_image else MAX_TEXT_BYTES
-        if is_sample_member(member) and (is_image or suffix in ("json", "txt")) and member.size <= bound:
+        bounds = {"json": MAX_TEXT_BYTES, "txt": MAX_TEXT_BYTES, **dict.fromkeys(EXTRA_MEMBERS, MAX_EXTRA_BYTES)}
+        bound = MAX_IMAGE_BYTES if f".{suffix}" in IMAGE_SUFFIXES else bounds.get(suffix, -1)  # -1: not ours
+        if is_sample_member(member) and member.size <= bound:
             content = tar.extractfile(member)
             yield {"fname": member.name, "data": content.read() if content else None, "__url__": ""}
         tar.members = []  # type: ignore[attr-defined] # a stream of millions must not be remembered

@@ -9,9 +9,10 @@ number of steps. An epoch leaves out only the remainder smaller than a batch. Re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -21,10 +22,12 @@ from longclip_teacher.text import CaptionTokenizer
 from training.samples import BadSample, Batch, Sample, SampleDecoder, collate
 from training.shard_index import ShardIndex, expand_patterns, is_remote
 from training.shard_stream import ShardStream
+from training.stored import TeacherStore
 from training.transforms import AugmentConfig, ViewSpec, sample_generator
 
-__all__ = ["Batch", "ShardLoader", "build_loader", "epoch_order"]
+__all__ = ["Batch", "OpenStore", "ShardLoader", "build_loader", "epoch_order"]
 
+OpenStore: TypeAlias = Callable[[ShardIndex | None], TeacherStore]
 _MAX_ATTEMPTS = 20  # samples tried for one place in a batch
 _MIN_JUDGED = 1000  # the share of bad samples counts as if at least so many had been read
 
@@ -58,6 +61,7 @@ class _IndexedBatches(Dataset):
     rank: int
     world_size: int
     shuffle_shards: int
+    trim_captions: bool
 
     def __post_init__(self) -> None:
         self._epoch = -1
@@ -74,7 +78,7 @@ class _IndexedBatches(Dataset):
             samples = [self._sample(epoch, int(i), skipped) for i in self._order[start : start + self.batch_size]]
         except InputError as error:
             return error
-        return collate(samples, self.tokenizer, self.context_length, dict(skipped))
+        return collate(samples, self.tokenizer, self.context_length, dict(skipped), self.trim_captions)
 
     def _sample(self, epoch: int, index: int, skipped: Counter[str]) -> Sample:
         """Sample `index`, or the first usable one of those drawn in its place."""
@@ -120,6 +124,7 @@ class ShardLoader:
         steps_per_epoch: int,
         num_workers: int,
         max_bad_share: float,
+        pin_memory: bool,
     ) -> None:
         self.num_samples = num_samples
         self.steps_per_epoch = steps_per_epoch
@@ -135,6 +140,7 @@ class ShardLoader:
             batch_size=None,  # the source makes whole batches
             sampler=self._steps if self.is_exact else None,
             num_workers=num_workers,
+            pin_memory=pin_memory,
             persistent_workers=self.is_exact and num_workers > 0,  # a stream is told its steps at the start
         )
 
@@ -174,7 +180,7 @@ def build_loader(
     shards: str | Path | Sequence[str | Path],
     *,
     views: Sequence[ViewSpec],
-    augment: AugmentConfig | None,
+    augment: AugmentConfig,
     tokenizer: CaptionTokenizer,
     context_length: int,
     global_batch_size: int,
@@ -185,15 +191,25 @@ def build_loader(
     max_bad_share: float = 0.01,
     shuffle_shards: int = 64,
     epoch_samples: int | None = None,
+    open_store: OpenStore | None = None,
+    stored_features: bool = True,
+    fast_decode: bool = True,
+    trim_captions: bool = True,
+    pin_memory: bool = False,
     show_progress: bool = False,
 ) -> ShardLoader:
     """A loader over shards (see `expand_patterns`) for one rank.
 
-    views             one or two: the student's, then the teacher's; `augment=None` is the evaluation's centre crop
+    views             one or two: the student's, then the teacher's
     global_batch_size over all ranks; divided by `world_size`
     max_bad_share     share of samples that may be unusable (and are replaced) before the run stops
     shuffle_shards    how many shards' samples are mixed at a time
     epoch_samples     samples in an epoch: a must for a stream; a shorter epoch over indexed shards
+    open_store        stored teacher features of the indexed shards (None is passed for a stream); their crops and
+                      captions are replayed; `stored_features` False leaves the features themselves out
+    fast_decode       see training/pictures.py
+    trim_captions     False pads captions to `context_length`
+    pin_memory        batches in page-locked memory, for a GPU
     show_progress     a bar while shards without a manifest are indexed
 
     Raises InputError for whatever is wrong with the shards or these numbers.
@@ -205,23 +221,24 @@ def build_loader(
     if not 0 <= max_bad_share <= 1 or shuffle_shards < 1 or seed < 0 or num_workers < 0:
         raise InputError("data: max_bad_share is 0 to 1, shuffle_shards 1 or more, seed and num_workers 0 or more")
     paths = expand_patterns(shards)
-    decoder = SampleDecoder(tuple(views), augment, seed)
+    index = None if is_remote(paths[0]) else ShardIndex(paths, show_progress)
+    store = open_store(index) if open_store is not None else None
+    decoder = SampleDecoder(tuple(views), augment, seed, fast_decode, store, stored_features)
     batch_size = global_batch_size // world_size
     source: _IndexedBatches | ShardStream
-    if is_remote(paths[0]):
+    if index is None:
         if epoch_samples is None:
             raise InputError("remote shards have no index: say with epoch_samples how many samples make an epoch")
-        source = ShardStream(paths, decoder, tokenizer, context_length, batch_size, rank)
+        source = ShardStream(paths, decoder, tokenizer, context_length, batch_size, rank, trim_captions)
         num_samples, num_epoch = None, epoch_samples
     else:
-        index = ShardIndex(paths, show_progress)
         num_samples, num_epoch = index.num_samples, epoch_samples or index.num_samples
         if num_epoch > num_samples:
             raise InputError(
                 f"epoch_samples {num_epoch} is more than the {num_samples} samples in the shards: lower it"
             )
         source = _IndexedBatches(
-            index, decoder, tokenizer, context_length, batch_size, rank, world_size, shuffle_shards
+            index, decoder, tokenizer, context_length, batch_size, rank, world_size, shuffle_shards, trim_captions
         )
     if num_epoch < global_batch_size:
         raise InputError(f"{num_epoch} samples are fewer than one global batch of {global_batch_size}: lower it")
@@ -231,4 +248,5 @@ def build_loader(
         steps_per_epoch=num_epoch // global_batch_size,
         num_workers=num_workers,
         max_bad_share=max_bad_share,
+        pin_memory=pin_memory,
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.distill import Distiller, Features, caption_groups, compute_losses, gather_features
-from training.shards import Batch
+from training.samples import Batch
 
 __all__ = ["backward_step", "seed_everything"]
 
@@ -70,16 +70,17 @@ def _weighted_losses(
     groups = None
     if options.share_identical_captions:
         groups = {"long": caption_groups(batch.long_tokens), "short": caption_groups(batch.short_tokens)}
-    losses = compute_losses(
+    widths = distiller.teacher_widths
+    return compute_losses(
         gather_features(student, options),
         scale,
-        None if teacher is None else gather_features(teacher, options),
+        None if teacher is None else gather_features(teacher, options, widths),
         distiller.teacher_scale,
         options,
         groups,
+        teacher_widths=widths,
+        streaming=distiller.streaming,
     )
-    losses["loss"] = torch.stack([getattr(options, name) * value for name, value in losses.items()]).sum()
-    return losses
 
 
 @torch.no_grad()
@@ -128,17 +129,7 @@ def _split(batch: Batch, accumulation: int) -> list[Batch]:
     if accumulation == 1:
         return [batch]
     bounds = np.linspace(0, len(batch.keys), accumulation + 1).astype(int)
-    return [
-        Batch(
-            images=batch.images[a:b],
-            teacher_images=None if batch.teacher_images is None else batch.teacher_images[a:b],
-            long_tokens=batch.long_tokens[a:b],
-            short_tokens=batch.short_tokens[a:b],
-            keys=batch.keys[a:b],
-            skipped={},
-        )
-        for a, b in pairwise(bounds)
-    ]
+    return [batch.rows(slice(a, b)) for a, b in pairwise(bounds)]
 
 
 def _join(parts: list[Any]) -> Features | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longclip_teacher import LongCLIP, TeacherConfig, create_teacher
+from longclip_teacher import model as teacher_model
 from longclip_teacher.config import TEACHERS, ImageTowerConfig, TextTowerConfig
 from longclip_teacher.errors import InputError
 
@@ -68,6 +69,50 @@ def test_text_shortcuts_equal_the_full_248_pass(caption_tokens: MakeTokens, num_
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pack_tokens", [1, 100, 10_000])
+def test_trimming_off_equals_on_with_repeated_captions(
+    caption_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch, pack_tokens: int
+) -> None:
+    monkeypatch.setattr(teacher_model, "_PACK_TOKENS", pack_tokens)
+    model = teacher_with_all_weights_drawn(num_frozen_positions=20)
+    tokens = caption_tokens([*LENGTHS, 12, 12, 30])
+    tokens = torch.cat([tokens, tokens[3:9], tokens[:1]])
+    trimmed = model.encode_text(tokens, normalize=True)
+    narrow = model.encode_text(tokens[1:2, :30], normalize=True)
+    model.trim_captions = False
+    torch.testing.assert_close(trimmed, model.encode_text(tokens, normalize=True), atol=1e-5, rtol=0)
+    torch.testing.assert_close(narrow, model.encode_text(tokens[1:2, :30], normalize=True), atol=1e-5, rtol=0)
+    assert model.encode_text(tokens[:0]).shape == (0, 24)
+
+
+@torch.no_grad()
+def test_trimming_computes_no_pad_and_no_caption_twice(caption_tokens: MakeTokens) -> None:
+    model = teacher_with_all_weights_drawn()
+    computed: list[int] = []
+    model.text.transformer.resblocks[0].ln_1.register_forward_hook(
+        lambda module, inputs, output: computed.append(output.numel() // output.shape[-1])
+    )
+    tokens = caption_tokens(LENGTHS)
+    model.encode_text(torch.cat([tokens, tokens]))
+    assert sum(computed) == sum(LENGTHS)
+    computed.clear()
+    model.trim_captions = False
+    model.encode_text(tokens)
+    assert computed == [248 * len(LENGTHS)]
+
+
+@torch.no_grad()
+def test_padded_buckets_of_an_accelerator_equal_packs(
+    caption_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = teacher_with_all_weights_drawn(), caption_tokens(LENGTHS * 4)[torch.randperm(4 * len(LENGTHS))]
+    packed = model.encode_text(tokens)
+    monkeypatch.setattr(teacher_model, "_PACKED_DEVICES", ())
+    monkeypatch.setattr(teacher_model, "_SMALLEST_BUCKET", 4)
+    torch.testing.assert_close(model.encode_text(tokens), packed, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_a_caption_beyond_the_context_is_cut_with_its_end_kept(caption_tokens: MakeTokens) -> None:
     model = teacher_with_all_weights_drawn()
     tokens = caption_tokens([300], context_length=300)
@@ -101,6 +146,17 @@ def test_gradients_equal_the_full_pass_and_reach_every_parameter(caption_tokens:
     VisionTransformer.forward(model.visual, images).square().mean().backward()
     for name, parameter in model.visual.named_parameters():
         torch.testing.assert_close(short[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_text_gradients_do_not_feel_trimming(caption_tokens: MakeTokens) -> None:
+    model, gradients = teacher_with_all_weights_drawn(num_frozen_positions=20).train(), []
+    tokens = caption_tokens([*LENGTHS, 12, 12])
+    tokens = torch.cat([tokens, tokens[:3]])
+    for model.trim_captions in (True, False):
+        model.zero_grad()
+        model.encode_text(tokens).square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.text.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
 
 
 def test_frozen_positions_are_no_parameters(caption_tokens: MakeTokens) -> None:

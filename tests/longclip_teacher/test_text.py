@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
+import unicodedata
 
+import ftfy.badness
+import ftfy.chardata
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
+from longclip_teacher import text as text_module
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import (
     EOT,
@@ -62,6 +67,115 @@ def test_every_ascii_character_within_and_between_words(reference: SimpleTokeniz
     assert torch.equal(CaptionTokenizer()(texts), reference(texts, 248))
 
 
+MOJIBAKE = "".join(ftfy.badness.MOJIBAKE_CATEGORIES.values()).replace("-", "") + "ÃÂœŒÐÎØÙà°√≈вЂβ‚Äā×\u00a0\u00ad"
+ENTITIES = """& &; &# &amp &lt &nbsp &amp;lt; &amp;amp;lt; &amp;#39; &#39; &#x27; &#8217; &#128; &#0; &#10; &#13;
+&#xD800; &#1114112; &EACUTE; &Atilde;&copy; &notit; ＆amp; &amp\u037e"""
+NASTY = """e\u0301
+a\u0327\u0301 \u0301 =\u0338 \u1112\u1161\u11ab ﾊﾟ ￣ \u212a \u212b \u037e \u1fef ΟΔΟΣ Σ Σ. aΣ' İ ſt ŉ <END_OF_TEXT>
+\u200d 👩\u200d👩\u200d👧 \ufe0f \ufeff \ud83d \ude00 \ud83d\ude00 \x1b[0m <start_of_text> <b> we've 's 12"""
+NASTY_PIECES = [*NASTY.split(), "\u2028", "\u3000", "\u2003", "w" * 300]
+
+
+def nasty_caption(draw: random.Random) -> str:
+    """Pieces of every kind that the clean-up or the tokenizer treats in a way of its own, joined at random."""
+    pieces = []
+    for _ in range(draw.randint(1, 11)):
+        kind = draw.random()
+        if kind < 0.35:
+            piece = draw.choice(PLAIN.split())
+        elif kind < 0.6:
+            piece = "".join(draw.choices(MOJIBAKE, k=draw.choice([1, 1, 1, 2, 3])))
+        elif kind < 0.75:
+            piece = draw.choice(NASTY_PIECES)
+        elif kind < 0.9:
+            piece = draw.choice(ENTITIES.split() if draw.random() < 0.5 else list(ftfy.chardata.HTML_ENTITIES))
+        else:
+            piece = chr(draw.choice([draw.randrange(0x3000), draw.randrange(0xF900, 0x1FB00)]))
+        pieces.append(piece + draw.choice([*[" "] * 8, "", "\n", "  ", "\t"]))
+    return "".join(pieces)
+
+
+def test_ids_are_open_clips_on_nasty_captions_by_either_path(reference: SimpleTokenizer) -> None:
+    draw = random.Random(0)
+    captions = [nasty_caption(draw) for _ in range(4000)]
+    by_chunks = [caption for caption in captions if text_module._encode_by_chunks(caption) is not None]
+    assert 1000 < len(by_chunks) < 3500  # both paths are tried
+    assert any(not unicodedata.is_normalized("NFC", caption) for caption in by_chunks)
+    assert torch.equal(CaptionTokenizer()(captions), reference(captions, 248))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "“quoted”",
+        "it’s",
+        "café",
+        "—",
+        "🎉",
+        "👩\u200d👩\u200d👧",
+        "&",
+        "AT&T",
+        "&amp;",
+        "&#39;s",
+        "日本語",
+        "ΟΔΟΣ",
+        "x\u00a0y",
+    ],
+)
+def test_what_is_common_in_captions_takes_the_fast_path(odd: str, reference: SimpleTokenizer) -> None:
+    text = f"The dog {odd} of a {odd}, and\n{odd}"
+    assert text_module._encode_by_chunks(text) is not None
+    assert torch.equal(CaptionTokenizer()(text), reference(text, 248))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "schÃ¶n",
+            "the Ã cafe",
+            "a Â b",
+            "dog.\nÂ b",
+            "a\x00b",
+            "\ud83d x",
+            "&amp;lt;b",
+            "&eacute; <b>",
+            "вЂ x",
+            "œ \u00a0",
+            "ÇŒ\nb",
+        ),
+        *("a Ã&nbsp;", "é&cent;", "x &Atilde; y", "&Acirc;&nbsp;x", "a A\u0301€"),
+    ],
+)
+def test_what_may_be_mojibake_goes_to_open_clip_whole(text: str, reference: SimpleTokenizer) -> None:
+    assert text_module._encode_by_chunks(text) is None
+    assert torch.equal(CaptionTokenizer()(text), reference(text, 248))
+
+
+def test_ftfys_search_for_mojibake_sees_no_further_than_the_tokenizer_assumes() -> None:
+    pattern = ftfy.badness.BADNESS_RE
+    parser = pytest.importorskip("re._parser" if hasattr(re, "_parser") else "sre_parse")
+    assert parser.parse(pattern.pattern, pattern.flags).getwidth()[1] <= text_module._CONTEXT + 1
+    assert not re.search(r"\(\?[=!<]|\$|\\b", pattern.pattern)  # nor does anything hang on what is not there
+
+
+def test_the_slow_path_is_open_clips_for_every_caption(
+    monkeypatch: pytest.MonkeyPatch, reference: SimpleTokenizer
+) -> None:
+    captions = varied_captions(200, seed=1)
+    slow = CaptionTokenizer(fast=False)
+    monkeypatch.setattr(text_module, "_encode_by_chunks", None)  # not called
+    assert torch.equal(slow(captions), reference(captions, 248))
+    assert slow.count_tokens("a red dog") == 5
+
+
+def test_memos_are_bounded_in_entries_and_in_the_length_of_each() -> None:
+    memo = text_module._Memo(str.upper, 3)
+    assert [memo[key] for key in ("a", "b", "a", "c", "d", "a")] == ["A", "B", "A", "C", "D", "A"]
+    assert len(memo) <= 3
+    assert memo["x" * 1000] == "X" * 1000 and max(map(len, memo)) == 1
+
+
 def test_rows_are_start_caption_end_padding() -> None:
     tokenizer = CaptionTokenizer()
     row = tokenizer("a cat")[0]
@@ -85,11 +199,11 @@ def test_truncation_keeps_the_end_token() -> None:
 
 
 def test_a_pickled_tokenizer_is_small_and_the_same() -> None:
-    tokenizer = CaptionTokenizer(100)
+    tokenizer = CaptionTokenizer(100, fast=False)
     tokenizer("fill the memo")
     data = pickle.dumps(tokenizer)
     copy = pickle.loads(data)  # noqa: S301
-    assert len(data) < 200
+    assert len(data) < 200 and copy.fast is False
     assert torch.equal(copy("a cat"), tokenizer("a cat"))
 
 

@@ -77,6 +77,32 @@ def test_training_step_does_not_feel_the_padded_length(kind: str, visible: Calla
 
 
 @torch.no_grad()
+def test_features_do_not_feel_trimming(tower: TextTransformer, captions: Callable) -> None:
+    batches = captions(9, 20, 15, width=40), captions(5, 3, 30, width=30, seed=1)
+    trimmed = tower(*batches)
+    tower.trim_captions = False
+    torch.testing.assert_close(tower(*batches), trimmed, rtol=0, atol=1e-5)
+
+
+def test_training_step_does_not_feel_trimming(kind: str, visible: Callable, captions: Callable) -> None:
+    batches = captions(9, 20, 15, width=40), captions(5, 3, 8, width=8, seed=1)
+    features, gradients, buffers, widths = [], [], [], []
+    for trim_captions in (True, False):
+        tower = _tower(kind, visible).train()
+        tower.trim_captions = trim_captions
+        tower.token_embedding.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+        features.append(torch.cat(tower(*batches)))
+        features[-1].square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in tower.named_parameters()})
+        buffers.append(dict(tower.named_buffers()))
+    assert widths == [20, 8, 40, 40]
+    torch.testing.assert_close(features[0], features[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(buffers[0], buffers[1])
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients[0].values())
+
+
+@torch.no_grad()
 def test_long_captions_are_cut_with_eot_kept(tower: TextTransformer, captions: Callable) -> None:
     tokens = captions(70, 30, width=77)
     cut = tokens[:, :40].clone()

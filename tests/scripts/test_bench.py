@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import scripts.bench as bench
-from scripts.bench import Row, medians, peak_memory_gb, recall_case
+import bench
+from benches import recall
+from benches.measure import Row, medians, peak_memory_gb
+from benches.recall import recall_case
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,8 +34,8 @@ def test_functions_take_turns() -> None:
 def test_the_command_writes_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "RECALL_CASES", ((20, 60), (30, 30)))
-    monkeypatch.setattr(bench, "in_own_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(recall, "RECALL_CASES", ((20, 60), (30, 30)))
+    monkeypatch.setattr(recall, "in_own_process", lambda function, *args: function(*args))
     monkeypatch.setattr(sys, "argv", ["bench.py", "recall", "--rounds", "1", "--json", str(tmp_path / "recall.json")])
     bench.main()
     written = json.loads((tmp_path / "recall.json").read_text())
@@ -45,7 +47,7 @@ def test_the_command_writes_its_rows(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["recal"], "error: no bench 'recal': it is one of recall"), (["recall", "--rounds", "0"], "error: --rounds 0")],
+    [(["recal"], "error: no bench 'recal': it is one of teacher-text, student-text"), (["recall", "--rounds", "0"], "error: --rounds 0")],
 )
 def test_bad_arguments_end_in_one_line(arguments: list[str], message: str) -> None:
     done = subprocess.run(

@@ -1,7 +1,7 @@
 """Gradient of one training step on random data, as a program: run alone or as one of several ranks.
 
-Usage: one_step.py OUT ACCUMULATION PCA_SCOPE (torchrun's environment variables give rank and world size). Rank 0
-writes the losses and the gradients, float64, with the models in eval mode, to OUT.
+Usage: one_step.py OUT ACCUMULATION PCA_SCOPE LOSSES, the last "streaming" or "full" (torchrun's environment variables
+give rank and world size). Rank 0 writes the losses and the gradients, float64, with the models in eval mode, to OUT.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ def random_batch(rank: int, world_size: int) -> Batch:
 
 
 def main() -> None:
-    out, accumulation, pca_scope = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    out, accumulation, pca_scope, losses_by = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     with start("cpu") as runtime:
         torch.manual_seed(0)
         options = LossOptions(
             fd=0.7, pca_rank=4, pca_scope=pca_scope, share_identical_captions=True, teacher_scale=20.0
         )
         student, teacher = create_student("tiny").double().eval(), create_teacher("tiny").double().eval()
-        distiller = Distiller(student, teacher.requires_grad_(False), options).double()
+        frozen = teacher.requires_grad_(False)
+        distiller = Distiller(student, frozen, options, streaming=losses_by == "streaming").double()
         assert distiller.project, "the widths differ, so that projections are under test"
         module = DistributedDataParallel(distiller) if runtime.world_size > 1 else distiller
         scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -77,6 +77,37 @@ def test_crd_loss_is_zero_and_stationary_at_the_teacher_alone() -> None:
     assert crd_loss(image, text, image.detach(), text.detach(), 10.0, 30.0).item() > 0.1
 
 
+def test_crd_loss_of_two_teachers_is_their_mean() -> None:
+    """And has the gradient of the cross-entropy to the mean of their distributions, MobileCLIP's form."""
+    s_image, s_text = unit(6, 8, 0).requires_grad_(), unit(6, 8, 1)
+    teachers = [(unit(6, width, seed), unit(6, width, seed + 1)) for seed, width in ((2, 4), (4, 10))]
+    image, text = (torch.cat(sides, dim=1) for sides in zip(*teachers, strict=True))
+    both = crd_loss(s_image, s_text, image, text, 9.0, (30.0, 20.0), teacher_widths=(4, 10))
+    alone = [crd_loss(s_image, s_text, i, t, 9.0, c) for (i, t), c in zip(teachers, (30.0, 20.0), strict=True)]
+    assert both.item() == pytest.approx((alone[0] + alone[1]).item() / 2, rel=1e-12)
+    assert abs(alone[0].item() - alone[1].item()) > 0.1
+    one_scale = crd_loss(s_image, s_text, image, text, 9.0, 30.0, teacher_widths=(4, 10))
+    assert one_scale.item() == pytest.approx(
+        crd_loss(s_image, s_text, image, text, 9.0, (30.0, 30.0), teacher_widths=(4, 10)).item(), rel=1e-12
+    )
+    logits = 9.0 * s_image @ s_text.T
+    first, second = (c * i @ t.T for (i, t), c in zip(teachers, (30.0, 20.0), strict=True))
+    mixed = logits.new_zeros(())
+    for dim in (0, 1):
+        target = (first.softmax(dim) + second.softmax(dim)) / 2
+        mixed = mixed - (target * logits.log_softmax(dim)).sum() / 6 / 2
+    gradients = [torch.autograd.grad(loss, s_image)[0] for loss in (both, mixed)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+
+
+def test_teachers_that_do_not_fill_their_features_are_refused() -> None:
+    image = unit(4, 6, 0)
+    with pytest.raises(ValueError, match=r"widths \[4, 4\] do not fill features of width 6"):
+        crd_loss(image, image, image, image, 1.0, 1.0, teacher_widths=(4, 4))
+    with pytest.raises(ValueError, match="2 teachers need as many logit scales or one, got 3"):
+        crd_loss(image, image, image, image, 1.0, (1.0, 2.0, 3.0), teacher_widths=(2, 4))
+
+
 def test_fd_loss_is_the_formula_and_zero_at_the_teacher() -> None:
     student, teacher = unit(6, 8, 0), unit(6, 8, 1)
     expected = np.mean(np.sum((student.numpy() - teacher.numpy()) ** 2, axis=1))

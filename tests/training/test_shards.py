@@ -130,7 +130,7 @@ def test_an_epoch_leaves_out_only_the_remainder(shards: Path) -> None:
 
 
 def test_batches_hold_what_the_shards_say(shards: Path) -> None:
-    batch = next(loader(shards, augment=None, views=[ViewSpec(20)]).batches(0))
+    batch = next(loader(shards, augment=AugmentConfig(centre=True), views=[ViewSpec(20)]).batches(0))
     assert batch.images.dtype == torch.uint8 and batch.images.shape == (8, 3, 20, 20) and batch.teacher_images is None
     for row, key in enumerate(batch.keys):
         with Image.open(io.BytesIO(jpeg(int(key)))) as picture:
@@ -189,7 +189,7 @@ def test_captions_that_cannot_be_used_have_a_cause(members: RawSample, cause: st
 
 def test_one_caption_of_a_list_is_drawn_by_seed_epoch_and_index() -> None:
     members = raw({"caption_long": ["one", "two", "three"], "caption_short": ["s1", "s2"]})
-    decoder = SampleDecoder((ViewSpec(8),), None, seed=0)
+    decoder = SampleDecoder((ViewSpec(8),), AugmentConfig(centre=True), seed=0)
     drawn = [decoder.decode(members, epoch, 5) for epoch in range(60)]
     assert {sample.caption_long for sample in drawn} == {"one", "two", "three"}
     assert {sample.caption_short for sample in drawn} == {"s1", "s2"}
@@ -448,3 +448,58 @@ def test_a_stream_without_epoch_size_or_without_any_shard_is_an_error(server: st
         list(loader(f"{server}/gone.tar", epoch_samples=8, num_workers=1).batches(0))
     with pytest.raises(InputError, match="part local, part remote"):
         loader([f"{server}/s-000.tar", __file__], epoch_samples=8)
+
+
+# --- further members of a sample --------------------------------------------------------------------------------------
+
+
+def reinforced(number: int) -> tuple[str, dict[str, bytes]]:
+    key, members = sample(number)
+    extra = {"url.txt": b"https://x", "syn.json": b"{}", "paug.json": b"[]", "npz": b"n" * number, "pth.gz": b"p"}
+    return key, {**members, **extra}
+
+
+def test_further_members_are_read_where_a_shard_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [write_shard(tmp_path / "a.tar", [sample(0), sample(1)])]
+    records += [write_shard(tmp_path / "b.tar", [reinforced(2), sample(3), reinforced(4)])]
+    assert "syn.json" not in records[0].to_json()["index"] and records[1].to_json()["index"]["npz"][1] == [0, 0]
+    expected = [{}, {}, {"syn.json": b"{}", "paug.json": b"[]", "npz": b"nn", "pth.gz": b"p"}, {}]
+
+    def check() -> None:
+        index = pickle.loads(pickle.dumps(ShardIndex([tmp_path / "a.tar", tmp_path / "b.tar"])))  # noqa: S301
+        assert [index.read(number).extra for number in range(4)] == expected
+        assert index.read(4).extra["npz"] == b"nnnn" and index.read(4).txt is None  # the url.txt is no caption
+        monkeypatch.setattr("training.shard_index.MAX_EXTRA_BYTES", 3)
+        assert set(index.read(4).extra) == {"syn.json", "paug.json", "pth.gz"}
+        monkeypatch.undo()
+
+    check()  # from a scan, then from the scan's cache, then from the manifest
+    check()
+    write_manifest(tmp_path, records, {})
+    check()
+
+
+def test_an_index_from_before_further_members_still_reads(tmp_path: Path) -> None:
+    record = write_shard(tmp_path / "a.tar", [reinforced(1)]).to_json()
+    for name in ("syn.json", "paug.json", "npz", "pth.gz"):
+        del record["index"][name]
+    manifest = {"format": "compact-longclip shards", "version": 1, "num_samples": 1, "shards": [record]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert ShardIndex([tmp_path / "a.tar"]).read(0) == RawSample("0001", jpeg(1), sample(1)[1]["json"], None)
+
+
+def test_a_further_member_outside_its_shard_is_refused(tmp_path: Path) -> None:
+    record = write_shard(tmp_path / "a.tar", [reinforced(1)]).to_json()
+    record["index"]["npz"] = [[2**62, 2**62]]
+    manifest = {"format": "compact-longclip shards", "version": 1, "num_samples": 1, "shards": [record]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="no shard manifest"):
+        ShardIndex([tmp_path / "a.tar"])
+
+
+def test_a_sample_is_located_by_shard_and_row(shards: Path) -> None:
+    index = ShardIndex(expand_patterns(str(shards / "s-*.tar")))
+    assert [index.locate(number) for number in (0, 9, 10, 40)] == [(0, 0), (0, 9), (1, 0), (4, 0)]
+    for number in (-1, 41):
+        with pytest.raises(IndexError):
+            index.locate(number)

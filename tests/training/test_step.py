@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("one_step.py")
 
 
 def run(
-    out: Path, *, world_size: int, accumulation: int = 1, pca_scope: str = "global"
+    out: Path, *, world_size: int, accumulation: int = 1, pca_scope: str = "global", losses: str = "streaming"
 ) -> dict[str, dict[str, torch.Tensor]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -23,7 +23,7 @@ def run(
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(out), str(accumulation), pca_scope],
+            [sys.executable, str(SCRIPT), str(out), str(accumulation), pca_scope, losses],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
         )
         for rank in range(world_size)
@@ -51,6 +51,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
 
 def test_two_processes_equal_one(one_process: dict, tmp_path: Path) -> None:
     assert_equal(run(tmp_path / "step.pt", world_size=2), one_process)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_streaming_losses_equal_full_matrices(one_process: dict, tmp_path: Path, world_size: int) -> None:
+    assert_equal(run(tmp_path / "step.pt", world_size=world_size, losses="full"), one_process)
 
 
 def test_chunks_equal_the_whole_batch(one_process: dict, tmp_path: Path) -> None:

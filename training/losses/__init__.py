@@ -8,5 +8,7 @@ bfloat16 product is off by 0.24 in a logit.
 from training.losses.contrastive import clip_loss
 from training.losses.feature import fd_loss
 from training.losses.relational import crd_loss
+from training.losses.streaming import PairedLosses, full_matrix_losses, paired_losses
+from training.losses.tiles import Factors
 
-__all__ = ["clip_loss", "crd_loss", "fd_loss"]
+__all__ = ["Factors", "PairedLosses", "clip_loss", "crd_loss", "fd_loss", "full_matrix_losses", "paired_losses"]

@@ -1,0 +1,115 @@
+"""Faster ways to run the same towers: image features for inference, and torch.compile for training.
+
+Shapes: B images, R image side, D embedding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+
+from longclip_teacher.errors import InputError
+from mobileclip_student.model import MobileCLIP
+from mobileclip_student.reparameterize import reparameterize
+from mobileclip_student.repmixer import RepMixerBlock
+from mobileclip_student.text_encoder import AttentionBlock
+
+__all__ = ["BACKENDS", "Backend", "choose_backend", "compile_towers", "fast_image_encoder"]
+
+Backend = Literal["auto", "eager", "compile", "onnxruntime"]
+BACKENDS: tuple[Backend, ...] = ("auto", "eager", "compile", "onnxruntime")
+_ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+def fast_image_encoder(
+    student: MobileCLIP, backend: Backend = "auto"
+) -> Callable[[Float[Tensor, "B 3 R R"]], Float[Tensor, "B D"]]:
+    """The image tower of `student` as a function of normalised images for inference: float32, any B, no gradient.
+
+    Features equal those of `student.eval()` to 1e-5 of their norm; they are not normalised. It is a fused, frozen copy
+    on the student's device; `student` stays as it is.
+
+    backend  eager: PyTorch, channels last. compile: torch.compile with the weights as constants; half a minute and a
+             C++ compiler for each new B. onnxruntime: CPU only, needs the extra `onnx`; runs with the number of threads
+             torch has now. auto: as choose_backend says.
+
+    Raises InputError for a backend that is unknown or cannot run here.
+    """
+    device = student.logit_scale.device
+    if backend not in BACKENDS:
+        raise InputError(f"no backend {backend!r}: choose {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = choose_backend(device)
+    fused = reparameterize(student).image_encoder
+    if backend == "onnxruntime":
+        return _in_onnxruntime(fused.trunk, student.image_size, device)
+    if backend == "compile":
+        if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+            raise InputError("backend compile needs a C++ compiler: install g++, or choose eager")
+        return _compiled(fused)
+    return torch.no_grad()(fused)
+
+
+def choose_backend(device: torch.device) -> Backend:
+    """What `auto` means: onnxruntime on a CPU where the packages for it are installed, eager elsewhere."""
+    has_onnx = all(importlib.util.find_spec(name) is not None for name in _ONNX_PACKAGES)
+    return "onnxruntime" if device.type == "cpu" and has_onnx else "eager"
+
+
+def _compiled(tower: nn.Module) -> Callable[[Tensor], Tensor]:
+    # freezing: folded and laid out as constants
+    compiled: Callable[[Tensor], Tensor] = torch.compile(tower, dynamic=False, options={"freezing": True})
+    return torch.no_grad()(compiled)
+
+
+def _in_onnxruntime(trunk: nn.Module, image_size: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    if device.type != "cpu":
+        raise InputError(f"backend onnxruntime runs on the CPU, the student is on {device}: choose eager or compile")
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"backend onnxruntime needs {', '.join(missing)}: pip install 'compact-longclip[onnx]'")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(_onnx_bytes(trunk, image_size), options, ["CPUExecutionProvider"])
+
+    def encode(images: Tensor) -> Tensor:
+        features: Any = session.run(None, {"images": images.detach().float().contiguous().numpy()})[0]
+        return torch.from_numpy(features)
+
+    return encode
+
+
+@torch.no_grad()
+def _onnx_bytes(trunk: nn.Module, image_size: int) -> bytes:
+    """The tower as an ONNX model of one input `images` [B, 3, R, R] with any B."""
+    batch = torch.export.Dim("batch", min=1, max=1 << 20)
+    example = torch.zeros(2, 3, image_size, image_size)  # torch.export takes a size of 1 for a constant
+    program = torch.onnx.export(
+        trunk, (example,), input_names=["images"], dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+    )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def compile_towers(model: nn.Module, mode: str | None = None) -> None:
+    """Let torch.compile speed up a MobileCLIP or a LongCLIP in place, for training or inference; features and gradients
+    equal to rounding.
+
+    The image tower is compiled whole, for the batch sizes that come; the text tower block by block, for any length.
+    Names of parameters stay (nn.Module.compile), so files and checkpoints do not see it. `mode` is torch.compile's;
+    with "reduce-overhead" the image tower is replayed as a CUDA graph, which wants batches of one size.
+    """
+    image_tower, text_tower = model.children()
+    image_tower.compile(mode=mode)
+    for block in text_tower.modules():
+        if isinstance(block, (AttentionBlock, RepMixerBlock, ResidualAttentionBlock)):
+            block.compile(dynamic=True)  # lengths change every step, which a CUDA graph could not follow

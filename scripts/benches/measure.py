@@ -1,0 +1,103 @@
+"""What every bench shares: rows, interleaved medians, memory, the machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.memory import peak_memory_gb
+
+__all__ = ["BenchOptions", "Row", "in_own_process", "machine", "medians", "peak_memory_gb", "synchronize"]
+
+
+@dataclass
+class Row:
+    """One case: ours against the baseline, medians of interleaved rounds."""
+
+    case: str
+    unit: str
+    ours: float
+    baseline: float
+    ratio: float
+    """Above 1 where ours is better."""
+    max_abs_diff: float | None
+    """Largest difference of the two results, where they compute the same."""
+    peak_gb: float
+    """Largest resident memory of the case's process, GB of 1e9 bytes; it includes the libraries and the inputs."""
+
+
+@dataclass
+class BenchOptions:
+    """What a bench is told."""
+
+    full: bool
+    """The sizes of the largest benchmark, not the small ones."""
+    rounds: int
+    """Rounds of each case, at least 1; the figures are their medians."""
+    device: torch.device
+    """Where models run; data and tokenizer benches are the CPU's."""
+    precision: str
+    """fp32, bf16 or fp16: autocast of both sides."""
+    preset: str = "digit_scenes"
+    """`run` alone: the preset that both sides train."""
+    shards: str | None = None
+    """`run` alone: shard pattern; None: the embedded data."""
+    teacher: str | None = None
+    """`run` alone: weights of the teacher; None: the embedded one."""
+    processes: int = 2
+    """`run` alone: processes under torchrun."""
+
+
+def medians(functions: list[Callable[[], Any]], rounds: int, device: torch.device | None = None) -> list[float]:
+    """Median seconds of each function; they take turns, so that a slow minute of the machine meets them all."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, taken in zip(functions, seconds, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def synchronize(device: torch.device | None) -> None:
+    """Wait for a GPU's work; nothing on the CPU."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_own_process(function: Callable[..., Row], *args: Any) -> Row:
+    """function(*args) in a fresh process: peak memory is a process's, and never falls."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    return {
+        "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

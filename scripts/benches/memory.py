@@ -1,0 +1,149 @@
+"""memory: a large contrastive batch on one device by cached features (GradCache), and what the memory is spent on.
+
+Shapes: B pairs of the global batch, c of a chunk, D width of the teacher's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from benches.measure import BenchOptions, Row, in_own_process, peak_memory_gb
+from benches.step import Side, random_batch
+from mobileclip_student import create_student
+from training.config import LossOptions
+from training.distill import Distiller, Features
+from training.samples import Batch
+from training.stored import TeacherFacts
+
+__all__ = ["ChunkedDistiller", "bench_memory"]
+
+STUDENT, TEACHER_WIDTH = "s0", 512
+BATCH_SIZE = 8192
+CHUNK, HALF_CHUNK = 64, 32
+_CPU_CHUNKS = 2  # chunks that are run where running them all would take an hour
+
+
+class ChunkedDistiller(Distiller):
+    """Runs the first `real_chunks` chunks of each pass and draws the features of the others at random.
+
+    Every chunk takes the same memory and gives it back, so the peak is that of running them all.
+    """
+
+    real_chunks: int
+    chunks_seen: dict[bool, int]
+    """Calls so far, of the pass without a graph (False) and of the replay (True)."""
+
+    def forward(self, images: Tensor, long_tokens: Tensor, short_tokens: Tensor) -> tuple[Features, Tensor]:
+        """Features of one chunk and the linear logit scale."""
+        replays = torch.is_grad_enabled()
+        self.chunks_seen[replays] += 1
+        if self.chunks_seen[replays] <= self.real_chunks:
+            return super().forward(images, long_tokens, short_tokens)
+        scale = self.model.linear_logit_scale
+        shape = (len(images), self.model.embed_dim)
+        # plus nothing times the scale: a graph, so that the replay can push a gradient through it
+        image, long, short = (normalize(torch.randn(shape, device=images.device), dim=-1) + 0 * scale for _ in range(3))
+        return Features(image, long, short), scale
+
+
+@dataclass
+class _Peak:
+    """Memory of one process, GB of 1e9 bytes."""
+
+    before: float
+    """Parameters, optimiser state and the batch, and on a CPU the libraries."""
+    peak: float
+
+
+def bench_memory(options: BenchOptions) -> Iterator[Row]:
+    """Peak of one step of S0 at batch 8192 from stored features, and its parts; ours in chunks, the baseline in one.
+
+    The baseline's towers cannot be run at this size: their memory is two measured sizes' slope times 8192.
+    """
+    everything = BATCH_SIZE // CHUNK
+    num_run = everything if options.device.type == "cuda" else _CPU_CHUNKS
+    chunked = in_own_process(step_peak, STUDENT, BATCH_SIZE, everything, num_run, True, options)
+    streaming = in_own_process(step_peak, STUDENT, BATCH_SIZE, everything, 0, True, options)
+    full = in_own_process(step_peak, STUDENT, BATCH_SIZE, everything, 0, False, options)
+    whole, half = (in_own_process(step_peak, STUDENT, size, 1, 1, True, options) for size in (CHUNK, HALF_CHUNK))
+
+    a_sample = (whole.peak - half.peak) / (CHUNK - HALF_CHUNK)
+    losses = [run.peak - run.before for run in (streaming, full)]
+    model = create_student(STUDENT)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e9
+    pixels = BATCH_SIZE * 3 * model.image_size**2 / 1e9
+    baseline = chunked.peak + a_sample * (BATCH_SIZE - CHUNK) + losses[1] - losses[0]
+    parts = {
+        "weights": (weights, weights),
+        "gradients": (weights, weights),
+        "AdamW's averages": (2 * weights, 2 * weights),
+        "pictures of the batch, uint8": (pixels, pixels),
+        f"activations, {CHUNK} pairs at a time (slope of {HALF_CHUNK} to {CHUNK})": (
+            a_sample * CHUNK,
+            a_sample * BATCH_SIZE,
+        ),
+        "losses, streamed against full matrices": (losses[0], losses[1]),
+    }
+    drawn = "" if num_run == everything else f", {num_run} of them run and the others drawn"
+    yield _row(
+        f"{STUDENT}, batch {BATCH_SIZE}, stored teacher: peak in {everything} chunks{drawn}; baseline extrapolated",
+        (chunked.peak, baseline),
+        chunked.peak,
+    )
+    for name, sizes in sorted(parts.items(), key=lambda part: -part[1][0]):
+        yield _row(f"{name}: {sizes[0] / chunked.peak:.0%} of the peak", sizes, chunked.peak)
+
+
+def _row(case: str, sizes: tuple[float, float], peak: float) -> Row:
+    ours, baseline = sizes
+    return Row(
+        case=case,
+        unit="GB",
+        ours=ours,
+        baseline=baseline,
+        ratio=baseline / max(ours, 1e-6),
+        max_abs_diff=None,
+        peak_gb=peak,
+    )
+
+
+def step_peak(
+    variant: str, batch_size: int, accumulation: int, real_chunks: int, streaming: bool, options: BenchOptions
+) -> _Peak:
+    """Memory of one training step of a random student from stored features, with AdamW's state already there."""
+    torch.manual_seed(0)
+    device = options.device
+    model = create_student(variant).to(device).train()
+    batch = _stored(random_batch(batch_size, model.image_size)).to(device)
+    facts = TeacherFacts((TEACHER_WIDTH,), 100.0, model.context_length)
+    distiller = ChunkedDistiller(model, None, LossOptions(pca_rank=min(32, batch_size // 2)), facts, streaming)
+    distiller.real_chunks, distiller.chunks_seen = real_chunks, {False: 0, True: 0}
+    side = Side(distiller.to(device), batch, options.precision, fused=True)
+    for parameter in distiller.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    side.optimizer.step()  # makes the averages
+    side.optimizer.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    before = _peak_gb(device)
+    side.step(accumulation)
+    return _Peak(before, _peak_gb(device))
+
+
+def _stored(batch: Batch) -> Batch:
+    """The batch with random features of a teacher."""
+    generator = torch.Generator().manual_seed(0)
+
+    def features() -> Tensor:
+        return normalize(torch.randn(len(batch.keys), TEACHER_WIDTH, generator=generator), dim=-1).half()
+
+    return replace(batch, teacher={name: features() for name in ("image", "long", "short")})
+
+
+def _peak_gb(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peak_memory_gb()

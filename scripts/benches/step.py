@@ -1,0 +1,156 @@
+"""step: one training step of the S0 student from stored teacher features, against the teacher online."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
+from eval.memory import keep_freed_memory
+from longclip_teacher import LongCLIP, create_teacher
+from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT, trim
+from mobileclip_student import create_student
+from training.config import LossOptions, OptimOptions
+from training.distill import Distiller
+from training.optim import build_optimizer
+from training.samples import Batch
+from training.step import backward_step
+from training.stored import TeacherFacts
+
+__all__ = ["Side", "bench_step", "random_batch", "step_case"]
+
+STUDENT = "s0"
+TEACHERS, FULL_TEACHERS = ("b16",), ("b16", "l14")
+_LONG, _SHORT = 100, 12  # mean tokens of a caption
+_BATCH_SIZE, _GPU_BATCH_SIZE = 16, 256
+_KEY = (0, 0)  # of drop path; the same in every step
+
+
+@dataclass
+class Side:
+    """A distiller with its optimiser, and the batch that every one of its steps reads."""
+
+    distiller: Distiller
+    batch: Batch
+    precision: str
+    fused: bool
+
+    def __post_init__(self) -> None:
+        self.optimizer = build_optimizer(self.distiller, OptimOptions(), fused=self.fused)
+        device = self.batch.images.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=self.precision == "fp16")
+
+    def step(self, accumulation: int = 1) -> Tensor:
+        """One step as the training loop makes it; returns the loss."""
+        losses = backward_step(
+            self.distiller,
+            self.batch,
+            precision=self.precision,
+            accumulation=accumulation,
+            scaler=self.scaler,
+            key=_KEY,
+        )
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return losses["loss"]
+
+
+def bench_step(options: BenchOptions) -> Iterator[Row]:
+    """Stored features, trimmed captions and every switch on, against the teacher online and every switch off."""
+    batch_size = _BATCH_SIZE if options.device.type == "cpu" else _GPU_BATCH_SIZE
+    for teacher in FULL_TEACHERS if options.full else TEACHERS:
+        yield in_own_process(step_case, STUDENT, teacher, batch_size, options, torch.get_num_threads())
+
+
+def step_case(student: str, teacher_name: str, batch_size: int, options: BenchOptions, num_threads: int) -> Row:
+    """One teacher: from the same weights, on the same pictures and captions, of which one side stores the features.
+
+    max_abs_diff is that of the first step's loss. Freed memory is kept on both sides, as it is the process's.
+    """
+    torch.set_num_threads(num_threads)
+    keep_freed_memory()
+    torch.manual_seed(0)
+    teacher = create_teacher(teacher_name).to(options.device).requires_grad_(False).eval()
+    pca_rank = min(32, batch_size // 2)  # PCA of as many components as samples would do nothing
+    baseline = _baseline(student, teacher, LossOptions(pca_rank=pca_rank), batch_size, options)
+    ours = _ours(student, teacher, baseline, options.precision)
+
+    difference = float((ours.step() - baseline.step()).abs())  # the first steps, which warm up too
+    seconds_ours, seconds_baseline = medians([ours.step, baseline.step], options.rounds, options.device)
+    return Row(
+        case=f"{student} from {teacher_name}, batch {batch_size}, {num_threads} threads, captions of ~{_LONG} and "
+        f"~{_SHORT} tokens, PCA {pca_rank}",
+        unit="s",
+        ours=seconds_ours,
+        baseline=seconds_baseline,
+        ratio=seconds_baseline / seconds_ours,
+        max_abs_diff=difference,
+        peak_gb=peak_memory_gb(),
+    )
+
+
+def _baseline(student: str, teacher: LongCLIP, losses: LossOptions, batch_size: int, options: BenchOptions) -> Side:
+    """The teacher online, captions padded, full matrices, one memory format, AdamW operation by operation."""
+    teacher.trim_captions = False
+    torch.manual_seed(1)
+    model = create_student(student).to(options.device).train()
+    model.text_encoder.trim_captions = False
+    model.image_encoder.channels_last = False
+    distiller = Distiller(model, teacher, losses, streaming=False).to(options.device)
+    batch = random_batch(batch_size, model.image_size, teacher.image_size).to(options.device)
+    long, short = (F.pad(x, (0, CONTEXT_LENGTH - x.shape[1])) for x in (batch.long_tokens, batch.short_tokens))
+    return Side(distiller, replace(batch, long_tokens=long, short_tokens=short), options.precision, fused=False)
+
+
+def _ours(student: str, teacher: LongCLIP, baseline: Side, precision: str) -> Side:
+    """The same student and batch with the teacher's features stored in fp16."""
+    torch.manual_seed(1)
+    device = baseline.batch.images.device
+    model = create_student(student).to(device).train()
+    features = baseline.distiller.teacher_features(baseline.batch)
+    assert features is not None
+    batch = replace(
+        baseline.batch,
+        teacher_images=None,
+        long_tokens=trim(baseline.batch.long_tokens).contiguous(),
+        short_tokens=trim(baseline.batch.short_tokens).contiguous(),
+        teacher={name: value.half() for name, value in features.tensors().items()},
+    )
+    facts = TeacherFacts((teacher.embed_dim,), float(teacher.linear_logit_scale), teacher.context_length)
+    distiller = Distiller(model, None, baseline.distiller.options, facts).to(device)
+    return Side(distiller, batch, precision, fused=True)
+
+
+def random_batch(batch_size: int, image_size: int, teacher_image_size: int | None = None) -> Batch:
+    """Random pictures and captions of about 100 and 12 tokens, trimmed to the longest, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pictures(side: int) -> Tensor:
+        return torch.randint(0, 256, (batch_size, 3, side, side), generator=generator, dtype=torch.uint8)
+
+    def captions(mean: int) -> Tensor:
+        lengths = (mean * (1 + torch.randn(batch_size, generator=generator) / 4)).round().long()
+        lengths = lengths.clamp(4, CONTEXT_LENGTH)
+        tokens = torch.randint(1, SOT, (batch_size, int(lengths.max())), generator=generator)
+        positions = torch.arange(tokens.shape[1])
+        tokens[:, 0] = SOT
+        tokens[positions == lengths[:, None] - 1] = EOT
+        tokens[positions >= lengths[:, None]] = 0
+        return tokens
+
+    return Batch(
+        images=pictures(image_size),
+        teacher_images=None if teacher_image_size is None else pictures(teacher_image_size),
+        long_tokens=captions(_LONG),
+        short_tokens=captions(_SHORT),
+        keys=[str(number) for number in range(batch_size)],
+        skipped={},
+    )

@@ -1,0 +1,165 @@
+"""Convert shards and their teacher cache into shards in DataCompDR's layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from longclip_teacher.errors import InputError, run_command
+from longclip_teacher.text import CaptionTokenizer, first_sentence
+from training.cache_manifest import CacheSettings, read_cache, shard_facts, sidecar_path
+from training.datacompdr import write_datacompdr_sample
+from training.samples import BadSample, read_captions
+from training.shard_index import (
+    MANIFEST_NAME,
+    RawSample,
+    ShardIndex,
+    ShardRecord,
+    expand_patterns,
+    is_remote,
+    read_manifest,
+)
+from training.shard_writer import write_manifest, write_shard
+from training.sidecar import Sidecar, StoredView
+from training.stored import TeacherFacts
+from training.teacher_cache import cache_facts, open_cache
+
+_STDERR = Console(stderr=True)
+
+
+@dataclass
+class Options:
+    """Convert shards and the teacher cache beside them (scripts/cache_teacher.py) into DataCompDR's shards.
+
+    python scripts/export_datacompdr.py --shards 'data/train/*.tar' --cache data/teacher --out data/train_dr
+
+    Each sample becomes KEY.jpg (its bytes as they are), KEY.txt (its first short caption), KEY.syn.json (its long
+    captions), KEY.paug.json (the stored crops and operations) and KEY.npz (image_emb, text_emb), which code that reads
+    DataCompDR, ours with --teacher.cache datacompdr among it, trains on as it is. DataCompDR knows one ground-truth
+    caption: further short captions are left out, and a short caption that was the first sentence of the long caption
+    drawn is that of the first one. Started again, the command keeps the shards that are done.
+    """
+
+    shards: tuple[str, ...]
+    """The shards that the cache was made from."""
+    cache: Path
+    """Folder of the cache."""
+    out: Path
+    """Folder for the new shards, under the same names, and their manifest.json."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One shard, its sidecar, and what belongs to all of them."""
+
+    index: ShardIndex
+    samples: range
+    sidecar: Sidecar
+    facts: TeacherFacts
+    tokenizer: CaptionTokenizer
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for row, number in enumerate(self.samples):
+            raw = self.index.read(number)
+            views = [self.sidecar.view(row, view, raw.key) for view in range(self.sidecar.num_views)]
+            if views[0].is_valid:  # one that could not be read when the cache was made has nothing to export
+                yield raw.key, self._members(raw, views)
+
+    def _members(self, raw: RawSample, views: list[StoredView]) -> dict[str, bytes]:
+        if zlib.crc32(raw.image or b"") != views[0].picture_crc:
+            raise self._misfit(raw.key, "picture")
+        long, short, rows = self._captions(raw, views[0])
+        return write_datacompdr_sample(
+            raw.image or b"",
+            image_features=np.stack([view.image for view in views]),
+            text_features=np.stack([self.sidecar.caption(row, raw.key)[0] for row in rows]),
+            captions=long,
+            ground_truth=short,
+            augmentations=[view.augmentation for view in views],
+            facts=self.facts,
+        )
+
+    def _captions(self, raw: RawSample, stored: StoredView) -> tuple[list[str], str, list[int]]:
+        """Long captions, the short one, and the sidecar's rows of the short one and then the long ones."""
+        try:
+            long, shorts = read_captions(raw)
+        except BadSample:
+            raise self._misfit(raw.key, "captions") from None
+        short = first_sentence(long[0]) if stored.shorts_follow else (shorts or long)[0]
+        rows = [int(stored.short[0]), *stored.long.tolist()]
+        if len(rows) != 1 + len(long):
+            raise self._misfit(raw.key, "captions")
+        for caption, row in zip([short, *long], rows, strict=True):
+            tokens = torch.from_numpy(self.sidecar.caption(row, raw.key)[1].astype(np.int64))
+            if not torch.equal(self.tokenizer([caption])[0, : len(tokens)], tokens):
+                raise self._misfit(raw.key, "captions")
+        return long, short, rows
+
+    def _misfit(self, key: str, what: str) -> InputError:
+        return InputError(
+            f"{self.sidecar.path}: sample {key} has other {what} now than when the teacher cache was made: "
+            "run scripts/cache_teacher.py again"
+        )
+
+
+def export(options: Options) -> tuple[int, int]:
+    """Write the new shards; returns how many samples they hold and how many the old ones hold."""
+    (settings, _), facts = read_cache(options.cache), cache_facts(options.cache)
+    paths = expand_patterns(options.shards)
+    if is_remote(paths[0]):
+        raise InputError(f"{paths[0]}: a teacher cache belongs to local shards; copy them to a disk first")
+    index = ShardIndex(paths, show_progress=_STDERR.is_terminal)
+    open_cache(options.cache, index, settings.augment, None)  # refuses a cache of other shards
+    if options.out.resolve() in {path.parent.resolve() for path in index.paths}:
+        raise InputError(f"--out {options.out} is the folder of the shards themselves: give another")
+    options.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = CaptionTokenizer(settings.context_length)
+    inputs = {
+        path.name: _digest(settings, sidecar_path(options.cache, path), shard.keys_sha256)
+        for path, shard in zip(index.paths, shard_facts(index), strict=True)
+    }
+    records = {
+        name: record
+        for name, record in read_manifest(options.out).items()
+        if inputs.get(name) == record.inputs and _is_whole(options.out / name, record)
+    }
+    stops = np.cumsum(index.shard_sizes).tolist()
+    shards = list(zip(index.paths, [0, *stops], stops, strict=False))
+    for path, start, stop in track(shards, description="writing shards", console=_STDERR, transient=True):
+        if path.name not in records:
+            sidecar = Sidecar(sidecar_path(options.cache, path))
+            source = _Source(index, range(start, stop), sidecar, facts, tokenizer)
+            record = write_shard(options.out / path.name, source)
+            records[path.name] = dataclasses.replace(record, inputs=inputs[path.name])
+            write_manifest(options.out, list(records.values()), {"teacher_cache": dataclasses.asdict(settings)})
+    return sum(len(record.keys) for record in records.values()), index.num_samples
+
+
+def _digest(settings: CacheSettings, sidecar: Path, keys: str) -> str:
+    status = sidecar.stat()
+    return hashlib.sha256(f"{settings!r} {status.st_size} {status.st_mtime_ns} {keys}".encode()).hexdigest()
+
+
+def _is_whole(path: Path, record: ShardRecord) -> bool:
+    return path.is_file() and path.stat().st_size == record.num_bytes
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Options, description=Options.__doc__)
+    num_written, num_samples = export(options)
+    print(f"{num_written} of {num_samples} samples in {options.out} ({MANIFEST_NAME} beside them)")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,358 @@
+"""Plan a distillation run: bytes of the teacher cache, GPU-hours with it and without, and when it pays."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from eval.atomic_files import write_json
+from eval.features import evaluation_mode
+from eval.models import ClipModel
+from longclip_teacher import create_teacher
+from longclip_teacher.config import TEACHERS
+from longclip_teacher.errors import InputError, run_command
+from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT
+from mobileclip_student import VARIANTS, create_student
+
+_SAMPLES = (1_200_000, 12_000_000, 1_280_000_000)  # ShareGPT4V, DataCompDR-12M, DataCompDR-1B
+_DATACOMPDR_BYTES = (30 + 1 + 5) * 1536 * 2  # 30 views, 1 + 5 captions, two teachers of 768, bfloat16
+_KEY_BYTES = 12  # of a sample's key
+_DRAWN_CAPTIONS = 2  # of a sample in a step: a long and a short one
+_BACKWARD = 3  # forward and backward over forward alone
+_NOTES = (
+    "GPU-hours count arithmetic alone: no loading, evaluation or restarts, and GPUs that scale linearly",
+    "a teacher that runs online encodes one view and two captions of a sample in each epoch, on the same GPUs",
+    "a step of the student reads one view, one long and one short caption",
+)
+
+
+@dataclass
+class Options:
+    """What a teacher cache and the run that uses it cost, before either is started.
+
+    python scripts/plan_run.py --teacher b16 --student s0 --views 1 --epochs 30 --gpus 8
+    python scripts/plan_run.py --teacher l14 --samples 12000000 --views 5 --epochs 10 --json plan.json \\
+        --teacher-images-per-second 2100 --teacher-captions-per-second text.json:'mean 56' \\
+        --student-samples-per-second step.json:L/14
+
+    The three rates are per GPU. Give a number, or FILE.json:CASE for the row of a file that scripts/bench.py wrote
+    (--json) whose case contains CASE. A rate that is not given is computed: the model's FLOPs, --gpu-tflops, and an
+    assumed utilisation, which is printed. Measure before you trust it.
+
+    The table has the bytes of the cache (beside them DataCompDR's, which keeps 30 views and two teachers), GPU-hours
+    of the teacher's pass and of the training, with the cache and with the teacher online, and the number of epochs at
+    which both cost the same. Each further run from the same cache pays nothing for its teacher.
+    """
+
+    teacher: str = "b16"
+    """tiny, small, b16 or l14."""
+    student: str = "s0"
+    """s0, s1, s2, b, mobileclip2_s0/s2/s3/s4/b/l14, small or tiny."""
+    samples: int | None = None
+    """Samples in the data set; unset: 1.2 million, 12 million and 1.28 billion."""
+    views: int = 1
+    """A, the crops stored of a picture; 0 is the centre crop."""
+    epochs: float = 10.0
+    """Passes over the data."""
+    gpus: int = 1
+    """GPUs for the days of wall-clock time."""
+    captions: float = 2.0
+    """Distinct captions stored of a sample, long and short together."""
+    mean_caption_tokens: float = 60.0
+    """Their mean length in tokens, start and end included."""
+    rand_augment_ops: int = 0
+    """RandAugment operations of a view."""
+    teacher_images_per_second: str | None = None
+    """Pictures that the teacher encodes: a number or FILE.json:CASE."""
+    teacher_captions_per_second: str | None = None
+    """Captions that the teacher encodes, padding trimmed."""
+    student_samples_per_second: str | None = None
+    """Samples that the student trains on with stored features."""
+    gpu_tflops: float = 312.0
+    """Peak of a GPU in 1e12 operations a second; 312 is an A100's in bfloat16, an H100's is 989."""
+    teacher_utilisation: float = 0.4
+    """Assumed share of the peak that the teacher's forward pass reaches."""
+    student_utilisation: float = 0.15
+    """Assumed share of the peak in training; the student's small convolutions do not fill a GPU."""
+    json: Path | None = None
+    """Write all figures here."""
+
+    def check(self) -> None:
+        """Raise InputError for what no run can be."""
+        for name, value, known in (("teacher", self.teacher, TEACHERS), ("student", self.student, VARIANTS)):
+            if value not in known:
+                raise InputError(f"--{name} {value}: it is one of {', '.join(known)}")
+        if self.views < 0 or self.rand_augment_ops < 0:
+            raise InputError("--views and --rand-augment-ops must be 0 or more")
+        for name in ("samples", "epochs", "gpus", "captions", "gpu_tflops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} {value}: give a positive number")
+        if not 2 <= self.mean_caption_tokens <= CONTEXT_LENGTH:
+            raise InputError(f"--mean-caption-tokens {self.mean_caption_tokens}: 2 (start and end) to {CONTEXT_LENGTH}")
+        if not (0 < self.teacher_utilisation <= 1 and 0 < self.student_utilisation <= 1):
+            raise InputError("--teacher-utilisation and --student-utilisation are shares, above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast one GPU is, and who says so."""
+
+    per_second: float
+    origin: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The three rates of a plan."""
+
+    teacher_images: Rate
+    teacher_captions: Rate
+    student_samples: Rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures of one data set's size; hours are GPU-hours."""
+
+    samples: int
+    cache_bytes: float
+    datacompdr_bytes: float
+    teacher_hours_cache: float
+    teacher_hours_online: float
+    training_hours: float
+    total_hours_cache: float
+    total_hours_online: float
+    days_cache: float
+    """On all GPUs."""
+    days_online: float
+
+
+def sidecar_bytes_per_sample(
+    embed_dim: int, views: int, captions: float, mean_tokens: float, num_ops: int = 0, key_bytes: float = _KEY_BYTES
+) -> float:
+    """Bytes of a sample in a sidecar (training/sidecar.py), its header aside.
+
+    A view has its features (float16), crop, flip, operations and checksum; a distinct caption its features, tokens,
+    row numbers, offset and checksum; a sample its key, picture's size and checksum, two marks and two offsets.
+    """
+    of_a_view = 2 * embed_dim + 4 * 4 + 1 + (1 + 4) * num_ops + 4
+    of_a_caption = 2 * embed_dim + 2 * mean_tokens + 4 + 8 + 4
+    return max(views, 1) * of_a_view + captions * of_a_caption + key_bytes + 8 + 4 + 1 + 1 + 2 * 8
+
+
+def break_even_epochs(options: Options, rates: Rates) -> float:
+    """Epochs after which making the cache has cost as much as the teacher online."""
+    return _cache_seconds(options, rates) / _online_seconds(rates)
+
+
+def plan(options: Options, rates: Rates, samples: int) -> Plan:
+    """The figures for `samples` samples."""
+    of_a_sample = sidecar_bytes_per_sample(
+        TEACHERS[options.teacher].embed_dim,
+        options.views,
+        options.captions,
+        options.mean_caption_tokens,
+        options.rand_augment_ops,
+    )
+    teacher_cache = samples * _cache_seconds(options, rates) / 3600
+    teacher_online = options.epochs * samples * _online_seconds(rates) / 3600
+    training = options.epochs * samples / rates.student_samples.per_second / 3600
+    return Plan(
+        samples=samples,
+        cache_bytes=samples * of_a_sample,
+        datacompdr_bytes=float(samples * _DATACOMPDR_BYTES),
+        teacher_hours_cache=teacher_cache,
+        teacher_hours_online=teacher_online,
+        training_hours=training,
+        total_hours_cache=teacher_cache + training,
+        total_hours_online=teacher_online + training,
+        days_cache=(teacher_cache + training) / options.gpus / 24,
+        days_online=(teacher_online + training) / options.gpus / 24,
+    )
+
+
+def _cache_seconds(options: Options, rates: Rates) -> float:
+    """Of one GPU for one sample of the cache."""
+    pictures = max(options.views, 1) / rates.teacher_images.per_second
+    return pictures + options.captions / rates.teacher_captions.per_second
+
+
+def _online_seconds(rates: Rates) -> float:
+    """Of one GPU for one sample in one epoch."""
+    return 1 / rates.teacher_images.per_second + _DRAWN_CAPTIONS / rates.teacher_captions.per_second
+
+
+# --- rates ------------------------------------------------------------------------------------------------------------
+
+
+def find_rates(options: Options) -> Rates:
+    """The rates that are given, and those of the others that FLOPs and assumed utilisation tell."""
+    images = _given(options.teacher_images_per_second, "--teacher-images-per-second")
+    captions = _given(options.teacher_captions_per_second, "--teacher-captions-per-second")
+    student = _given(options.student_samples_per_second, "--student-samples-per-second")
+    num_tokens = round(options.mean_caption_tokens)
+    if images is None or captions is None:
+        of_image, of_caption = _flops(create_teacher(options.teacher), num_tokens)
+        images = images or _computed(of_image, options.gpu_tflops, options.teacher_utilisation)
+        captions = captions or _computed(of_caption, options.gpu_tflops, options.teacher_utilisation)
+    if student is None:
+        of_image, of_caption = _flops(create_student(options.student), num_tokens)
+        of_a_step = _BACKWARD * (of_image + _DRAWN_CAPTIONS * of_caption)
+        student = _computed(of_a_step, options.gpu_tflops, options.student_utilisation)
+    return Rates(images, captions, student)
+
+
+def _computed(flops: float, tflops: float, utilisation: float) -> Rate:
+    origin = f"assumed: {flops / 1e9:.3g} GFLOPs at {utilisation:.0%} of {tflops:g} TFLOP/s"
+    return Rate(tflops * 1e12 * utilisation / flops, origin)
+
+
+def _flops(model: ClipModel, num_tokens: int) -> tuple[float, float]:
+    """FLOPs (2 x MACs) of one picture and of one caption of `num_tokens` tokens, forward."""
+    pictures = torch.zeros(1, 3, model.image_size, model.image_size)
+    tokens = torch.tensor([[SOT, *[EOT // 2] * (num_tokens - 2), EOT]])
+    with evaluation_mode(model, "fp32"):
+        return _count(lambda: model.encode_image(pictures)), _count(lambda: model.encode_text(tokens))
+
+
+def _count(call: Callable[[], Tensor]) -> float:
+    was_fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no counter knows
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_fused)
+    return float(counter.get_total_flops())
+
+
+def _given(value: str | None, flag: str) -> Rate | None:
+    """The rate of a flag: a number, or the row of a bench's JSON."""
+    if value is None:
+        return None
+    try:
+        rate = Rate(float(value), "given")
+    except ValueError:
+        path, suffix, case = value.partition(".json")
+        if not suffix:
+            raise InputError(f"{flag} {value}: give a number, or FILE.json:CASE of a bench") from None
+        rate = _bench_rate(Path(path + suffix), case.removeprefix(":"), flag)
+    if not 0 < rate.per_second < math.inf:
+        raise InputError(f"{flag} {value}: a rate must be positive")
+    return rate
+
+
+def _bench_rate(path: Path, case: str, flag: str) -> Rate:
+    try:
+        rows = json.loads(path.read_bytes())["rows"]
+        found = [row for row in rows if case in row["case"] and row["unit"].endswith("/s")]
+        rates = [Rate(float(row["ours"]), f"measured: {path.name}, {row['case']}") for row in found]
+    except OSError as error:
+        raise InputError(f"{flag}: cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{flag}: {path} is no file that scripts/bench.py --json wrote") from None
+    if len(rates) != 1:
+        cases = ", ".join(f"{row['case']} ({row['unit']})" for row in rows)
+        raise InputError(f"{flag}: {len(rates)} rates of {path} have {case!r} in their case: {cases}")
+    return rates[0]
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def print_plans(options: Options, rates: Rates, plans: list[Plan]) -> None:
+    """The table, a column a data set's size, and below it what it rests on."""
+    console = Console()
+    title = f"teacher {options.teacher}, student {options.student}, A = {options.views}, {options.epochs:g} epochs"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for one in plans:
+        table.add_column(_count_text(one.samples), justify="right")
+    cells: list[tuple[str, Callable[[Plan], str]]] = [
+        ("cache, bytes a sample", lambda one: f"{one.cache_bytes / one.samples:,.0f}"),
+        ("cache", lambda one: _bytes_text(one.cache_bytes)),
+        ("DataCompDR (30 views, bf16)", lambda one: _bytes_text(one.datacompdr_bytes)),
+        ("teacher pass, GPU-hours", lambda one: _hours_text(one.teacher_hours_cache)),
+        ("teacher online, GPU-hours", lambda one: _hours_text(one.teacher_hours_online)),
+        ("training, GPU-hours", lambda one: _hours_text(one.training_hours)),
+        ("in all with the cache, GPU-hours", lambda one: _hours_text(one.total_hours_cache)),
+        ("in all online, GPU-hours", lambda one: _hours_text(one.total_hours_online)),
+        (f"days on {options.gpus} GPUs with the cache", lambda one: f"{one.days_cache:,.2f}"),
+        (f"days on {options.gpus} GPUs online", lambda one: f"{one.days_online:,.2f}"),
+    ]
+    for label, cell in cells:
+        table.add_row(label, *(cell(one) for one in plans))
+    console.print(table)
+    for line in (
+        f"cache and online cost the same at {break_even_epochs(options, rates):.2f} epochs",
+        *_basis(options, rates),
+    ):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _basis(options: Options, rates: Rates) -> list[str]:
+    """What the figures rest on, a line each."""
+    lines = [
+        f"{rates.teacher_images.per_second:,.0f} pictures/s a GPU, teacher ({rates.teacher_images.origin})",
+        f"{rates.teacher_captions.per_second:,.0f} captions/s a GPU, teacher ({rates.teacher_captions.origin})",
+        f"{rates.student_samples.per_second:,.0f} samples/s a GPU, student ({rates.student_samples.origin})",
+        f"{options.captions:g} distinct captions of {options.mean_caption_tokens:g} tokens a sample",
+        *_NOTES,
+    ]
+    if options.epochs > max(options.views, 1):
+        lines.append(f"{max(options.views, 1)} stored views for {options.epochs:g} epochs: training sees each again")
+    return lines
+
+
+def _count_text(samples: int) -> str:
+    for size, name in ((10**9, "billion"), (10**6, "million")):
+        if samples >= size:
+            return f"{samples / size:.4g} {name}"
+    return f"{samples:,}"
+
+
+def _bytes_text(num_bytes: float) -> str:
+    for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {name}"
+    return f"{num_bytes / 1e3:.3g} kB"
+
+
+def _hours_text(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Options, description=Options.__doc__)
+    options.check()
+    rates = find_rates(options)
+    plans = [plan(options, rates, samples) for samples in ((options.samples,) if options.samples else _SAMPLES)]
+    print_plans(options, rates, plans)
+    if options.json is not None:
+        figures = {
+            "options": {name: value for name, value in asdict(options).items() if name != "json"},
+            "rates": asdict(rates),
+            "bytes_per_sample": plans[0].cache_bytes / plans[0].samples,
+            "datacompdr_bytes_per_sample": _DATACOMPDR_BYTES,
+            "break_even_epochs": break_even_epochs(options, rates),
+            "assumptions": _basis(options, rates),
+            "plans": [asdict(one) for one in plans],
+        }
+        write_json(options.json, figures)
+
+
+if __name__ == "__main__":
+    run_command(main)

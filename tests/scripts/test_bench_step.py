@@ -1,0 +1,86 @@
+"""The benches of the training step and of its memory run the real step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benches import memory
+from benches.measure import BenchOptions
+from benches.memory import ChunkedDistiller, bench_memory, step_peak
+from benches.step import Side, random_batch, step_case
+from longclip_teacher.text import caption_lengths
+from mobileclip_student import create_student
+from training.config import LossOptions
+from training.stored import TeacherFacts
+
+OPTIONS = BenchOptions(full=False, rounds=1, device=torch.device("cpu"), precision="fp32")
+
+
+def test_both_sides_of_a_step_have_the_same_loss() -> None:
+    row = step_case("tiny", "tiny", 12, OPTIONS, torch.get_num_threads())
+    assert row.case.startswith("tiny from tiny, batch 12,") and row.ratio == pytest.approx(row.baseline / row.ours)
+    assert row.max_abs_diff is not None and row.max_abs_diff < 1e-3  # features stored in fp16
+
+
+def test_captions_have_the_stated_lengths() -> None:
+    batch = random_batch(400, 4, 6)
+    assert batch.images.shape == (400, 3, 4, 4)
+    assert batch.teacher_images is not None and batch.teacher_images.shape == (400, 3, 6, 6)
+    long, short = (caption_lengths(tokens).float() for tokens in (batch.long_tokens, batch.short_tokens))
+    assert 95 < long.mean() < 105 and 11 < short.mean() < 13
+    assert long.max() == batch.long_tokens.shape[1]
+
+
+def test_a_step_moves_the_weights() -> None:
+    torch.manual_seed(0)
+    model = create_student("tiny", context_length=40).train()
+    facts = TeacherFacts((memory.TEACHER_WIDTH,), 100.0, 248)
+    batch = memory._stored(random_batch(12, 48))
+    side = Side(ChunkedDistiller(model, None, LossOptions(pca_rank=4), facts), batch, "fp32", fused=True)
+    side.distiller.real_chunks, side.distiller.chunks_seen = 2, {False: 0, True: 0}
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    assert side.step(accumulation=3).isfinite()
+    assert side.distiller.chunks_seen == {False: 3, True: 3}
+    assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def test_a_drawn_chunk_trains_the_scale_alone() -> None:
+    torch.manual_seed(0)
+    model = create_student("tiny", context_length=40).train()
+    distiller = ChunkedDistiller(model, None, LossOptions(pca_rank=4))
+    distiller.real_chunks, distiller.chunks_seen = 0, {False: 0, True: 0}
+    batch = random_batch(6, 48)
+    features, _ = distiller(batch.images, batch.long_tokens, batch.short_tokens)
+    sum(value.square().sum() for value in features.tensors().values()).backward()
+    assert [name for name, value in model.named_parameters() if value.grad is not None] == ["logit_scale"]
+    torch.testing.assert_close(features.image.norm(dim=1), torch.ones(6))
+
+
+def test_memory_names_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic, on peaks that are given."""
+    gigabytes = {(256, 0, True): 1.1, (256, 0, False): 2.0, (256, 2, True): 1.8, (64, 1, True): 1.7, (32, 1, True): 1.4}
+
+    def peak(function: object, variant: str, size: int, chunks: int, run: int, streaming: bool, _: object) -> object:
+        return memory._Peak(before=1.0, peak=gigabytes[size, run, streaming])
+
+    monkeypatch.setattr(memory, "STUDENT", "tiny")
+    monkeypatch.setattr(memory, "BATCH_SIZE", 256)
+    monkeypatch.setattr(memory, "in_own_process", peak)
+    total, *parts = bench_memory(OPTIONS)
+    assert total.case == (
+        "tiny, batch 256, stored teacher: peak in 4 chunks, 2 of them run and the others drawn; baseline extrapolated"
+    )
+    assert total.ours == 1.8
+    assert total.baseline == pytest.approx(1.8 + 0.3 / 32 * (256 - 64) + 0.9)
+    assert parts[0].case.startswith("activations, 64 pairs at a time") and parts[0].case.endswith("33% of the peak")
+    assert parts[0].ours == pytest.approx(0.6) and parts[0].baseline == pytest.approx(2.4)
+    assert [part.ours for part in parts] == sorted((part.ours for part in parts), reverse=True)
+    assert {"losses", "pictures", "weights", "gradients", "AdamW's"} <= {
+        part.case.split()[0].strip(":,") for part in parts
+    }
+
+
+def test_peaks_are_measured() -> None:
+    measured = step_peak("tiny", 16, 2, 2, True, OPTIONS)
+    assert 0 < measured.before <= measured.peak < 100

@@ -1,0 +1,168 @@
+"""The planner: its bytes are a written sidecar's, its hours plain arithmetic, its rates say where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plan_run
+from longclip_teacher.config import TEACHERS
+from longclip_teacher.errors import InputError
+from plan_run import Options, Rate, Rates, break_even_epochs, find_rates, plan, sidecar_bytes_per_sample
+from training.sidecar import CaptionRows, SampleEntry, write_sidecar
+from training.transforms import Augmentation
+
+RATES = Rates(Rate(100.0, ""), Rate(50.0, ""), Rate(10.0, ""))
+
+
+@pytest.mark.parametrize(
+    ("views", "num_ops", "embed_dim", "captions"), [(1, 0, 512, 2), (5, 2, 768, 6), (0, 0, 128, 2)]
+)
+def test_the_bytes_are_those_of_a_written_sidecar(
+    tmp_path: Path, views: int, num_ops: int, embed_dim: int, captions: int
+) -> None:
+    num_samples, stored, generator = 300, max(views, 1), np.random.default_rng(0)
+    tokens = [np.arange(length, dtype=np.uint16) for length in generator.integers(5, 115, num_samples * captions)]
+    augmentation = Augmentation((0, 0, 9, 9), (("Rotate", 9.0),) * num_ops)
+    entries = []
+    for number in range(num_samples):
+        rows = list(range(number * captions, (number + 1) * captions))
+        half = captions // 2
+        entries.append(
+            SampleEntry(f"{number:012d}", (9, 9), 1, [augmentation] * stored, long=rows[:half], short=rows[half:])
+        )
+    image_features = np.zeros((num_samples, stored, embed_dim), np.float16)
+    features = CaptionRows(np.zeros((len(tokens), embed_dim), np.float16), tokens)
+    write_sidecar(tmp_path / "a.safetensors", entries, num_ops, image_features, features)
+    mean_tokens = sum(map(len, tokens)) / len(tokens)
+    planned = num_samples * sidecar_bytes_per_sample(embed_dim, views, captions, mean_tokens, num_ops)
+    assert abs((tmp_path / "a.safetensors").stat().st_size / planned - 1) < 0.02  # the header is what is left out
+
+
+def test_datacompdrs_bytes_are_the_published_ones() -> None:
+    assert plan(Options(), RATES, 1000).datacompdr_bytes == 110_592_000
+
+
+def test_hours_are_plain_arithmetic() -> None:
+    options = Options(views=4, captions=3.0, epochs=6.0, gpus=2)
+    one = plan(options, RATES, 3600)
+    assert one.teacher_hours_cache == pytest.approx(4 / 100 + 3 / 50)
+    assert one.teacher_hours_online == pytest.approx(6 * (1 / 100 + 2 / 50))
+    assert one.training_hours == pytest.approx(6 / 10)
+    assert one.total_hours_cache == pytest.approx(0.7) and one.total_hours_online == pytest.approx(0.9)
+    assert one.days_cache == pytest.approx(0.7 / 2 / 24) and one.days_online == pytest.approx(0.9 / 2 / 24)
+
+
+@pytest.mark.parametrize("views", [0, 1, 7])
+def test_at_the_break_even_both_cost_the_same(views: int) -> None:
+    options = Options(views=views, captions=5.0)
+    at_break_even = dataclasses.replace(options, epochs=break_even_epochs(options, RATES))
+    one = plan(at_break_even, RATES, 12345)
+    assert one.total_hours_cache == pytest.approx(one.total_hours_online)
+    later = plan(dataclasses.replace(at_break_even, epochs=at_break_even.epochs + 1), RATES, 12345)
+    assert later.total_hours_cache < later.total_hours_online
+
+
+def test_rates_without_a_measurement_come_from_flops_and_say_so() -> None:
+    options = Options(teacher="tiny", student="tiny", gpu_tflops=1.0, teacher_utilisation=0.5, student_utilisation=0.25)
+    rates = find_rates(options)
+    config = TEACHERS["tiny"]
+    tower, tokens = config.image, (config.image.size // config.image.patch) ** 2 + 1
+    # 12 width^2 weights a block, each one multiplication and one addition a token; attention's two products beside
+    blocks = tower.layers * tokens * (2 * 12 * tower.width**2 + 4 * tokens * tower.width)
+    flops = 0.5e12 / rates.teacher_images.per_second
+    assert blocks < flops < 1.6 * blocks  # the convolutional stem and the projection come on top
+    assert "50% of 1 TFLOP/s" in rates.teacher_images.origin
+    longer = find_rates(dataclasses.replace(options, mean_caption_tokens=120.0))
+    assert 1.9 < rates.teacher_captions.per_second / longer.teacher_captions.per_second < 2.5
+    assert rates.student_samples.per_second > longer.student_samples.per_second
+    faster = find_rates(dataclasses.replace(options, gpu_tflops=2.0))
+    assert faster.student_samples.per_second == pytest.approx(2 * rates.student_samples.per_second)
+
+
+def write_bench(path: Path, **changes: object) -> Path:
+    rows = [
+        {"case": "mean 12 tokens", "unit": "captions/s", "ours": 900.0},
+        {"case": "mean 56 tokens", "unit": "captions/s", "ours": 200.0},
+        {"case": "mean 56 tokens, whole", "unit": "s", "ours": 3.0},
+    ]
+    path.write_text(json.dumps({"bench": "teacher-text", "rows": rows, **changes}))
+    return path
+
+
+def test_rates_are_read_from_a_benchs_json(tmp_path: Path) -> None:
+    bench = write_bench(tmp_path / "text.json")
+    options = Options(
+        teacher_images_per_second="1e3",
+        teacher_captions_per_second=f"{bench}:mean 56",
+        student_samples_per_second="7",
+    )
+    rates = find_rates(options)
+    assert rates.teacher_images == Rate(1000.0, "given")
+    assert rates.teacher_captions == Rate(200.0, "measured: text.json, mean 56 tokens")
+    one_row = [{"case": "x", "unit": "samples/s", "ours": 5}]
+    single = write_bench(tmp_path / "one.json", rows=one_row)
+    rates = find_rates(dataclasses.replace(options, student_samples_per_second=str(single)))
+    assert rates.student_samples == Rate(5.0, "measured: one.json, x")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("fast", "give a number, or FILE.json:CASE"),
+        ("0", "must be positive"),
+        ("nan", "must be positive"),
+        ("{folder}/gone.json", "cannot read"),
+        ("{folder}/text.json:mean", "2 rates of .* have 'mean' in their case: mean 12 tokens"),
+        ("{folder}/text.json:whole", "0 rates of "),
+        ("{folder}/other.json:x", "is no file that scripts/bench.py"),
+    ],
+)
+def test_a_rate_that_cannot_be_read_is_one_line(tmp_path: Path, value: str, message: str) -> None:
+    write_bench(tmp_path / "text.json")
+    write_bench(tmp_path / "other.json", rows=7)
+    options = Options(teacher_images_per_second=value.format(folder=tmp_path))
+    with pytest.raises(InputError, match=rf"\A--teacher-images-per-second[^\n]*{message}[^\n]*\Z"):
+        find_rates(options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "b32"}, "--teacher b32: it is one of tiny, small, b16, l14"),
+        ({"student": "s9"}, "--student s9: it is one of"),
+        ({"views": -1}, "--views"),
+        ({"samples": 0}, "--samples 0"),
+        ({"epochs": float("nan")}, "--epochs nan"),
+        ({"gpu_tflops": 0.0}, "--gpu-tflops"),
+        ({"mean_caption_tokens": 500.0}, "--mean-caption-tokens"),
+        ({"student_utilisation": 1.5}, "utilisation"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(Options(), **changes).check()
+
+
+def test_the_command_prints_and_writes_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = "--teacher-images-per-second 1000 --teacher-captions-per-second 4000 --student-samples-per-second 500"
+    arguments = f"--teacher l14 --views 2 --epochs 5 {rates} --json {tmp_path}/plan.json"
+    monkeypatch.setattr("sys.argv", ["plan_run.py", *arguments.split()])
+    plan_run.main()
+    printed = capsys.readouterr().out
+    for text in ("1.2 million", "12 million", "1.28 billion", "500 samples/s a GPU, student (given)", "1.67 epochs"):
+        assert text in printed
+    assert "2 stored views for 5 epochs" in printed
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert [one["samples"] for one in figures["plans"]] == [1_200_000, 12_000_000, 1_280_000_000]
+    assert figures["break_even_epochs"] == pytest.approx((2 / 1000 + 2 / 4000) / (1 / 1000 + 2 / 4000))
+    assert figures["rates"]["student_samples"] == {"per_second": 500.0, "origin": "given"}
+    monkeypatch.setattr("sys.argv", ["plan_run.py", *arguments.split(), "--samples", "1000"])
+    plan_run.main()
+    assert [one["samples"] for one in json.loads((tmp_path / "plan.json").read_text())["plans"]] == [1000]

@@ -1,0 +1,137 @@
+"""What saves time leaves the training as it is: stored features against the teacher online, each switch on and off."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from training.config import EMBEDDED_DATA, EMBEDDED_TEACHER, SpeedOptions
+from training.main import main
+from training.run_log import read_metrics
+
+STEPS = 3
+# Adam's first steps are of one size whatever the gradient's: a small rate keeps rounding from growing into a difference
+COMMON = [
+    "--optim.lr", "1e-4", "--run.max_steps", str(STEPS), "--run.global_batch_size", "48", "--run.log_every", "1",
+    "--data.num_workers", "0", "--data.val", "None", "--data.zeroshot", "None", "--data.tests",
+]  # fmt: skip
+LOSSES = ("clip_long", "clip_short", "crd_long", "crd_short", "loss")
+
+
+def train(out_dir: Path, *arguments: str) -> list[dict[str, float]]:
+    """The logged rows of a short run of the default preset."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["main.py", "--run.out_dir", str(out_dir), *COMMON, *arguments])
+        main()
+    rows = read_metrics(out_dir)
+    assert len(rows) == STEPS
+    return rows
+
+
+def largest_difference(ours: list[dict[str, float]], reference: list[dict[str, float]]) -> float:
+    assert all(set(LOSSES) <= set(row) for row in (*ours, *reference))
+    return max(abs(a[name] - b[name]) for a, b in zip(ours, reference, strict=True) for name in LOSSES)
+
+
+@pytest.fixture(scope="module")
+def cache(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import cache_teacher
+
+    folder = tmp_path_factory.mktemp("cache") / "two_views"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(checkout)
+        shards = f"{EMBEDDED_DATA}/train/*.tar"
+        arguments = ["--shards", shards, "--teacher", EMBEDDED_TEACHER, "--out", str(folder), "--views", "2"]
+        patch.setattr(sys, "argv", ["cache_teacher.py", *arguments, "--num-workers", "0"])
+        cache_teacher.main()
+    return folder
+
+
+@pytest.fixture
+def in_checkout(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+
+
+@pytest.mark.usefixtures("in_checkout")
+class TestStoredFeatures:
+    def test_training_from_the_cache_is_training_with_the_teacher_online(self, cache: Path, tmp_path: Path) -> None:
+        stored = train(tmp_path / "stored", "--teacher.cache", str(cache))
+        online = train(tmp_path / "online", "--teacher.cache", str(cache), "--teacher.stored_features", "False")
+        assert largest_difference(stored, online) < 1e-3
+        assert largest_difference(stored[:1], stored[1:2]) > 1e-2, "the steps differ, so that equality means something"
+
+    def test_the_teacher_is_not_loaded_and_need_not_be_named(self, cache: Path, tmp_path: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("training.build.load_model", lambda *_, **__: pytest.fail("the teacher was loaded"))
+            named = train(tmp_path / "named", "--teacher.cache", str(cache))
+            unnamed = train(tmp_path / "unnamed", "--teacher.cache", str(cache), "--teacher.checkpoint", "None")
+        assert largest_difference(named, unnamed) == 0
+
+    def test_its_features_are_projected_where_widths_differ(self, cache: Path, tmp_path: Path) -> None:
+        rows = train(tmp_path / "fd", "--teacher.cache", str(cache), "--loss.fd", "1")
+        assert rows[0]["fd"] > 0
+
+    def test_two_epochs_see_two_views(self, cache: Path, tmp_path: Path) -> None:
+        """300 samples are 6 steps of 48: the seventh begins the second epoch."""
+        arguments = ["--run.max_steps", "7", "--optim.lr", "1e-9", "--data.epoch_samples", "48"]
+        with pytest.MonkeyPatch.context() as patch:
+            argv = ["main.py", "--run.out_dir", str(tmp_path / "run"), *COMMON, "--teacher.cache", str(cache)]
+            patch.setattr(sys, "argv", [*argv, *arguments])
+            main()
+        losses = [row["crd_long"] for row in read_metrics(tmp_path / "run")]
+        assert len(set(losses)) == len(losses)
+
+    @pytest.mark.parametrize(
+        ("arguments", "field"),
+        [
+            (["--augment.scale", "0.5", "1.0"], "augment.scale"),
+            (["--augment.centre", "True"], "augment.centre"),
+            (["--teacher.checkpoint", "other.safetensors"], "teacher sha256"),
+        ],
+    )
+    def test_a_cache_that_does_not_fit_is_refused_by_field(
+        self, cache: Path, tmp_path: Path, arguments: list[str], field: str, checkout: Path
+    ) -> None:
+        from longclip_teacher import create_teacher, save_teacher
+        from longclip_teacher.errors import InputError
+
+        if not (checkout / "other.safetensors").exists():
+            save_teacher(create_teacher("tiny"), checkout / "other.safetensors")
+        with pytest.raises(InputError, match=field.replace(".", r"\.")):
+            train(tmp_path / "run", "--teacher.cache", str(cache), *arguments)
+
+
+# Largest difference of a loss over the first steps. All but the first are rounding; losses are up to 20.
+SWITCHES = {
+    "fast_decode": 0.01,  # the boards' pixels are equal to 2 of 255 levels
+    "fast_tokenizer": 0.0,
+    "trim": 1e-4,
+    "streaming_losses": 1e-4,
+    "channels_last": 1e-4,
+    "fused_adamw": 1e-4,
+    "keep_memory": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def everything_on(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(checkout)
+        return train(tmp_path_factory.mktemp("on") / "run")
+
+
+@pytest.mark.usefixtures("in_checkout")
+class TestSwitches:
+    @pytest.mark.parametrize("name", SWITCHES)
+    def test_on_equals_off(self, name: str, everything_on: list[dict[str, float]], tmp_path: Path) -> None:
+        off = train(tmp_path / "off", f"--speed.{name}", "False")
+        assert largest_difference(off, everything_on) <= SWITCHES[name]
+        saved = json.loads((tmp_path / "off" / "environment.json").read_text())
+        assert saved["world_size"] == 1
+
+    def test_every_switch_has_its_test(self) -> None:
+        assert {field.name for field in fields(SpeedOptions)} - {"compile"} == set(SWITCHES)

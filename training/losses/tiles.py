@@ -1,0 +1,122 @@
+"""Similarity logits in tiles and their row and column softmaxes, on one process or shared by several.
+
+Shapes: G global batch, D width, R rank of PCA'd images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Factors", "TiledLogits", "Tiles"]
+
+Factors = tuple[Tensor, Tensor]
+"""Coordinates [G, R] and basis [R, D] of image features that are their product."""
+_CPU_TILE, _GPU_TILE = (512, 1024), (4096, 8192)  # rows, columns; the CPU's stay in its cache
+
+
+class Tiles:
+    """The tiles of this process' share of the rows of a G x G matrix, memory of a tile's size, sums over processes."""
+
+    def __init__(self, like: Tensor, share: tuple[int, int], shape: tuple[int, int] | None) -> None:
+        rank, self._processes = share
+        self._like, self._count = like, len(like)
+        self._first, self._last = (number * self._count // self._processes for number in (rank, rank + 1))
+        self._height, self._width = shape or (_CPU_TILE if like.device.type == "cpu" else _GPU_TILE)
+        self._memory: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        for row in range(self._first, self._last, self._height):
+            rows = slice(row, min(row + self._height, self._last))
+            for column in range(0, self._count, self._width):
+                yield rows, slice(column, min(column + self._width, self._count))
+
+    def memory(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """Uninitialised memory for a tile: contiguous, the same at every call with this name."""
+        if name not in self._memory:
+            largest = min(self._height, self._count) * min(self._width, self._count)
+            self._memory[name] = self._like.new_empty(largest)
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        return self._memory[name][: height * width].view(height, width)
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """The sum, in place."""
+        if self._processes > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max_over_processes(self, tensor: Tensor) -> Tensor:
+        """The maximum, in place."""
+        if self._processes > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+
+class TiledLogits:
+    """The logits `scale * image @ text.T` of one model, and both their softmaxes, tile by tile.
+
+    Making one is the first pass over its tiles. One exponential of a logit serves its row and its column as long as no
+    row or column lies so far below the rest that it would underflow (at scale 100: a picture whose cosines are all
+    below -0.3); then each row and column has its own maximum and its own exponential.
+    """
+
+    def __init__(
+        self, image: Tensor, text: Tensor, scale: Tensor | float, factors: Factors | None, tiles: Tiles
+    ) -> None:
+        coordinates, basis = (image, None) if factors is None else factors
+        self.left = coordinates.to(image.dtype) * scale  # [G, D or R]
+        self._right = text if basis is None else text @ basis.to(text.dtype).T  # [G, D or R]
+        self._tiles = tiles
+        limits = torch.finfo(image.dtype)
+        bound = scale * torch.linalg.vector_norm(image, dim=1).max() * torch.linalg.vector_norm(text, dim=1).max()
+        self._shift = float((bound - 0.8 * math.log(limits.max)).clamp_min(0))  # 0.2: a sum of G is larger than a term
+        sums = self._exponential_sums()
+        self._shared = bool(sums.min() > len(image) * limits.tiny / limits.eps)  # what underflowed is below rounding
+        self._log_sums = sums.log() + self._shift if self._shared else self._online_log_sums()
+        # of rows and of columns [2, G]: softmax = exp(logit - shift) * factor, the shift being self._shift if shared;
+        # else the factor makes up for the rounding of the log-sum-exp
+        self._shifts = self._log_sums.to(image.dtype)
+        self._factors = (sums.reciprocal() if self._shared else (self._shifts - self._log_sums).exp()).to(image.dtype)
+
+    @property
+    def mean_log_sum(self) -> Tensor:
+        """Mean of the log-sum-exps of all rows and columns, float64."""
+        return self._log_sums.mean()
+
+    def tile(self, rows: slice, columns: slice, name: str) -> Tensor:
+        """Logits of these rows and columns, in the tile memory of that name."""
+        return torch.mm(self.left[rows], self._right[columns].T, out=self._tiles.memory(name, rows, columns))
+
+    def to_softmaxes(self, tile: Tensor, rows: slice, columns: slice, scratch: Tensor) -> Tensor:
+        """A tile of logits turned in place into row softmax + column softmax."""
+        row_factors, column_factors = self._factors[0, rows, None], self._factors[1, columns]
+        if self._shared:
+            return self._exponentials(tile).mul_(torch.add(row_factors, column_factors, out=scratch))
+        torch.sub(tile, self._shifts[1, columns], out=scratch).exp_().mul_(column_factors)
+        return tile.sub_(self._shifts[0, rows, None]).exp_().mul_(row_factors).add_(scratch)
+
+    def _exponentials(self, tile: Tensor) -> Tensor:
+        return (tile if self._shift == 0 else tile.sub_(self._shift)).exp_()
+
+    def _exponential_sums(self) -> Tensor:
+        """Sums of exp(logit - shift) over rows and over columns [2, G], float64."""
+        sums = self.left.new_zeros(2, len(self.left), dtype=torch.float64)
+        for rows, columns in self._tiles:
+            exponentials = self._exponentials(self.tile(rows, columns, "logits"))
+            sums[0, rows] += exponentials.sum(dim=1)
+            sums[1, columns] += exponentials.sum(dim=0)
+        return self._tiles.sum_over_processes(sums)
+
+    def _online_log_sums(self) -> Tensor:
+        """Log-sum-exps of rows and of columns [2, G] for logits of any range, float64."""
+        log_sums = self.left.new_full((2, len(self.left)), -torch.inf, dtype=torch.float64)
+        for rows, columns in self._tiles:
+            tile = self.tile(rows, columns, "logits")
+            for side, part, dim in ((0, rows, 1), (1, columns, 0)):
+                log_sums[side, part] = torch.logaddexp(log_sums[side, part], tile.logsumexp(dim).double())
+        largest = self._tiles.max_over_processes(log_sums.clone())
+        return self._tiles.sum_over_processes((log_sums - largest).exp_()).log_().add_(largest)
