@@ -47,7 +47,10 @@ def test_the_command_writes_its_rows(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["recal"], "error: no bench 'recal': it is one of teacher-text, student-text"), (["recall", "--rounds", "0"], "error: --rounds 0")],
+    [
+        (["recal"], "error: no bench 'recal': it is one of teacher-text, student-text"),
+        (["recall", "--rounds", "0"], "error: --rounds 0"),
+    ],
 )
 def test_bad_arguments_end_in_one_line(arguments: list[str], message: str) -> None:
     done = subprocess.run(
