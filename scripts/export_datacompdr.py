@@ -43,7 +43,7 @@ class Options:
 
     python scripts/export_datacompdr.py --shards 'data/train/*.tar' --cache data/teacher --out data/train_dr
 
-    python training/main.py PRESET --data.shards 'data/train_dr/*.tar' --teacher.cache datacompdr --teacher.checkpoint None
+    python training/main.py PRESET --data.shards 'data/train_dr/*.tar' --teacher.cache datacompdr
 
     Each sample becomes KEY.jpg (its bytes as they are), KEY.txt (its first short caption), KEY.syn.json (its long
     captions), KEY.paug.json (the stored crops and operations) and KEY.npz (image_emb, text_emb), which code that reads

@@ -25,7 +25,7 @@ from training.transforms import ViewSpec
 
 DATACOMPDR = "datacompdr"  # as teacher.cache: the shards hold the features themselves
 
-__all__ = ["build_distiller", "build_training_loader", "check_config", "frozen_teacher"]
+__all__ = ["DATACOMPDR", "build_distiller", "build_training_loader", "check_config", "frozen_teacher"]
 
 
 def check_config(config: TrainConfig, world_size: int) -> None:

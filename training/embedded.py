@@ -28,6 +28,7 @@ def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
         runtime.barrier()
     if (
         config.distils
+        and config.teacher.cache is None
         and config.teacher.checkpoint == EMBEDDED_TEACHER
         and not Path(EMBEDDED_TEACHER, "best.safetensors").exists()
     ):

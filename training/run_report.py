@@ -15,7 +15,7 @@ from eval.models import ClipModel, load_model
 from eval.report import Report, model_colours, write_report
 from eval.retrieval import encode_retrieval_set
 from eval.retrieval_examples import retrieval_examples
-from training.build import frozen_teacher
+from training.build import DATACOMPDR, frozen_teacher
 from training.config import TrainConfig
 from training.curves import run_facts, training_curves
 from training.distributed import Runtime
@@ -31,7 +31,8 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
     """
     if not config.data.tests and config.data.zeroshot is None:
         return
-    if teacher is None and config.distils and config.teacher.checkpoint is not None:
+    stored_elsewhere = config.teacher.cache == DATACOMPDR  # by teachers that nobody has named
+    if teacher is None and config.distils and config.teacher.checkpoint is not None and not stored_elsewhere:
         teacher = frozen_teacher(config).to(runtime.device)
     out_dir = config.run.out_dir
     best = out_dir / "best.safetensors"

@@ -85,6 +85,21 @@ class TestStoredFeatures:
         losses = [row["crd_long"] for row in read_metrics(tmp_path / "run")]
         assert len(set(losses)) == len(losses)
 
+    def test_the_cache_exported_as_datacompdr_trains_the_same(self, cache: Path, tmp_path: Path) -> None:
+        import export_datacompdr
+
+        shards = tmp_path / "dr"
+        arguments = ["--shards", f"{EMBEDDED_DATA}/train/*.tar", "--cache", str(cache), "--out", str(shards)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["export_datacompdr.py", *arguments])
+            export_datacompdr.main()
+        ours = train(tmp_path / "ours", "--teacher.cache", str(cache))
+        theirs = train(
+            tmp_path / "theirs", "--data.shards", f"{shards}/*.tar", "--teacher.cache", "datacompdr",
+            "--teacher.checkpoint", "no_such_teacher",
+        )  # fmt: skip
+        assert largest_difference(theirs, ours) < 1e-4
+
     @pytest.mark.parametrize(
         ("arguments", "field"),
         [
