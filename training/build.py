@@ -123,8 +123,9 @@ def _apply_speed(speed: SpeedOptions, model: MobileCLIP | LongCLIP, teacher: Lon
             text_side.trim_captions = speed.trim
     if isinstance(model, MobileCLIP):
         model.image_encoder.channels_last = speed.channels_last
-    if speed.compile:
-        compile_towers(model)
+    for compiled in (model, teacher) if speed.compile else ():
+        if compiled is not None:
+            compile_towers(compiled)
 
 
 def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Distiller) -> ShardLoader:

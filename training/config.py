@@ -250,7 +250,8 @@ class SpeedOptions:
     keep_memory: bool = True
     """On Linux, keep freed memory in the process instead of giving it back after each operation. Changes no figure."""
     compile: bool = False
-    """torch.compile of the towers: minutes at the start, faster steps on a GPU. Features equal to rounding."""
+    """torch.compile of the towers: minutes at the start, on a CPU many; meant for GPUs. Features and gradients equal to
+    rounding."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from eval.memory import peak_memory_gb
 
 __all__ = ["BenchOptions", "Row", "in_own_process", "machine", "medians", "peak_memory_gb", "synchronize"]
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -76,7 +78,7 @@ def synchronize(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_own_process(function: Callable[..., Row], *args: Any) -> Row:
+def in_own_process(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args) in a fresh process: peak memory is a process's, and never falls."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
