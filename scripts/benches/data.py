@@ -19,6 +19,7 @@ from torchvision.transforms import functional as v1
 from torchvision.transforms.autoaugment import _apply_op as v1_rand_augment_op
 
 from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
+from eval.memory import keep_freed_memory
 from training.pictures import normalized, open_picture, picture_size
 from training.transforms import Augmentation, AugmentConfig, ViewSpec, draw_augmentation, render, sample_generator
 
@@ -40,6 +41,7 @@ def bench_data(options: BenchOptions) -> Iterator[Row]:
 def data_case(num_ops: int, normalise: bool, rounds: int) -> Row:
     """One case. The difference is in levels of 0 to 255, over the pixels of the batch."""
     torch.set_num_threads(1)  # as in a loader's worker
+    keep_freed_memory()  # as training does; for both sides, since it is the process's
     config = AugmentConfig(rand_augment_ops=num_ops)
     files = [jpeg_file(index) for index in range(DATA_BATCH)]
     draws = [draw(index, DATA_PICTURE, config) for index in range(DATA_BATCH)]
