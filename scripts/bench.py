@@ -88,10 +88,11 @@ class Options:
 def print_rows(name: str, rows: list[Row]) -> None:
     """The rows as a table on stdout."""
     table = Table(title=f"{name}: ratio above 1 means ours is better")
-    for column in ("case", "unit", "ours", "baseline", "ratio", "peak GB"):
+    for column in ("case", "unit", "ours", "baseline", "ratio", "largest difference", "peak GB"):
         table.add_column(column, justify="left" if column in ("case", "unit") else "right")
     for row in rows:
-        figures = (f"{row.ours:.3g}", f"{row.baseline:.3g}", f"{row.ratio:.2f}", f"{row.peak_gb:.2f}")
+        difference = "" if row.max_abs_diff is None else f"{row.max_abs_diff:.1e}"
+        figures = (f"{row.ours:.3g}", f"{row.baseline:.3g}", f"{row.ratio:.2f}", difference, f"{row.peak_gb:.2f}")
         table.add_row(row.case, row.unit, *figures)
     Console().print(table)
 
