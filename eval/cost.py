@@ -41,6 +41,7 @@ __all__ = [
     "FULL_CAPTION_TOKENS",
     "Cost",
     "FullCost",
+    "count_flops",
     "measure_cost",
     "measure_costs",
     "measure_full_cost",
@@ -225,9 +226,11 @@ def _wait(device: torch.device) -> None:
 
 
 def _flops(call: Callable[[], Tensor] | None) -> int | None:
+    return None if call is None else count_flops(call)
+
+
+def count_flops(call: Callable[[], Tensor]) -> int:
     """Twice the multiply-accumulates of a call. Attention is taken apart into products, which every torch counts."""
-    if call is None:
-        return None
     was_fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no counter knows
     try:

@@ -12,11 +12,9 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from eval.atomic_files import write_json
+from eval.cost import count_flops
 from eval.features import evaluation_mode
 from eval.models import ClipModel
 from longclip_teacher import create_teacher
@@ -224,18 +222,7 @@ def _flops(model: ClipModel, num_tokens: int) -> tuple[float, float]:
     pictures = torch.zeros(1, 3, model.image_size, model.image_size)
     tokens = torch.tensor([[SOT, *[EOT // 2] * (num_tokens - 2), EOT]])
     with evaluation_mode(model, "fp32"):
-        return _count(lambda: model.encode_image(pictures)), _count(lambda: model.encode_text(tokens))
-
-
-def _count(call: Callable[[], Tensor]) -> float:
-    was_fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no counter knows
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            call()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_fused)
-    return float(counter.get_total_flops())
+        return count_flops(lambda: model.encode_image(pictures)), count_flops(lambda: model.encode_text(tokens))
 
 
 def _given(value: str | None, flag: str) -> Rate | None:

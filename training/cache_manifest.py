@@ -23,7 +23,7 @@ from eval.models import weights_file
 from longclip_teacher.checkpoint import teacher_file
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
-from training.shard_index import ShardIndex, read_manifest
+from training.shard_index import BAD_JSON, ShardIndex
 from training.shard_writer import file_sha256
 from training.transforms import AugmentConfig, Interpolation
 
@@ -53,7 +53,6 @@ _FORMAT, _VERSION = "compact-longclip teacher cache", 1
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 _PROBE = "A photo of 3 naïve cats; it's 'Élan' & <em>more</em> &amp; 中文 🙂"  # tokenised, it tells tokenizers apart
 _RECORD = ".teacher.json"
-_BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def read_cache(folder: Path) -> tuple[CacheSettings, dict[str, SidecarRecord]]:
         raise InputError(
             f"no teacher cache in {folder} ({CACHE_MANIFEST}: {error.strerror}): make one with scripts/cache_teacher.py"
         ) from None
-    except _BAD_JSON as error:
+    except BAD_JSON as error:
         raise InputError(
             f"{path} is no teacher cache of ours ({error!r}): make it again with scripts/cache_teacher.py"
         ) from None
@@ -169,7 +168,7 @@ def read_record(folder: Path, shard: str) -> SidecarRecord | None:
     """The record beside a shard's sidecar; None where there is none, or none that is whole."""
     try:
         return SidecarRecord.from_json(json.loads(_record_path(folder, shard).read_bytes()))
-    except (OSError, *_BAD_JSON):
+    except (OSError, *BAD_JSON):
         return None
 
 
@@ -236,12 +235,10 @@ def decoder_name(fast: bool) -> str:
 
 def shard_facts(index: ShardIndex) -> list[ShardFacts]:
     """The facts of each of the index's shards; the sha256 is what the shards' manifest says."""
-    manifests = {folder: read_manifest(folder) for folder in {path.parent for path in index.paths}}
     facts, start = [], 0
-    for path, size in zip(index.paths, index.shard_sizes.tolist(), strict=True):
-        known = manifests[path.parent].get(path.name)
+    for path, size, sha256 in zip(index.paths, index.shard_sizes.tolist(), index.shard_sha256, strict=True):
         digest = hashlib.sha256(json.dumps([index.key(i) for i in range(start, start + size)]).encode()).hexdigest()
-        facts.append(ShardFacts(path.name, path.stat().st_size, known.sha256 if known else "", size, digest))
+        facts.append(ShardFacts(path.name, path.stat().st_size, sha256, size, digest))
         start += size
     return facts
 

@@ -29,6 +29,7 @@ from eval.images import IMAGE_SUFFIXES
 from longclip_teacher.errors import InputError
 
 __all__ = [
+    "BAD_JSON",
     "EXTRA_MEMBERS",
     "MANIFEST_NAME",
     "MAX_EXTRA_BYTES",
@@ -53,7 +54,7 @@ _MAX_OPEN_FILES = 128
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:")
 _ALLOWED_URL = re.compile(r"(https://|s3://|http://(localhost|127\.0\.0\.1)(:\d+)?/)")
 # what reading JSON of another shape than ours raises
-_BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _COLUMNS = ("image", "json", "txt")
 
 
@@ -217,6 +218,7 @@ class ShardIndex:
         steps = track(self.paths, description="indexing shards", disable=not show_progress, transient=True)
         records = [_checked(manifests[path.parent].get(path.name), path) or _cached_scan(path) for path in steps]
         self.shard_sizes = np.array([len(record.keys) for record in records])
+        self.shard_sha256 = [record.sha256 for record in records]  # "" where no manifest tells it
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._keys = np.concatenate([record.keys for record in records])
         self._spans = np.concatenate([record.spans for record in records])  # [N, 3, 2]
@@ -288,7 +290,7 @@ def read_manifest(folder: Path) -> dict[str, ShardRecord]:
         if (manifest["format"], manifest["version"]) != (MANIFEST_FORMAT, MANIFEST_VERSION):
             raise ValueError("another format or version")
         records = [ShardRecord.from_json(entry) for entry in manifest["shards"]]
-    except _BAD_JSON as error:
+    except BAD_JSON as error:
         raise InputError(
             f"{path} is no shard manifest of ours ({error}): write it again with make_shards.py index"
         ) from None
@@ -316,7 +318,7 @@ def _cached_scan(path: Path) -> ShardRecord:
         data = json.loads(cache.read_bytes())
         if data["stamp"] == stamp and data["version"] == MANIFEST_VERSION:
             return ShardRecord.from_json(data["shard"])
-    except (OSError, *_BAD_JSON):
+    except (OSError, *BAD_JSON):
         pass  # absent, foreign or damaged: the tar itself is the truth
     record = scan_tar(path)
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
