@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from eval.memory import peak_memory_gb
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eval.atomic_files import write_json
+from eval.memory import peak_memory_gb
 from longclip_teacher.errors import InputError
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from training.config import TrainConfig
