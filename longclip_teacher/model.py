@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from longclip_teacher.config import TEACHERS, ImageTowerConfig, TeacherConfig
 from longclip_teacher.errors import InputError
-from longclip_teacher.text import CaptionTokenizer, caption_lengths, length_buckets, truncate
+from longclip_teacher.text import CaptionTokenizer, caption_lengths, length_buckets, trim, truncate
+from longclip_teacher.trace import Trace
 
 __all__ = ["LongCLIP", "create_teacher"]
 
@@ -82,6 +83,20 @@ class LongCLIP(nn.Module):
             groups = [self.text(distinct[bucket[0] : bucket[-1] + 1, : lengths[bucket[0]]]) for bucket in buckets]
         place = {row: index for index, row in enumerate(rows)}
         return torch.cat(groups)[torch.tensor([place[row] for row in same_as], device=tokens.device)]
+
+    def trace_image(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B D"], Trace]:
+        """`encode_image` and what it computes on the way; features equal to 1e-5, the last block computed in full."""
+        return self.visual.traced(images)
+
+    def trace_text(self, tokens: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B D"], Trace]:
+        """`encode_text` and what it computes on the way; features equal to 1e-5.
+
+        The trace is as long as the longest caption (with `trim_captions` off, as the context), pads included.
+        """
+        tokens = truncate(tokens, self.context_length)
+        if self.trim_captions:
+            return self.text.traced(trim(tokens))
+        return self.text.traced(F.pad(tokens, (0, self.context_length - tokens.shape[1])))
 
     @property
     def linear_logit_scale(self) -> Float[Tensor, ""]:
@@ -140,15 +155,27 @@ class ImageTransformer(VisionTransformer):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Image features, not normalised."""
-        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, N-1, W]
-        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        x = torch.cat([class_token, patches], dim=1) + self.positional_embedding.to(patches.dtype)  # [B, N, W]
-        x = self.ln_pre(x)
+        tokens = self._tokens(images)
+        x = self.ln_pre(tokens + self.positional_embedding.to(tokens.dtype))
         for block in self.transformer.resblocks[:-1]:
             x = block(x)
         position = torch.zeros(len(x), dtype=torch.long, device=x.device)
         x = _block_at(self.transformer.resblocks[-1], x, position, None)
         return self.ln_post(x) @ self.proj  # [B, W] -> [B, D]
+
+    def traced(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B D"], Trace]:
+        """The features of `forward` and what stands at all positions on the way."""
+        tokens = self._tokens(images)
+        embedding = tokens + self.positional_embedding.to(tokens.dtype)
+        x, layers = _traced_blocks(self.transformer.resblocks, self.ln_pre(embedding), is_causal=False)
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        trace = Trace(embedding, tokens, *layers, valid, causal=False, num_prefix_tokens=1)
+        return self.ln_post(x[:, 0]) @ self.proj, trace
+
+    def _tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N W"]:
+        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, N-1, W]
+        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        return torch.cat([class_token, patches], dim=1)
 
 
 class CaptionTransformer(TextTransformer):
@@ -195,6 +222,16 @@ class CaptionTransformer(TextTransformer):
         after_eot = torch.arange(length, device=x.device) > eot[:, None]
         x = _block_at(self.transformer.resblocks[-1], x, eot, after_eot)
         return self.ln_final(x) @ self.text_projection  # [B, W] -> [B, D]
+
+    def traced(self, tokens: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B D"], Trace]:
+        """The features of `forward` and what stands at all positions on the way, pads included."""
+        embedded = self.token_embedding(tokens)  # [B, L, W]
+        embedding = embedded + self.position_table[: tokens.shape[1]]
+        x, layers = _traced_blocks(self.transformer.resblocks, embedding, is_causal=True)
+        lengths = caption_lengths(tokens)
+        valid = torch.arange(tokens.shape[1], device=x.device) < lengths[:, None]
+        pooled = x[torch.arange(len(x), device=x.device), lengths - 1]  # [B, W]
+        return self.ln_final(pooled) @ self.text_projection, Trace(embedding, embedded, *layers, valid, causal=True)
 
     def packed(self, tokens: Int[Tensor, "B L"], lengths: Sequence[int]) -> Float[Tensor, "B D"]:
         """The same of captions that have these lengths, without computing a single pad.
@@ -244,6 +281,24 @@ def _block_at(
     attended, _ = block.attn(query, keys, keys, key_padding_mask=hidden, need_weights=False)
     pooled = x[rows, position] + attended.squeeze(1)  # [B, W]
     return pooled + block.mlp(block.ln_2(pooled))
+
+
+def _traced_blocks(
+    blocks: Iterable[nn.Module], x: Float[Tensor, "B L W"], *, is_causal: bool
+) -> tuple[Float[Tensor, "B L W"], tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]]:
+    """What comes out of the last block, and of each block its output, queries, keys and values."""
+    layers: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
+    for block in blocks:
+        assert isinstance(block, ResidualAttentionBlock)
+        attention = block.attn
+        projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)  # [B, L, 3 W]
+        query, key, value = projected.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)  # [B, H, L, W / H]
+        x = x + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.ln_2(x))
+        for values, new in zip(layers, (x, query, key, value), strict=True):
+            values.append(new)
+    return x, layers
 
 
 def _attend_packed(

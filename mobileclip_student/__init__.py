@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mobileclip_student.checkpoint import load_student, save_student
-from mobileclip_student.model import VARIANTS, MobileCLIP, StudentConfig, create_student
+from mobileclip_student.model import VARIANTS, MobileCLIP, StudentConfig, create_student, override
 from mobileclip_student.reparameterize import reparameterize
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "StudentConfig",
     "create_student",
     "load_student",
+    "override",
     "reparameterize",
     "save_student",
 ]

@@ -22,13 +22,14 @@ from mobileclip_student.layouts import fits, is_apple, is_published, rename_keys
 from mobileclip_student.model import VARIANTS, MobileCLIP, StudentConfig, create_student, variant_config
 from mobileclip_student.reparameterize import reparameterize
 
-__all__ = ["load_student", "save_student"]
+__all__ = ["load_student", "resize_positions", "save_student"]
 
 _FORMAT = "compact-longclip"
 _PUBLISHED_LENGTH = 77
 _POSITIONS = "text_encoder.positional_embedding"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_OUR_VARIANTS = ("small", "tiny", "vit_b", "vit_s", "vit_tiny")  # all others have published files
 # mobileclip_s0.pt, MobileCLIP2-L-14-OpenCLIP ...; the wide towers have one architecture for both generations
 _PUBLISHED_NAME = re.compile(r"mobileclip(2?)[-_](s[0-4]|b(?:[-_]?lt)?|l[-_]?14)(?![a-z0-9])")
 
@@ -60,7 +61,7 @@ def load_student(
         if pad_mask is None and context_length is not None:
             pad_mask = context_length > _PUBLISHED_LENGTH
     if context_length is not None and context_length != config.context_length:
-        tensors[_POSITIONS] = _resize_positions(tensors[_POSITIONS], context_length, path)
+        tensors[_POSITIONS] = resize_positions(tensors[_POSITIONS], context_length, path)
         config = replace(config, context_length=context_length)
     if pad_mask is not None:
         config = replace(config, pad_mask=pad_mask)
@@ -125,7 +126,7 @@ def _variant_in_name(name: str) -> str | None:
 
 def _variant_in_weights(weights: WeightsFile) -> str:
     """The only published variant whose keys and shapes these are."""
-    names = [name for name in VARIANTS if name not in ("tiny", "small")]
+    names = [name for name in VARIANTS if name not in _OUR_VARIANTS]
     if is_apple(weights.tensors):
         names = [name for name in names if not name.startswith("mobileclip2")]
     fitting = [name for name in names if fits(weights.tensors, variant_config(name))]
@@ -138,10 +139,11 @@ def _variant_in_weights(weights: WeightsFile) -> str:
     )
 
 
-def _resize_positions(table: Tensor, context_length: int, path: Path) -> Tensor:
+def resize_positions(table: Tensor, context_length: int, source: str | Path) -> Tensor:
+    """A table of positions at another length: its first rows, or 77 stretched. Other lengths raise InputError."""
     if context_length > len(table) != _PUBLISHED_LENGTH:
         raise InputError(
-            f"{path} has {len(table)} positions, and only {_PUBLISHED_LENGTH} are stretched: "
+            f"{source} has {len(table)} positions, and only {_PUBLISHED_LENGTH} are stretched: "
             f"ask for a context length of at most {len(table)}"
         )
     return stretch_positions(table, context_length)

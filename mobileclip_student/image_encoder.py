@@ -1,4 +1,4 @@
-"""MobileCLIP's image tower: a timm model whose classifier is the projection into the joint space.
+"""The image tower: MobileCLIP's, or a ViT; a timm model whose classifier is the projection into the joint space.
 
 Shapes: B images, R image side in pixels, D embedding.
 """
@@ -12,12 +12,14 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.fastvit import FastVit
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from longclip_teacher.errors import InputError
 
-__all__ = ["ImageConfig", "ImageEncoder"]
+__all__ = ["FIXED_SIZE_TOWERS", "PUBLISHED_TOWERS", "VIT", "ImageConfig", "ImageEncoder"]
 
 # The towers of the published models, and how each is pooled
 _POOLING = {
@@ -29,7 +31,9 @@ _POOLING = {
     "vit_base_mci_224": "token",
     "vit_large_patch14_clip_224": "token",
 }
-_NARROW = "fastvit"
+_NARROW, VIT = "fastvit", "vit"
+PUBLISHED_TOWERS = tuple(_POOLING)
+FIXED_SIZE_TOWERS = ("vit_base_mci_224", "vit_large_patch14_clip_224")
 _PICTURE_CHANNELS = 3
 _MAX_SIZE = 8192  # a configuration read from a file may not ask for any amount of memory
 
@@ -39,14 +43,15 @@ class ImageConfig:
     """Shape of an image tower, and what its pictures look like."""
 
     tower: str
-    """a timm model of the MobileCLIP papers, or `fastvit`: a FastViT of the given `layers` and `embed_dims`"""
+    """a timm model of the MobileCLIP papers; `fastvit`: a FastViT of the given `layers` and `embed_dims`; `vit`: a ViT
+    of the given `patch`, `width`, `depth` and `heads`"""
     image_size: int
     """side of the square input in pixels"""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     interpolation: str = "bilinear"
     drop_path: float = 0.0
-    """stochastic depth in training"""
+    """stochastic depth in training: share of residual branches dropped in the last block, rising to it from 0"""
     norm_eps: float | None = None
     """epsilon of a ViT's LayerNorms; None: timm's"""
     stem_padding: int | None = None
@@ -59,10 +64,20 @@ class ImageConfig:
     """`fastvit` only"""
     layer_scale: float = 1e-5
     """`fastvit` only: initial layer scale; a small tower trained from scratch learns faster with 0.1"""
+    patch: int = 0
+    """`vit` only: side of a patch in pixels; divides `image_size`"""
+    width: int = 0
+    """`vit` only: channels of a token"""
+    depth: int = 0
+    """`vit` only: transformer blocks"""
+    heads: int = 0
+    """`vit` only: attention heads; divide `width`"""
+    distillation_token: bool = False
+    """`vit` only: a second class token with a head of its own, for the teacher's answer (DeiT, section 4)"""
 
     def __post_init__(self) -> None:
-        if self.tower not in (*_POOLING, _NARROW):
-            raise InputError(f"no image tower {self.tower!r}: choose {', '.join(_POOLING)} or {_NARROW}")
+        if self.tower not in (*_POOLING, _NARROW, VIT):
+            raise InputError(f"no image tower {self.tower!r}: choose {', '.join(_POOLING)}, {_NARROW} or {VIT}")
         if (self.tower == _NARROW) != bool(self.layers) or len(self.layers) != len(self.embed_dims):
             raise InputError(f"give layers and embed_dims, one a stage, to the image tower {_NARROW!r} and to no other")
         if (self.norm_eps, self.stem_padding) != (None, None) and self.tower != "vit_base_mci_224":
@@ -73,6 +88,23 @@ class ImageConfig:
             raise InputError(f"layers {self.layers} and embed_dims {self.embed_dims} must lie in 1..{_MAX_SIZE}")
         if any(wide % narrow for narrow, wide in zip(self.embed_dims, self.embed_dims[1:], strict=False)):
             raise InputError(f"embed_dims {self.embed_dims}: each must be a multiple of the one before")
+        if not 0 <= self.drop_path < 1:
+            raise InputError(f"drop_path is a share from 0 to below 1, not {self.drop_path}")
+        self._check_vit()
+
+    def _check_vit(self) -> None:
+        sizes = {"patch": self.patch, "width": self.width, "depth": self.depth, "heads": self.heads}
+        if self.tower != VIT:
+            if any(sizes.values()) or self.distillation_token:
+                raise InputError(f"{', '.join(sizes)} and distillation_token are for the image tower {VIT!r} only")
+            return
+        for name, size in sizes.items():
+            if type(size) is not int or not 1 <= size <= _MAX_SIZE:
+                raise InputError(f"the image tower {VIT!r} needs a {name} in 1..{_MAX_SIZE}, not {size!r}")
+        if self.image_size % self.patch:
+            raise InputError(f"pictures of {self.image_size} pixels do not divide into patches of {self.patch}")
+        if self.width % self.heads:
+            raise InputError(f"{self.heads} heads do not divide an image width of {self.width}: give heads that do")
 
 
 class ImageEncoder(nn.Module):
@@ -86,23 +118,41 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: ImageConfig, embed_dim: int) -> None:
         super().__init__()
-        self.trunk = _narrow_fastvit(config, embed_dim) if config.tower == _NARROW else _named_tower(config, embed_dim)
+        self.trunk: Any = _trunk(config, embed_dim)
         if isinstance(self.trunk, FastVit):
             for module in self.trunk.modules():
                 if isinstance(module, nn.Conv2d) and module.in_channels == _PICTURE_CHANNELS:
                     module.register_forward_hook(self._to_channels_last)
 
     def forward(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B D"]:
+        class_features, distillation_features = self.heads(images)
+        return class_features if distillation_features is None else (class_features + distillation_features) / 2
+
+    def heads(self, images: Float[Tensor, "B 3 R R"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"] | None]:
+        """What the class token says and, of a ViT with a distillation token, what that says."""
+        images = self._in_format(images)
+        if not isinstance(self.trunk, VisionTransformerDistilled):
+            return self.trunk(images), None
+        tokens = self.trunk.forward_features(images)  # B N+2 C
+        return self.trunk.head(tokens[:, 0]), self.trunk.head_dist(tokens[:, 1])
+
+    def _in_format(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B 3 R R"]:
         if images.device.type == "cpu" and torch.is_grad_enabled():
             # The backward of a 1 x 1 convolution of 3 channels-last channels with stride 2 corrupts memory (torch 2.15,
             # oneDNN), so pictures come in channels first; the hooks turn what the first convolutions make of them.
-            images = images.contiguous()
-        elif self.channels_last and isinstance(self.trunk, FastVit):
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.trunk(images)
+            return images.contiguous()
+        if self.channels_last and isinstance(self.trunk, FastVit):
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
 
     def _to_channels_last(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output.contiguous(memory_format=torch.channels_last) if self.channels_last else output
+
+
+def _trunk(config: ImageConfig, embed_dim: int) -> nn.Module:
+    if config.tower == _NARROW:
+        return _narrow_fastvit(config, embed_dim)
+    return _vit(config, embed_dim) if config.tower == VIT else _named_tower(config, embed_dim)
 
 
 def _named_tower(config: ImageConfig, embed_dim: int) -> nn.Module:
@@ -135,4 +185,18 @@ def _narrow_fastvit(config: ImageConfig, embed_dim: int) -> FastVit:
         drop_path_rate=config.drop_path,
         layer_scale_init_value=config.layer_scale,
         lkc_use_act=True,
+    )
+
+
+def _vit(config: ImageConfig, embed_dim: int) -> VisionTransformer:
+    """A pre-norm ViT with GELU, read at its class token after a final LayerNorm; or DeiT's, with two such tokens."""
+    kind = VisionTransformerDistilled if config.distillation_token else VisionTransformer
+    return kind(
+        img_size=config.image_size,
+        patch_size=config.patch,
+        num_classes=embed_dim,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        drop_path_rate=config.drop_path,
     )

@@ -18,7 +18,7 @@ from longclip_teacher.errors import InputError
 from mobileclip_student.image_encoder import ImageEncoder
 from mobileclip_student.model import MobileCLIP, StudentConfig
 
-__all__ = ["fits", "is_apple", "is_published", "rename_keys"]
+__all__ = ["fits", "is_apple", "is_published", "rename_clip_text", "rename_keys"]
 
 _APPLE_IMAGE, _APPLE_TEXT = "image_encoder.model.", "text_encoder."
 _OPEN_CLIP_IMAGE, _OPEN_CLIP_TEXT = "visual.", "text."
@@ -87,6 +87,14 @@ def rename_keys(tensors: Mapping[str, Tensor], config: StudentConfig) -> dict[st
         elif not key.startswith(image_prefix):
             renamed[key] = value
     return renamed
+
+
+def rename_clip_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of open_clip's text transformer, which is Long-CLIP's too, under the keys of our text encoder."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        renamed.update(_text_entry(key, value, _OPEN_CLIP_TEXT_KEYS))
+    return {key.removeprefix("text_encoder."): value for key, value in renamed.items()}
 
 
 def fits(tensors: Mapping[str, Tensor], config: StudentConfig) -> bool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,27 @@ from torch import Tensor, nn
 
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CONTEXT_LENGTH, CaptionTokenizer
-from mobileclip_student.image_encoder import ImageConfig, ImageEncoder
+from mobileclip_student.image_encoder import FIXED_SIZE_TOWERS, VIT, ImageConfig, ImageEncoder
 from mobileclip_student.text_encoder import TextConfig, TextTransformer
 
-__all__ = ["VARIANTS", "MobileCLIP", "StudentConfig", "create_student", "variant_config"]
+__all__ = ["VARIANTS", "MobileCLIP", "StudentConfig", "TextTower", "create_student", "override", "variant_config"]
 
 _CONFIGS = Path(__file__).parent / "configs"
+TextTower = Literal["hybrid", "base", "causal", "longclip"]
+_TEXT_TOWERS: dict[str, dict[str, Any]] = {
+    "hybrid": {"hybrid": True, "causal": False, "activation": "gelu"},
+    "base": {"hybrid": False, "causal": False, "activation": "gelu"},
+    "causal": {"hybrid": False, "causal": True, "activation": "gelu"},
+    "longclip": {"hybrid": False, "causal": True, "activation": "quickgelu"},
+}
 VARIANTS: tuple[str, ...] = tuple(sorted(path.stem for path in _CONFIGS.glob("*.json")))
+_VIT_FIELDS = {  # of ImageConfig, by the names of `override`
+    "image_patch": "patch",
+    "image_width": "width",
+    "image_layers": "depth",
+    "image_heads": "heads",
+    "distillation_token": "distillation_token",
+}
 _INITIAL_TEMPERATURE = 0.07
 _MAX_SIZE = 8192  # a configuration read from a file may not ask for any amount of memory
 
@@ -86,6 +100,15 @@ class MobileCLIP(nn.Module):
         features = self.image_encoder(images)
         return F.normalize(features, dim=-1) if normalize else features
 
+    def encode_image_heads(
+        self, images: Float[Tensor, "B 3 R R"]
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"] | None]:
+        """Features of the class token and of the distillation token (None where the tower has none), not normalised.
+
+        `encode_image` gives their mean: heads that differ in training answer together (DeiT, section 4).
+        """
+        return self.image_encoder.heads(images)
+
     def encode_text(self, tokens: Int[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
         """Features of captions; more than `context_length` tokens are cut with EOT kept."""
         return self.encode_texts(tokens, normalize=normalize)[0]
@@ -133,6 +156,73 @@ def variant_config(variant: str) -> StudentConfig:
         raise InputError(f"no student variant {variant!r}: choose {', '.join(VARIANTS)}")
     values = json.loads((_CONFIGS / f"{variant}.json").read_text())
     return StudentConfig.from_dict({"variant": variant, **values})
+
+
+def override(
+    config: StudentConfig,
+    *,
+    embed_dim: int | None = None,
+    image_size: int | None = None,
+    image_patch: int | None = None,
+    image_width: int | None = None,
+    image_layers: int | None = None,
+    image_heads: int | None = None,
+    distillation_token: bool | None = None,
+    drop_path: float | None = None,
+    text_tower: TextTower | None = None,
+    text_width: int | None = None,
+    text_layers: int | None = None,
+    text_heads: int | None = None,
+) -> StudentConfig:
+    """`config` with towers of another shape; None leaves a value as it is. Tensors of the same shape still load.
+
+    image_patch, image_width, image_layers, image_heads and distillation_token are a ViT's (tower `vit`). text_tower is
+    hybrid (RepMixer, attention, RepMixer), base (attention both ways), causal, or longclip (causal with QuickGELU:
+    Long-CLIP's own text transformer).
+
+    Raises InputError for what the image tower does not have and for sizes that do not go together.
+    """
+    of_vit = _given(
+        image_patch=image_patch,
+        image_width=image_width,
+        image_layers=image_layers,
+        image_heads=image_heads,
+        distillation_token=distillation_token,
+    )
+    _check_image_overrides(config, of_vit, image_size)
+    image = {_VIT_FIELDS[name]: value for name, value in of_vit.items()}
+    image |= _given(image_size=image_size, drop_path=drop_path)
+    text = _given(width=text_width, layers=text_layers, heads=text_heads)
+    if text_tower is not None:
+        if text_tower not in _TEXT_TOWERS:
+            raise InputError(f"no text tower {text_tower!r}: choose {', '.join(_TEXT_TOWERS)}")
+        text |= _TEXT_TOWERS[text_tower]
+    return replace(
+        config,
+        **_given(embed_dim=embed_dim),
+        image=replace(config.image, **image),
+        text=replace(config.text, **text),
+    )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_image_overrides(config: StudentConfig, of_vit: Mapping[str, Any], image_size: int | None) -> None:
+    image = config.image
+    refused = [name for name, value in of_vit.items() if value is not False]
+    if refused and image.tower != VIT:
+        vits = [name for name in VARIANTS if variant_config(name).image.tower == VIT]
+        raise InputError(
+            f"the image tower {image.tower} of student {config.variant} has no {', no '.join(refused)}: "
+            f"the ViT students do ({', '.join(vits)})"
+        )
+    if image.tower in FIXED_SIZE_TOWERS and image_size not in (None, image.image_size):
+        raise InputError(
+            f"the image tower {image.tower} of student {config.variant} reads pictures of {image.image_size} pixels: "
+            "for another image_size take a FastViT or a ViT student"
+        )
 
 
 def create_student(

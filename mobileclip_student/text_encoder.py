@@ -8,7 +8,7 @@ Shapes: B captions, L tokens, C width, H heads, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,20 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import VOCAB_SIZE, caption_lengths, trim, truncate
+from longclip_teacher.trace import Trace
 from mobileclip_student.repmixer import RepMixerBlock, TokenGroup, take_tokens
 
 __all__ = ["AttentionBlock", "TextConfig", "TextTransformer"]
 
+
+def _quick_gelu(x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quickgelu": _quick_gelu}
 # A configuration read from a file may not ask for any amount of memory
 _MAX_SIZE, _MAX_VOCAB_SIZE = 8192, 1 << 20
 
@@ -40,6 +48,8 @@ class TextConfig:
     """each token attends only to those before it"""
     kernel_size: int = 11
     """tokens a RepMixer block's convolutions see (odd)"""
+    activation: Activation = "gelu"
+    """of the attention layers' FFNs; quickgelu, x * sigmoid(1.702 x), is OpenAI's and Long-CLIP's"""
     layer_scale: float = 1e-5
     """initial layer scale of the RepMixer blocks"""
     mlp_ratio: float = 4.0
@@ -50,9 +60,11 @@ class TextConfig:
         if not all(1 <= size <= _MAX_SIZE for size in sizes) or not 1 <= self.vocab_size <= _MAX_VOCAB_SIZE:
             raise InputError(f"a text tower cannot have the sizes {self}")
         if self.width % self.heads:
-            raise InputError(f"{self.heads} heads do not divide a text width of {self.width}")
+            raise InputError(f"{self.heads} heads do not divide a text width of {self.width}: give heads that do")
         if self.kernel_size % 2 == 0:
             raise InputError(f"kernel_size is {self.kernel_size}: a convolution that keeps the length needs an odd one")
+        if self.activation not in _ACTIVATIONS:
+            raise InputError(f"no activation {self.activation!r} of a text tower: choose {', '.join(_ACTIVATIONS)}")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -66,12 +78,12 @@ class LayerNorm(nn.LayerNorm):
 
 
 class AttentionBlock(nn.Module):
-    """Pre-norm self-attention, then a pre-norm FFN with GELU."""
+    """Pre-norm self-attention, then a pre-norm FFN with GELU or QuickGELU."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
-        self.heads, self.causal = config.heads, config.causal
+        self.heads, self.causal, self.activation = config.heads, config.causal, config.activation
         self.ln_1 = LayerNorm(width)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
@@ -83,35 +95,44 @@ class AttentionBlock(nn.Module):
     def forward(self, groups: Sequence[TokenGroup], pooled: Sequence[Int[Tensor, " B"]] | None = None) -> list[Tensor]:
         """[B, L, C] of each group; with `pooled`, only each caption's token at that index, [B, C] of each group."""
         if pooled is None:
-            return [self._block(x, valid, None) for x, valid in groups]
-        return [self._block(x, valid, at) for (x, valid), at in zip(groups, pooled, strict=True)]
+            return [self.traced(group)[0] for group in groups]
+        return [self._pooled(x, valid, at) for (x, valid), at in zip(groups, pooled, strict=True)]
 
-    def _block(
-        self, x: Float[Tensor, "B L C"], valid: Bool[Tensor, "B L"] | None, pooled: Int[Tensor, " B"] | None
-    ) -> Float[Tensor, "B L C"] | Float[Tensor, "B C"]:
-        keys = queries = self.ln_1(x)
-        if pooled is not None:
-            queries, x = take_tokens(keys, pooled).unsqueeze(1), take_tokens(x, pooled)  # B 1 C, B C
-            if self.causal:
-                valid = torch.arange(keys.shape[1], device=x.device) <= pooled[:, None]
-        mixed = self._attend(queries, keys, valid, is_causal=self.causal and pooled is None)
-        x = x + mixed.view_as(x)
-        return x + self.fc2(F.gelu(self.fc1(self.ln_2(x))))
+    def traced(self, group: TokenGroup) -> tuple[Float[Tensor, "B L C"], tuple[Tensor, Tensor, Tensor]]:
+        """[B, L, C] of a group, and the queries, keys and values [B, H, L, C/H] of its tokens."""
+        x, valid = group
+        tokens = self.ln_1(x)
+        heads = self._heads(tokens, tokens)
+        return self._rest(x, self._attend(heads, valid, is_causal=self.causal)), heads
+
+    def _pooled(
+        self, x: Float[Tensor, "B L C"], valid: Bool[Tensor, "B L"] | None, pooled: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B C"]:
+        keys = self.ln_1(x)
+        queries = take_tokens(keys, pooled).unsqueeze(1)  # B 1 C
+        if self.causal:
+            valid = torch.arange(keys.shape[1], device=x.device) <= pooled[:, None]
+        mixed = self._attend(self._heads(queries, keys), valid, is_causal=False)
+        return self._rest(take_tokens(x, pooled), mixed.squeeze(1))
+
+    def _heads(
+        self, queries: Float[Tensor, "B Q C"], keys: Float[Tensor, "B L C"]
+    ) -> tuple[Float[Tensor, "B H Q C/H"], Float[Tensor, "B H L C/H"], Float[Tensor, "B H L C/H"]]:
+        query = self.query(queries).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        key, value = self.key_value(keys).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return query, key, value
 
     def _attend(
-        self,
-        queries: Float[Tensor, "B Q C"],
-        keys: Float[Tensor, "B L C"],
-        valid: Bool[Tensor, "B L"] | None,
-        *,
-        is_causal: bool,
+        self, heads: tuple[Tensor, Tensor, Tensor], valid: Bool[Tensor, "B L"] | None, *, is_causal: bool
     ) -> Float[Tensor, "B Q C"]:
-        query = self.query(queries).unflatten(2, (self.heads, -1)).transpose(1, 2)  # B H Q C/H
-        key, value = self.key_value(keys).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B H L C/H each
         # a causal query never reaches the pads, which stand after EOT
         mask = None if valid is None or is_causal else valid[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=is_causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _rest(self, x: Float[Tensor, "... C"], mixed: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        x = x + mixed
+        return x + self.fc2(_ACTIVATIONS[self.activation](self.fc1(self.ln_2(x))))
 
 
 class TextTransformer(nn.Module):
@@ -124,7 +145,7 @@ class TextTransformer(nn.Module):
 
     def __init__(self, config: TextConfig, embed_dim: int, *, context_length: int, pad_mask: bool) -> None:
         super().__init__()
-        self.context_length, self.pad_mask = context_length, pad_mask
+        self.context_length, self.pad_mask, self.causal = context_length, pad_mask, config.causal
         self.trim_captions = True
         """False: pads that are masked are computed all the same, up to the context length."""
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
@@ -145,7 +166,41 @@ class TextTransformer(nn.Module):
         Batches given together are computed each at its own length and share the BatchNorm statistics in training: those
         of long and of short captions differ, and at inference there is one set for both.
         """
-        lengths, groups = [], []
+        groups, _, lengths = self._embed(batches)
+        for block in self.blocks[:-1]:
+            groups = _next_groups(groups, block(groups))
+        pooled = self.blocks[-1](groups, [length - 1 for length in lengths])  # B C: only EOT is read from here on
+        return [self.ln_final(x) @ self.projection for x in pooled]
+
+    def traced(self, *batches: Int[Tensor, "B L"]) -> tuple[list[Float[Tensor, "B D"]], list[Trace]]:
+        """The features of `forward`, and of each batch what its attention blocks compute on the way.
+
+        RepMixer blocks run but leave no entry. Only real tokens are valid, with `pad_mask` off too.
+        """
+        groups, tokens, lengths = self._embed(batches)
+        traces = [
+            Trace(x, embedded, [], [], [], [], torch.arange(x.shape[1], device=x.device) < length[:, None], self.causal)
+            for (x, _), embedded, length in zip(groups, tokens, lengths, strict=True)
+        ]
+        for block in self.blocks:
+            if not isinstance(block, AttentionBlock):
+                groups = _next_groups(groups, block(groups))
+                continue
+            outputs = [block.traced(group) for group in groups]
+            groups = _next_groups(groups, [x for x, _ in outputs])
+            for trace, (x, (query, key, value)) in zip(traces, outputs, strict=True):
+                trace.hidden.append(x)
+                trace.query.append(query)
+                trace.key.append(key)
+                trace.value.append(value)
+        pooled = [take_tokens(x, length - 1) for (x, _), length in zip(groups, lengths, strict=True)]
+        return [self.ln_final(x) @ self.projection for x in pooled], traces
+
+    def _embed(
+        self, batches: Sequence[Int[Tensor, "B L"]]
+    ) -> tuple[list[TokenGroup], list[Float[Tensor, "B L C"]], list[Int[Tensor, " B"]]]:
+        """Of each batch: tokens with positions, tokens without, and lengths of the captions."""
+        groups, embedded, lengths = [], [], []
         for tokens in batches:
             tokens = truncate(tokens, self.context_length)
             if self.pad_mask and self.trim_captions:
@@ -155,13 +210,9 @@ class TextTransformer(nn.Module):
             lengths.append(caption_lengths(tokens))
             positions = torch.arange(tokens.shape[1], device=tokens.device)
             valid = positions < lengths[-1][:, None] if self.pad_mask else None
-            embedded = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # B L C
-            groups.append(TokenGroup(embedded, valid))
-        for block in self.blocks[:-1]:
-            xs = block(groups)
-            groups = [TokenGroup(x, group.valid) for x, group in zip(xs, groups, strict=True)]
-        pooled = self.blocks[-1](groups, [length - 1 for length in lengths])  # B C: only EOT is read from here on
-        return [self.ln_final(x) @ self.projection for x in pooled]
+            embedded.append(self.token_embedding(tokens))  # B L C
+            groups.append(TokenGroup(embedded[-1] + self.positional_embedding[: tokens.shape[1]], valid))
+        return groups, embedded, lengths
 
     @torch.no_grad()
     def _init_parameters(self, config: TextConfig) -> None:
@@ -185,6 +236,10 @@ class TextTransformer(nn.Module):
                 for linear in (block.fc1, block.fc2):
                     nn.init.trunc_normal_(linear.weight, std=0.02)
                     nn.init.zeros_(linear.bias)
+
+
+def _next_groups(groups: Sequence[TokenGroup], xs: Sequence[Float[Tensor, "B L C"]]) -> list[TokenGroup]:
+    return [TokenGroup(x, group.valid) for x, group in zip(xs, groups, strict=True)]
 
 
 def _repmixer_block(config: TextConfig) -> RepMixerBlock:

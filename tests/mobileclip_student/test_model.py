@@ -30,7 +30,7 @@ PUBLISHED_SIZES = {
 
 
 def test_all_variants_are_there() -> None:
-    assert set(VARIANTS) == {*PUBLISHED_SIZES, "tiny", "small"}
+    assert set(VARIANTS) == {*PUBLISHED_SIZES, "tiny", "small", "vit_tiny", "vit_s", "vit_b"}
 
 
 @pytest.mark.parametrize("variant", PUBLISHED_SIZES)
