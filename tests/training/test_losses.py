@@ -1,6 +1,12 @@
-"""Each loss against a plain NumPy formula, its minimum, its gradient, and its behaviour under autocast."""
+"""The contrastive loss and the KL to the teacher against plain NumPy formulas; and of all losses the gradient, the
+teacher's freedom from it, the precision under autocast, and finite values where softmaxes are sharp.
+
+The other formulas and minima are in test_relational.py, test_logit_losses.py and test_feature_losses.py.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,7 +15,67 @@ from scipy.special import log_softmax
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from training.losses import clip_loss, crd_loss, fd_loss
+from training.losses import (
+    afd_loss,
+    affinity_loss,
+    clip_loss,
+    contrastive_targets,
+    cos_loss,
+    crd_loss,
+    deit_hard_loss,
+    deit_soft_loss,
+    fd_loss,
+    gd_loss,
+    icl_loss,
+    kd_loss,
+    kl_loss,
+    l1_loss,
+    similarity_logits,
+    vrd_loss,
+    xrd_loss,
+)
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of student images and texts, teacher images and texts [G, D], and the student's or the loss's own scale."""
+TEACHER_SCALE = 20.0
+
+
+def of_logits(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    """A loss of student's and teacher's logits and targets as a loss of features."""
+
+    def of_features(si: Tensor, st: Tensor, ti: Tensor, tt: Tensor, scale: Tensor) -> Tensor:
+        student, teacher = similarity_logits(si, st, scale), similarity_logits(ti, tt, TEACHER_SCALE)
+        return loss(student, teacher, contrastive_targets(student))
+
+    return of_features
+
+
+def fused(si: Tensor, st: Tensor, ti: Tensor, tt: Tensor, scale: Tensor) -> Tensor:
+    weights = [torch.randn(6, 10, generator=torch.Generator().manual_seed(k)) for k in (0, 1)]
+    return afd_loss(si, st, ti, tt, *weights, scale)
+
+
+LOSSES: dict[str, Loss] = {
+    "clip": lambda si, st, ti, tt, s: clip_loss(si, st, s, label_smoothing=0.1),
+    "crd": lambda si, st, ti, tt, s: crd_loss(si, st, ti, tt, s, TEACHER_SCALE),
+    "crd reverse": lambda *x: crd_loss(*x, TEACHER_SCALE, temperature=2.0, direction="reverse"),
+    "crd symmetric": lambda *x: crd_loss(*x, TEACHER_SCALE, temperature=0.5, direction="symmetric"),
+    "affinity": lambda *x: affinity_loss(*x, TEACHER_SCALE, temperature=2.0),
+    "icl": lambda *x: icl_loss(*x, label_smoothing=0.1),
+    "gd": lambda *x: gd_loss(*x, TEACHER_SCALE),
+    "afd": fused,
+    "vrd": vrd_loss,
+    "xrd": xrd_loss,
+    "kd": of_logits(kd_loss),
+    "kd reverse": of_logits(lambda s, t, y: kd_loss(s, t, y, direction="reverse", label_smoothing=0.1)),
+    "deit_soft": of_logits(lambda s, t, y: deit_soft_loss(s, s.T, t, y)),
+    "deit_hard": of_logits(lambda s, t, y: deit_hard_loss(s, s.T, t, y)),
+    "fd": lambda si, st, ti, tt, s: fd_loss(si, ti),
+    "l1": lambda si, st, ti, tt, s: l1_loss(si, ti),
+    "cos": lambda si, st, ti, tt, s: cos_loss(si, ti),
+    "kl": lambda si, st, ti, tt, s: kl_loss(si, ti, 0.1),
+}
+each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def unit(rows: int, width: int, seed: int) -> Tensor:
@@ -108,46 +174,52 @@ def test_teachers_that_do_not_fill_their_features_are_refused() -> None:
         crd_loss(image, image, image, image, 1.0, (1.0, 2.0, 3.0), teacher_widths=(2, 4))
 
 
-def test_fd_loss_is_the_formula_and_zero_at_the_teacher() -> None:
-    student, teacher = unit(6, 8, 0), unit(6, 8, 1)
-    expected = np.mean(np.sum((student.numpy() - teacher.numpy()) ** 2, axis=1))
-    assert fd_loss(student, teacher).item() == pytest.approx(expected, rel=1e-12)
-    assert fd_loss(student, student).item() == 0
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("vrd", "xrd")])  # see test_relational.py
+def test_gradients_equal_finite_differences(name: str) -> None:
+    student = [unit(4, 5, seed).requires_grad_() for seed in (0, 1)]
+    teacher = [unit(4, 5, seed) for seed in (2, 3)]
+    scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda i, t, s: LOSSES[name](i, t, *teacher, s), (*student, scale))
 
 
-def test_gradients_equal_finite_differences() -> None:
-    image, text, scale = (
-        unit(4, 5, 0).requires_grad_(),
-        unit(4, 5, 1).requires_grad_(),
-        torch.tensor(7.0, dtype=torch.float64),
-    )
-    scale.requires_grad_()
-    teacher = unit(4, 5, 2), unit(4, 5, 3)
-    assert torch.autograd.gradcheck(lambda i, t, s: clip_loss(i, t, s, label_smoothing=0.1), (image, text, scale))
-    assert torch.autograd.gradcheck(lambda i, t, s: crd_loss(i, t, *teacher, s, 20.0), (image, text, scale))
-    assert torch.autograd.gradcheck(lambda i: fd_loss(i, teacher[0]), (image,))
+@each_loss
+def test_no_gradient_reaches_the_teacher(name: str) -> None:
+    features = [unit(4, 5, seed).requires_grad_() for seed in range(4)]
+    LOSSES[name](*features, torch.tensor(10.0)).backward()
+    assert features[0].grad.abs().max() > 0
+    assert features[2].grad is None
+    assert features[3].grad is None
 
 
-def test_no_gradient_reaches_the_teacher() -> None:
-    student = unit(4, 5, 0).requires_grad_()
-    teacher = unit(4, 5, 1).requires_grad_()
-    (crd_loss(student, student, teacher, teacher, 10.0, 10.0) + fd_loss(student, teacher)).backward()
-    assert teacher.grad is None
+@each_loss
+@pytest.mark.parametrize("copies", ["none", "duplicates", "all equal"])
+def test_values_and_gradients_are_finite_at_sharp_softmaxes(name: str, copies: str) -> None:
+    rows = {"none": range(16), "duplicates": [0, 0, 1, 1] * 4, "all equal": [0] * 16}[copies]
+    features = [unit(16, 5, seed).float()[list(rows)] for seed in range(4)]
+    student = [x.requires_grad_() for x in features[:2]]
+    scale = torch.tensor(100.0, requires_grad=True)
+    loss = LOSSES[name](*features, scale)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    assert all(x.grad.isfinite().all() for x in (*student, scale) if x.grad is not None)
 
 
-def test_autocast_does_not_lower_the_precision() -> None:
-    image, text, teacher = unit(16, 64, 0).float(), unit(16, 64, 1).float(), unit(16, 64, 2).float()
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_lower_the_precision(name: str, dtype: torch.dtype) -> None:
+    features = [unit(16, 5, seed).float() for seed in range(4)]
+    plain = LOSSES[name](*features, torch.tensor(100.0))
+    with torch.autocast("cpu", dtype=dtype):
+        cast = LOSSES[name](*features, torch.tensor(100.0))
+    assert cast.dtype == torch.float32
+    assert cast.item() == plain.item()
 
-    def losses() -> list[Tensor]:
-        return [
-            clip_loss(image, text, 100.0),
-            crd_loss(image, text, teacher, text, 100.0, 100.0),
-            fd_loss(image, teacher),
-        ]
 
-    plain = losses()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = losses()
-    for a, b in zip(plain, cast, strict=True):
-        assert b.dtype == torch.float32
-        assert a.item() == b.item()
+@each_loss
+def test_half_precision_features_are_widened(name: str) -> None:
+    features = [unit(16, 5, seed).to(torch.bfloat16) for seed in range(4)]
+    widened = LOSSES[name](*(x.float() for x in features), torch.tensor(100.0))
+    loss = LOSSES[name](*features, torch.tensor(100.0))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(widened.item(), rel=1e-6)

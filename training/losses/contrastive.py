@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-__all__ = ["clip_loss", "similarity_logits"]
+__all__ = ["clip_loss", "contrastive_targets", "similarity_logits"]
 
 
 def similarity_logits(
@@ -17,6 +17,17 @@ def similarity_logits(
     with torch.autocast(image_features.device.type, enabled=False):
         wide = torch.float64 if image_features.dtype == torch.float64 else torch.float32
         return logit_scale * (image_features.to(wide) @ text_features.to(wide).T)
+
+
+def contrastive_targets(
+    logits: Float[Tensor, "G G"], caption_groups: Int[Tensor, " G"] | None = None
+) -> Int[Tensor, " G"] | Float[Tensor, "G G"]:
+    """Targets of the rows of `logits`, and of its columns: the pair's own number, or with `caption_groups` the
+    probabilities that rows of equal group share (symmetric)."""
+    if caption_groups is None:
+        return torch.arange(logits.shape[0], device=logits.device)
+    same = (caption_groups[:, None] == caption_groups[None, :]).to(logits.dtype)
+    return same / same.sum(dim=1, keepdim=True)
 
 
 def clip_loss(
@@ -34,11 +45,7 @@ def clip_loss(
     other's negatives.
     """
     logits_per_image = similarity_logits(image_features, text_features, logit_scale)  # [G, G]
-    if caption_groups is None:
-        target = torch.arange(logits_per_image.shape[0], device=logits_per_image.device)
-    else:
-        same = (caption_groups[:, None] == caption_groups[None, :]).to(logits_per_image.dtype)
-        target = same / same.sum(dim=1, keepdim=True)  # [G, G], symmetric
+    target = contrastive_targets(logits_per_image, caption_groups)
     per_image = cross_entropy(logits_per_image, target, label_smoothing=label_smoothing)
     per_text = cross_entropy(logits_per_image.T, target, label_smoothing=label_smoothing)
     return (per_image + per_text) / 2

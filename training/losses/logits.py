@@ -1,0 +1,108 @@
+"""Losses that compare the student's logits with the teacher's, and with the true classes where there are any.
+
+Shapes: N rows to be told apart (images, or captions), C classes (captions or images of the batch, or prompts).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+__all__ = ["Direction", "deit_hard_loss", "deit_soft_loss", "kd_loss", "softmax_kl"]
+
+Direction = Literal["forward", "reverse", "symmetric"]
+"""forward: KL(teacher || student). reverse: KL(student || teacher). symmetric: their mean."""
+
+
+def softmax_kl(
+    student_logits: Float[Tensor, "N C"],
+    teacher_logits: Float[Tensor, "N C"],
+    *,
+    temperature: float = 1.0,
+    direction: Direction = "forward",
+) -> Float[Tensor, ""]:
+    """`temperature`^2 times the KL between softmax(logits / temperature) of teacher and student, mean over rows.
+
+    In float32 (float64 for float64 input). The square keeps the gradient's size as the temperature grows (Hinton et
+    al. 2015). The teacher carries no gradient, in either direction.
+    """
+    student, teacher = (log_softmax(_wide(x) / temperature, dim=1) for x in (student_logits, teacher_logits.detach()))
+    sides = {
+        "forward": [(teacher, student)],
+        "reverse": [(student, teacher)],
+        "symmetric": [(teacher, student), (student, teacher)],
+    }[direction]
+    kls = [kl_div(q, p, reduction="batchmean", log_target=True) for p, q in sides]  # KL(p || q)
+    return temperature**2 * torch.stack(kls).mean()
+
+
+def kd_loss(
+    student_logits: Float[Tensor, "N C"],
+    teacher_logits: Float[Tensor, "N C"],
+    targets: Int[Tensor, " N"] | Float[Tensor, "N C"] | None = None,
+    *,
+    temperature: float = 2.0,
+    kd_lambda: float = 1.0,
+    direction: Direction = "forward",
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Logit distillation (Hinton et al. 2015): cross-entropy + `kd_lambda` * 2 * `temperature`^2 * KL.
+
+    `targets` are true classes or their probabilities; without them there is no cross-entropy. The KL is that of
+    `softmax_kl`, a mean over rows, at `temperature`; the cross-entropy is at temperature 1.
+    """
+    soft = 2 * kd_lambda * softmax_kl(student_logits, teacher_logits, temperature=temperature, direction=direction)
+    if targets is None:
+        return soft
+    return cross_entropy(_wide(student_logits), targets, label_smoothing=label_smoothing) + soft
+
+
+def deit_soft_loss(
+    class_logits: Float[Tensor, "N C"],
+    distillation_logits: Float[Tensor, "N C"],
+    teacher_logits: Float[Tensor, "N C"],
+    targets: Int[Tensor, " N"] | Float[Tensor, "N C"] | None = None,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 3.0,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Soft distillation of DeiT (Touvron et al. 2021, eq. 2): (1 - `alpha`) cross-entropy + `alpha` * T^2 KL(teacher
+    || student).
+
+    The cross-entropy is of the class head, the KL of the distillation head; a student of one head gives its logits
+    twice. `targets` are true classes or their probabilities; without them the KL is left, still times `alpha`. The KL
+    is a mean over rows, as the paper has it; the published code divides it by the number of classes too.
+    """
+    soft = alpha * softmax_kl(distillation_logits, teacher_logits, temperature=temperature)
+    if targets is None:
+        return soft
+    return (1 - alpha) * cross_entropy(_wide(class_logits), targets, label_smoothing=label_smoothing) + soft
+
+
+def deit_hard_loss(
+    class_logits: Float[Tensor, "N C"],
+    distillation_logits: Float[Tensor, "N C"],
+    teacher_logits: Float[Tensor, "N C"],
+    targets: Int[Tensor, " N"] | Float[Tensor, "N C"] | None = None,
+    *,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Hard-label distillation of DeiT (Touvron et al. 2021, eq. 3): mean of the class head's cross-entropy with
+    `targets` and the distillation head's with the teacher's best class.
+
+    A student of one head gives its logits twice. `targets` are true classes or their probabilities; without them the
+    second cross-entropy is the loss. Smoothing is of `targets` only, as published.
+    """
+    hard = cross_entropy(_wide(distillation_logits), teacher_logits.argmax(dim=1))
+    if targets is None:
+        return hard
+    return (cross_entropy(_wide(class_logits), targets, label_smoothing=label_smoothing) + hard) / 2
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
