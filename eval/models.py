@@ -14,6 +14,7 @@ from eval.open_clip_model import (
     load_open_clip,
     open_clip_weights_file,
 )
+from eval.tower_pair import TowerPair
 from longclip_teacher import LongCLIP, load_teacher
 from longclip_teacher.checkpoint import HUB_NAMES as TEACHER_HUB_NAMES
 from longclip_teacher.config import Activation
@@ -23,7 +24,7 @@ from mobileclip_student import MobileCLIP, load_student
 
 __all__ = ["ClipModel", "load_model", "weights_file"]
 
-ClipModel: TypeAlias = LongCLIP | MobileCLIP | OpenClipModel
+ClipModel: TypeAlias = LongCLIP | MobileCLIP | OpenClipModel | TowerPair
 Kind = Literal["student", "teacher"]
 BEST_WEIGHTS = "best.safetensors"  # what the training loop keeps in a run directory
 _OUR_FORMAT = "compact-longclip"

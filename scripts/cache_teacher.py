@@ -30,18 +30,14 @@ from training.cache_manifest import (
     ShardFacts,
     SidecarRecord,
     changes,
-    decoder_name,
-    library_versions,
     read_cache,
     read_records,
     refuse_same_names,
     shard_facts,
     sidecar_path,
-    teacher_sha256,
-    tokenizer_digest,
     write_cache_manifest,
 )
-from training.cache_writer import SidecarWriter
+from training.cache_writer import SidecarWriter, cache_settings
 from training.shard_index import ShardIndex, expand_patterns, is_remote
 from training.shard_writer import file_sha256
 from training.sidecar import Sidecar
@@ -132,7 +128,15 @@ def prepare(options: Options, device: torch.device) -> Work:
     model = load_model(options.teacher, activation=options.activation, device=str(device))
     if not isinstance(model, LongCLIP):
         raise InputError(f"--teacher {options.teacher} is no Long-CLIP or CLIP of ours: give one")
-    settings = _settings(options, model)
+    settings = cache_settings(
+        options.teacher,
+        model,
+        views=options.views,
+        augment=options.augment if options.views else AugmentConfig(centre=True),
+        seed=options.seed,
+        precision=options.precision,
+        fast_decode=options.fast_decode,
+    )
     if (folder / CACHE_MANIFEST).is_file():
         _refuse_other_settings(folder, settings)
     facts = shard_facts(index)
@@ -148,30 +152,6 @@ def _folder(options: Options, paths: Sequence[Path]) -> Path:
     if len(parents) > 1:
         raise InputError(f"the shards lie in {len(parents)} folders: say with --out where their sidecars belong")
     return parents.pop() / "teacher_cache"
-
-
-def _settings(options: Options, model: LongCLIP) -> CacheSettings:
-    assert options.teacher is not None
-    preprocess = model.preprocess_cfg
-    return CacheSettings(
-        teacher=options.teacher,
-        teacher_sha256=teacher_sha256(options.teacher),
-        embed_dim=model.embed_dim,
-        logit_scale=float(model.linear_logit_scale),
-        activation=model.config.activation,
-        image_size=model.image_size,
-        mean=tuple(preprocess.mean),
-        std=tuple(preprocess.std),
-        interpolation=preprocess.interpolation,
-        context_length=model.context_length,
-        tokenizer=tokenizer_digest(model.context_length),
-        views=options.views,
-        augment=options.augment if options.views else AugmentConfig(centre=True),
-        seed=options.seed,
-        decoder=decoder_name(options.fast_decode),
-        precision=options.precision,
-        libraries=library_versions(),
-    )
 
 
 def _refuse_other_settings(folder: Path, settings: CacheSettings) -> None:

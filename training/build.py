@@ -5,27 +5,63 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from eval.labelled_images import find_labelled_images
 from eval.models import load_model
+from eval.zeroshot import OPENAI_TEMPLATES, zeroshot_classifier
+from eval.zeroshot_imagenet import read_templates
 from longclip_teacher import LongCLIP, create_teacher, load_teacher
+from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from mobileclip_student import MobileCLIP, create_student, load_student
 from mobileclip_student.inference import compile_towers
+from mobileclip_student.model import override, variant_config
+from mobileclip_student.start import TIMM, LongCLIPText, load_image_tower, load_text_tower, truncated_normal_
 from training.config import SpeedOptions, TrainConfig
 from training.datacompdr import DataCompDRStore, datacompdr_facts
-from training.distill import Distiller
+from training.distill import Distiller, Teachers, Tower
 from training.distributed import Runtime
+from training.evaluate import zeroshot_classnames
 from training.shard_index import ShardIndex, expand_patterns
 from training.shards import OpenStore, ShardLoader, build_loader
 from training.step import seed_everything
 from training.stored import TeacherFacts, TeacherStore
 from training.teacher_cache import cache_facts, open_cache
-from training.transforms import ViewSpec
 
+TOWERS: tuple[Tower, ...] = ("image", "text")
+CLIP_CONTEXT_LENGTH = 77
+STUDENT_OVERRIDES = (
+    "embed_dim",
+    "image_size",
+    "image_patch",
+    "image_width",
+    "image_layers",
+    "image_heads",
+    "distillation_token",
+    "drop_path",
+    "text_tower",
+    "text_width",
+    "text_layers",
+    "text_heads",
+)
+_SCALED_BY_TEACHER = {
+    f"{name}_{length}"
+    for name in ("crd", "affinity", "gd", "kd", "deit_soft", "deit_hard")
+    for length in ("long", "short")
+}
 DATACOMPDR = "datacompdr"  # as teacher.cache: the shards hold the features themselves
 
-__all__ = ["DATACOMPDR", "build_distiller", "build_training_loader", "check_config", "frozen_teacher"]
+__all__ = [
+    "DATACOMPDR",
+    "build_distiller",
+    "build_student",
+    "build_training_loader",
+    "check_config",
+    "frozen_teacher",
+    "validation_teacher",
+]
 
 
 def check_config(config: TrainConfig, world_size: int) -> None:
@@ -50,37 +86,141 @@ def check_config(config: TrainConfig, world_size: int) -> None:
         raise InputError(
             "--teacher.init belongs to --run.train teacher; a frozen teacher is given as --teacher.checkpoint"
         )
+    _check_stage(config)
+    _check_teachers(config)
+
+
+_STAGE_PAIR_LOSSES = {"kd_long", "deit_soft_long", "deit_hard_long"}  # of the image stage, against class prompts
+
+
+def _check_stage(config: TrainConfig) -> None:
+    """Refuse what a run of one tower cannot do."""
+    run, data, mix = config.run, config.data, config.mix
+    for name, given, stage in (("images", data.images, "image"), ("captions", data.captions, "text")):
+        if given and run.stage != stage:
+            raise InputError(f"--data.{name} is read with --run.stage {stage} alone: give --data.shards")
+    if max(mix.mixup, mix.cutmix) > 0 and (run.stage != "image" or not config.runs_teacher):
+        raise InputError(
+            "mixup and cutmix need --run.stage image and a teacher that is run: mixed pictures have no caption, and "
+            "no stored features"
+        )
+    if run.stage == "both":
+        return
+    if not config.distils:
+        raise InputError(f"--run.stage {run.stage} learns from a teacher: give --teacher.checkpoint and a loss")
+    if config.teacher.cache is not None or config.teacher.short is not None or config.teacher.ensemble:
+        raise InputError(f"--run.stage {run.stage} runs one teacher: leave cache, short and ensemble out")
+    allowed = {name for name in config.loss.weights if name.endswith(f"_{run.stage}")}
+    if run.stage == "image":
+        allowed |= {"masked_fd"} | (_STAGE_PAIR_LOSSES if data.zeroshot is not None else set())
+    if wrong := sorted(config.loss.active - allowed):
+        raise InputError(
+            f"--run.stage {run.stage} has no pairs of pictures and captions: set --loss.{wrong[0]} 0 "
+            f"(it can use {', '.join(sorted(allowed))})"
+        )
+
+
+def _check_teachers(config: TrainConfig) -> None:
+    """Refuse what stored features, several teachers or chunks cannot give."""
+    teacher, loss = config.teacher, config.loss
+    layers = sorted(f"{name}_{tower}" for tower, names in loss.layer_losses.items() for name in names)
+    if not config.distils:
+        return
+    if teacher.cache is not None and (teacher.short is not None or teacher.ensemble):
+        raise InputError(
+            "--teacher.cache holds one teacher's features: leave --teacher.short and --teacher.ensemble out"
+        )
+    if layers and (not config.runs_teacher or teacher.ensemble):
+        raise InputError(
+            f"--loss.{layers[0]} looks into one teacher that is run: leave --teacher.cache and --teacher.ensemble out"
+        )
+    if layers and config.run.accumulation > 1:
+        raise InputError(f"--loss.{layers[0]} needs the whole batch at once: set --run.accumulation 1")
 
 
 def build_distiller(config: TrainConfig, runtime: Runtime) -> Distiller:
-    """The trained model and the frozen teacher on the run's device; the same initial weights on every process.
+    """The trained model and the frozen teachers on the run's device; the same initial weights on every process.
 
-    Where the teacher's features are stored it is not loaded.
+    Where the teacher's features are stored it is not loaded; in a run of one tower, only that tower of it is kept.
     """
+    teachers = _teachers(config)
     seed_everything(config.run.seed)
-    model = _teacher_to_train(config) if config.run.train == "teacher" else _student(config)
+    if config.run.train == "teacher":
+        model: MobileCLIP | LongCLIP = _teacher_to_train(config)
+    else:
+        model = build_student(config, None if teachers is None else teachers.facts["long"].embed_dim)
     model.requires_grad_(True)
     model.train()
     if config.loss.init_logit_scale is not None:
         with torch.no_grad():
             model.logit_scale.fill_(config.loss.init_logit_scale).log_()
-    teacher = frozen_teacher(config) if config.runs_teacher else None
-    distiller = Distiller(model, teacher, config.loss, _stored_facts(config), config.speed.streaming_losses)
-    _apply_speed(config.speed, model, teacher)
+    init = config.init
+    distiller = Distiller(
+        model,
+        teachers,
+        config.loss,
+        towers=("image", "text") if config.run.stage == "both" else (config.run.stage,),
+        frozen=tuple(tower for tower in TOWERS if getattr(init, f"freeze_{tower}")),
+        streaming=config.speed.streaming_losses,
+    )
+    _apply_speed(config.speed, model, [] if teachers is None else teachers.models)
     if config.run.sync_bn and runtime.world_size > 1:
         if runtime.device.type != "cuda":
             raise InputError("--run.sync_bn needs GPUs: torch has no synchronised BatchNorm on the CPU")
         distiller = torch.nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
-    if distiller.teacher is not None:
-        distiller.teacher.to(runtime.device)
+    if teachers is not None:
+        teachers.to(runtime.device)
     return distiller.to(runtime.device)
 
 
-def _student(config: TrainConfig) -> MobileCLIP:
-    options = config.student
-    if options.init is None:
-        return create_student(options.variant, context_length=options.context_length, pad_mask=options.pad_mask)
-    return load_student(options.init, options.variant, options.context_length, options.pad_mask)
+def build_student(config: TrainConfig, teacher_width: int | None) -> MobileCLIP:
+    """The student with its starting weights. `teacher_width` is the teacher's embedding width, if there is one."""
+    options, init = config.student, config.init
+    sources = {
+        tower: load_model(source)
+        for tower, source in (("image", init.image), ("text", init.text))
+        if source not in (None, TIMM)
+    }
+    changes = {name: getattr(options, name) for name in STUDENT_OVERRIDES}
+    if options.init is not None:
+        given = sorted(name for name, value in changes.items() if value is not None)
+        if given or init.image or init.text:
+            what = f"--student.{given[0]}" if given else "--init"
+            raise InputError(f"--student.init brings a whole student with its shape: leave {what} out")
+        return load_student(options.init, options.variant, options.context_length, options.pad_mask)
+    if changes["embed_dim"] is None:
+        widths = {source.embed_dim for source in sources.values() if isinstance(source, MobileCLIP)}
+        if config.run.stage != "both" and teacher_width is not None:
+            widths.add(teacher_width)
+        if len(widths) > 1:
+            raise InputError(
+                f"the towers to start from have embeddings of {' and '.join(map(str, sorted(widths)))}: they do not fit"
+            )
+        changes["embed_dim"] = next(iter(widths), None)
+    elif config.run.stage != "both" and changes["embed_dim"] != teacher_width:
+        raise InputError(
+            f"--run.stage {config.run.stage} learns in the teacher's space of {teacher_width} channels: leave "
+            "--student.embed_dim out"
+        )
+    shape = override(variant_config(options.variant), **changes)
+    student = create_student(shape, context_length=options.context_length, pad_mask=options.pad_mask)
+    if init.truncated_normal:
+        truncated_normal_(student)
+    if init.image is not None:
+        image_source = sources.get("image", TIMM)
+        if not isinstance(image_source, MobileCLIP | str):
+            raise InputError(f"--init.image {init.image} is no student: give one, or {TIMM}")
+        load_image_tower(student, image_source)
+    if init.text is not None:
+        text_source = sources["text"]
+        if isinstance(text_source, MobileCLIP):
+            load_text_tower(student, text_source)
+        elif isinstance(text_source, LongCLIP):
+            clip = text_source.config
+            load_text_tower(student, LongCLIPText(text_source.text.state_dict(), clip.text.heads, clip.activation))
+        else:
+            raise InputError(f"--init.text {init.text} is neither a student nor a Long-CLIP")
+    return student
 
 
 def _teacher_to_train(config: TrainConfig) -> LongCLIP:
@@ -90,15 +230,51 @@ def _teacher_to_train(config: TrainConfig) -> LongCLIP:
     return load_teacher(options.init, activation=options.activation)
 
 
+def _teachers(config: TrainConfig) -> Teachers | None:
+    if not config.distils:
+        return None
+    if not config.runs_teacher:
+        return Teachers(stored=_stored_facts(config))
+    options, stage = config.teacher, config.run.stage
+    teacher = frozen_teacher(config)
+    prompts = _prompts(teacher, config) if stage == "image" and config.loss.active & _STAGE_PAIR_LOSSES else None
+    if stage == "image":
+        del teacher.text
+    elif stage == "text":
+        del teacher.visual
+    others = [_frozen(name, options.activation) for name in options.ensemble]
+    short = None
+    if options.short is not None and config.loss.uses_short:
+        short = _frozen(options.short, options.activation, context_length=CLIP_CONTEXT_LENGTH)
+    stored = None if options.cache is None else _stored_facts(config)
+    return Teachers([teacher, *others], short, stored, prompts)
+
+
+def _prompts(teacher: LongCLIP, config: TrainConfig) -> Tensor:
+    """The teacher's features of the classes of data.zeroshot, with which pictures without captions are compared."""
+    assert config.data.zeroshot is not None
+    classes = zeroshot_classnames(config) or find_labelled_images(config.data.zeroshot).classnames
+    return zeroshot_classifier(teacher, classes, read_templates(config.data.zeroshot_templates) or OPENAI_TEMPLATES)
+
+
 def frozen_teacher(config: TrainConfig) -> LongCLIP:
     """The teacher that teacher.checkpoint names, on the CPU. Raises InputError for a student, or without a name."""
     checkpoint = config.teacher.checkpoint
     if checkpoint is None:
         raise InputError("--teacher.stored_features False runs the teacher: name it with --teacher.checkpoint")
-    teacher = load_model(checkpoint, activation=config.teacher.activation)
+    return _frozen(checkpoint, config.teacher.activation)
+
+
+def _frozen(checkpoint: str, activation: Activation | None, context_length: int | None = None) -> LongCLIP:
+    teacher = load_model(checkpoint, activation=activation, context_length=context_length)
     if not isinstance(teacher, LongCLIP):
-        raise InputError(f"--teacher.checkpoint {checkpoint} is a student; give a Long-CLIP or CLIP")
+        raise InputError(f"the teacher {checkpoint} is a student; give a Long-CLIP or CLIP")
     return teacher.requires_grad_(False).eval()
+
+
+def validation_teacher(config: TrainConfig, device: torch.device) -> LongCLIP | None:
+    """The whole teacher, whose other tower a run of one tower is validated with; None where both are trained."""
+    return None if config.run.stage == "both" else frozen_teacher(config).to(device)
 
 
 def _stored_facts(config: TrainConfig) -> TeacherFacts | None:
@@ -109,35 +285,30 @@ def _stored_facts(config: TrainConfig) -> TeacherFacts | None:
     if cache != DATACOMPDR:
         return cache_facts(Path(cache))
     facts = datacompdr_facts(expand_patterns(config.data.shards), config.teacher.stored_widths)
-    loss = config.loss
-    if facts.logit_scale is None and loss.teacher_scale is None and max(loss.crd_long, loss.crd_short) > 0:
+    if facts.logit_scale is None and config.loss.teacher_scale is None and config.loss.active & _SCALED_BY_TEACHER:
         raise InputError(
             "these shards do not tell their teachers' logit scale: give --loss.teacher_scale (DataCompDR: 100)"
         )
     return facts
 
 
-def _apply_speed(speed: SpeedOptions, model: MobileCLIP | LongCLIP, teacher: LongCLIP | None) -> None:
-    for text_side in (model.text_encoder if isinstance(model, MobileCLIP) else model, teacher):
-        if text_side is not None:
-            text_side.trim_captions = speed.trim
+def _apply_speed(speed: SpeedOptions, model: MobileCLIP | LongCLIP, teachers: list[LongCLIP]) -> None:
+    for text_side in (model.text_encoder if isinstance(model, MobileCLIP) else model, *teachers):
+        text_side.trim_captions = speed.trim
     if isinstance(model, MobileCLIP):
         model.image_encoder.channels_last = speed.channels_last
-    for compiled in (model, teacher) if speed.compile else ():
-        if compiled is not None:
-            compile_towers(compiled)
+    for compiled in (model, *teachers) if speed.compile else ():
+        compile_towers(compiled)
 
 
 def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Distiller) -> ShardLoader:
-    """The loader of this process: the model's view of each picture, and the teacher's where it differs."""
-    data, speed, model, teacher = config.data, config.speed, distiller.model, distiller.teacher
-    views = [_view(model)]
-    if teacher is not None and _view(teacher) != views[0]:
-        views.append(_view(teacher))
-    context_length = max(model.context_length, distiller.facts.context_length if distiller.facts is not None else 0)
+    """The loader of this process: the model's view of each picture, and the teachers' where they differ."""
+    data, speed = config.data, config.speed
+    facts = {} if distiller.teachers is None else distiller.teachers.facts
+    context_length = max(distiller.model.context_length, *(known.context_length for known in facts.values()), 0)
     loader = build_loader(
         data.shards,
-        views=views,
+        views=distiller.views,
         augment=config.augment,
         tokenizer=CaptionTokenizer(context_length, fast=speed.fast_tokenizer),
         context_length=context_length,
@@ -149,8 +320,11 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Dist
         max_bad_share=data.max_bad_share,
         shuffle_shards=data.shuffle_shards,
         epoch_samples=data.epoch_samples,
-        open_store=_store_opener(config, distiller.facts),
+        open_store=_store_opener(config, facts.get("long")),
         stored_features=config.teacher.stored_features,
+        stage=config.run.stage,
+        images=data.images,
+        captions=data.captions,
         fast_decode=speed.fast_decode,
         trim_captions=speed.trim,
         pin_memory=runtime.device.type == "cuda",
@@ -177,7 +351,3 @@ def _store_opener(config: TrainConfig, facts: TeacherFacts | None) -> OpenStore 
         return open_cache(Path(cache), index, config.augment, teacher.checkpoint, config.speed.fast_decode)
 
     return open_store
-
-
-def _view(model: MobileCLIP | LongCLIP) -> ViewSpec:
-    return ViewSpec(model.image_size, model.preprocess_cfg.interpolation)

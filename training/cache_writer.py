@@ -21,21 +21,64 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 
-from eval.features import evaluation_mode, model_device
+from eval.features import Precision, evaluation_mode, model_device
 from longclip_teacher import LongCLIP
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import caption_lengths, first_sentence
-from training.cache_manifest import CacheSettings, ShardFacts, SidecarRecord, sidecar_path, write_record
+from training.cache_manifest import (
+    CacheSettings,
+    ShardFacts,
+    SidecarRecord,
+    decoder_name,
+    library_versions,
+    sidecar_path,
+    teacher_sha256,
+    tokenizer_digest,
+    write_record,
+)
 from training.pictures import normalized, open_picture, picture_size
 from training.samples import BadSample, read_captions
 from training.shard_index import RawSample, ShardIndex
 from training.shard_writer import file_sha256
 from training.sidecar import CaptionRows, SampleEntry, write_sidecar
-from training.transforms import ViewSpec, draw_augmentation, render, sample_generator
+from training.transforms import AugmentConfig, ViewSpec, draw_augmentation, render, sample_generator
 
-__all__ = ["SidecarWriter"]
+__all__ = ["SidecarWriter", "cache_settings"]
 
 _TOKENS_PER_ROW = 64  # a batch of captions has as many tokens as `batch_size` captions of this length
+
+
+def cache_settings(
+    teacher: str,
+    model: LongCLIP,
+    *,
+    views: int,
+    augment: AugmentConfig,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    fast_decode: bool = True,
+) -> CacheSettings:
+    """The settings of a cache of `model`, which was loaded from `teacher`, with `views` crops a picture (0: centre)."""
+    preprocess = model.preprocess_cfg
+    return CacheSettings(
+        teacher=teacher,
+        teacher_sha256=teacher_sha256(teacher),
+        embed_dim=model.embed_dim,
+        logit_scale=float(model.linear_logit_scale),
+        activation=model.config.activation,
+        image_size=model.image_size,
+        mean=tuple(preprocess.mean),
+        std=tuple(preprocess.std),
+        interpolation=preprocess.interpolation,
+        context_length=model.context_length,
+        tokenizer=tokenizer_digest(model.context_length),
+        views=views,
+        augment=augment,
+        seed=seed,
+        decoder=decoder_name(fast_decode),
+        precision=precision,
+        libraries=library_versions(),
+    )
 
 
 class _ReadSample(NamedTuple):

@@ -20,6 +20,7 @@ from longclip_teacher.weights_file import load_strictly, torch_load
 from mobileclip_student import MobileCLIP, save_student
 from training.config import SpeedOptions, TrainConfig
 from training.distill import Distiller
+from training.ema import ModelEma
 
 __all__ = ["TrainState", "find_checkpoint", "load_checkpoint", "save_checkpoint", "save_weights"]
 
@@ -48,10 +49,17 @@ class TrainState:
     distiller: Distiller
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
+    ema: ModelEma[MobileCLIP | LongCLIP] | None = None
+    """Average of the trained model's weights, None where the run keeps none."""
     step: int = 0
     """Steps done."""
     best: float | None = None
     """Best value of the validation measure so far, None before the first evaluation."""
+
+    @property
+    def judged_model(self) -> MobileCLIP | LongCLIP:
+        """The model that is evaluated and whose weights are the run's outcome: the average where there is one."""
+        return self.distiller.model if self.ema is None else self.ema.model
 
 
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
@@ -60,6 +68,7 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "distiller": state.distiller.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
+        "ema": None if state.ema is None else state.ema.model.state_dict(),
         "step": state.step,
         "best": state.best,
         "config": config.to_dict(),
@@ -76,15 +85,15 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
 def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
     """Restore `state` from `path`. Raises InputError if the file is damaged or belongs to a run of other settings."""
     content = torch_load(path)
-    if (
-        not isinstance(content, dict)
-        or not {"distiller", "optimizer", "scaler", "step", "best", "config"} <= content.keys()
-    ):
+    parts = {"distiller", "optimizer", "scaler", "ema", "step", "best", "config"}
+    if not isinstance(content, dict) or not parts <= content.keys():
         raise InputError(f"{path} is not a training checkpoint (weights alone are given as --student.init)")
     _check_config(path, content["config"], config)
     load_strictly(state.distiller, content["distiller"], path)
     state.optimizer.load_state_dict(content["optimizer"])
     state.scaler.load_state_dict(content["scaler"])
+    if state.ema is not None:
+        load_strictly(state.ema.model, content["ema"], path)
     state.step, state.best = content["step"], content["best"]
 
 

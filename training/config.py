@@ -29,9 +29,14 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "FEATURE_LOSSES",
+    "LAYER_LOSSES",
+    "PAIR_LOSSES",
     "PRESETS",
     "DataOptions",
+    "InitOptions",
     "LossOptions",
+    "MixOptions",
     "OptimOptions",
     "RunOptions",
     "SpeedOptions",
@@ -47,6 +52,7 @@ PRESETS = Path(__file__).parent / "presets"
 DEFAULT_PRESET = "digit_scenes"
 EMBEDDED_DATA = Path("data/digit_scenes")
 EMBEDDED_TEACHER = "runs/tiny_teacher"
+EMBEDDED_CACHE = f"{EMBEDDED_TEACHER}/cache"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +63,9 @@ class RunOptions:
     """Folder of the run: configuration, log, checkpoints, weights, report."""
     train: Literal["student", "teacher"] = "student"
     """Which model is trained: the student (with or without distillation) or a Long-CLIP teacher."""
+    stage: Literal["both", "image", "text"] = "both"
+    """both: the two towers together. image, text: one tower of the student alone learns the teacher's features, from
+    pictures without captions or captions without pictures; only that tower of the teacher is loaded."""
     resume: str = "never"
     """never: refuse a folder that holds a run. auto: go on from its last checkpoint if there is one. Or a checkpoint
     file."""
@@ -100,6 +109,11 @@ class DataOptions:
 
     shards: tuple[str, ...] = (f"{EMBEDDED_DATA}/train/*.tar",)
     """Shard patterns: local paths with * or {000..123}, https:// and s3:// URLs."""
+    images: Path | None = None
+    """With run.stage image: a folder of pictures, searched through, instead of shards. Captions are not needed."""
+    captions: tuple[str, ...] = ()
+    """With run.stage text: caption files or patterns of them instead of shards: COCO captions or ShareGPT4V (.json),
+    Conceptual Captions (.tsv), a caption a line (.txt)."""
     val: Path | None = EMBEDDED_DATA / "val_twins"
     """Retrieval set for the periodic evaluation; the best checkpoint has the best mean of its I2T and T2I R@1."""
     val_protocol: str = "folder"
@@ -131,6 +145,11 @@ class TeacherOptions:
     distillation."""
     activation: Literal["gelu", "quickgelu"] | None = None
     """Activation of open_clip-layout weights, which do not record it."""
+    ensemble: tuple[str, ...] = ()
+    """More frozen teachers beside the first: features side by side, distributions averaged."""
+    short: str | None = None
+    """Another frozen teacher for short captions (and the pictures they go with), such as the CLIP before it learnt to
+    read long ones, at its own 77 tokens and without PCA. None: the first teacher reads both."""
     variant: str = "tiny"
     """With run.train = teacher and no init: architecture built from scratch (tiny, small, b16, l14)."""
     init: str | None = None
@@ -150,7 +169,7 @@ class StudentOptions:
     """The student."""
 
     variant: str = "tiny"
-    """s0, s1, s2, b, mobileclip2_s0/s2/s3/s4/b/l14, small or tiny."""
+    """s0, s1, s2, b, mobileclip2_s0/s2/s3/s4/b/l14, vit_s, vit_b, small, tiny or vit_tiny. Fields below change it."""
     init: str | None = None
     """Weights to start from: official MobileCLIP files, hub names, or our own. Apple's weights are for research
     only."""
@@ -158,22 +177,77 @@ class StudentOptions:
     """Tokens the student reads; longer captions are cut, EOT kept."""
     pad_mask: bool = True
     """Make pads invisible to attention, convolution and BatchNorm. False: as MobileCLIP was published."""
+    embed_dim: int | None = None
+    """Width of the features. None: the variant's; with run.stage image or text the teacher's, so that each tower
+    lives in the teacher's space and the two fit together; that of init.image or init.text where one is given."""
+    image_size: int | None = None
+    """Side of the pictures in pixels. None, here and below: as the variant has it."""
+    image_patch: int | None = None
+    """ViT: side of a patch in pixels."""
+    image_width: int | None = None
+    """ViT: channels of a token."""
+    image_layers: int | None = None
+    """ViT: transformer blocks."""
+    image_heads: int | None = None
+    """ViT: attention heads."""
+    distillation_token: bool | None = None
+    """ViT: a second class token that answers to the teacher alone (DeiT); features are averaged at inference."""
+    drop_path: float | None = None
+    """Share of residual branches of the image tower that are dropped in training, rising with depth."""
+    text_tower: Literal["hybrid", "base", "causal", "longclip"] | None = None
+    """hybrid: RepMixer, attention, RepMixer. base: attention both ways. causal: attention to what stands before.
+    longclip: Long-CLIP's own text tower (with init.text: its weights)."""
+    text_width: int | None = None
+    """Channels of a token."""
+    text_layers: int | None = None
+    """Attention layers."""
+    text_heads: int | None = None
+    """Attention heads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InitOptions:
+    """Where the towers of the student start, when student.init gives none for the whole."""
+
+    image: str | None = None
+    """A student (file, run folder, hub name) whose image tower is taken; or timm: the weights that timm has of this
+    tower (of a ViT DeiT's, trained on ImageNet; of a published tower MobileCLIP's or a CLIP's)."""
+    text: str | None = None
+    """A student whose text tower is taken; or a Long-CLIP, for a base, causal or longclip text tower of its width."""
+    freeze_image: bool = False
+    """Leave the image tower as it starts."""
+    freeze_text: bool = False
+    """Leave the text tower as it starts."""
+    truncated_normal: bool = False
+    """From scratch: linear layers and embeddings drawn from a normal distribution of deviation 0.02 cut at two."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimOptions:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up, its decay, and the average of the weights."""
 
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.2
-    """Decay of matrices and convolutions; biases, norms, scales, positions and the logit scale have none."""
+    """Decay of matrices and convolutions; biases, norms, positions, class tokens and the logit scale have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averaging factors."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     warmup_steps: int = 1000
     """Steps of linear warm-up; never more than a tenth of the run."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up. cosine: down to the end. constant: at the peak until the cool-down, then linearly down."""
+    cooldown_share: float = 0.2
+    """Share of the run in which a constant rate cools down."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each block of a tower to the one before it; 1: all learn alike."""
+    image_lr_share: float = 1.0
+    """Learning rate of the image tower over that of the rest."""
+    text_lr_share: float = 1.0
+    """Learning rate of the text tower over that of the rest."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, which is then what is evaluated and saved. None: none."""
     min_lr_share: float = 0.0
     """Learning rate at the end as a share of the peak."""
     clip_grad_norm: float | None = 1.0
@@ -181,22 +255,122 @@ class OptimOptions:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"--optim.lr must be positive, got {self.lr}")
+        _require(self.ema is None or 0 < self.ema < 1, f"--optim.ema must lie between 0 and 1, got {self.ema}")
+        _require(0 < self.layer_decay <= 1, f"--optim.layer_decay must lie in 0..1, got {self.layer_decay}")
+        _require(0 <= self.cooldown_share <= 1, f"--optim.cooldown_share is a share, got {self.cooldown_share}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MixOptions:
+    """What is done to the pictures of a whole batch."""
+
+    erase: float = 0.0
+    """Probability that a rectangle of the student's picture is erased (random erasing); the teacher sees all of it."""
+    mixup: float = 0.0
+    """With run.stage image: alpha of mixup; the teacher, which must be run, sees the mixed pictures too. 0 is off."""
+    cutmix: float = 0.0
+    """With run.stage image: alpha of cutmix, in the same way; with both on, each batch takes one of them."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.erase <= 1, f"--mix.erase is a probability, 0 to 1, got {self.erase}")
+        for name in ("mixup", "cutmix"):
+            _require(getattr(self, name) >= 0, f"--mix.{name} must not be negative, got {getattr(self, name)}")
+
+
+PAIR_LOSSES = ("clip", "crd", "affinity", "icl", "gd", "afd", "vrd", "xrd", "kd", "deit_soft", "deit_hard")
+FEATURE_LOSSES = ("fd", "l1", "cos", "kl")
+LAYER_LOSSES = ("hidden", "attention", "attention_probs", "value", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """Weights (0: off) and settings of the losses. "Short" losses use short captions and PCA'd image features."""
+    """Weights (0: off) and settings of the losses, mixed as you like. "Short" losses use short captions and PCA'd image
+    features; "image" and "text" losses compare one tower with the teacher's."""
 
     clip_long: float = 0.8
     """ITC of images and long captions."""
     clip_short: float = 0.4
     """ITC of PCA'd images and short captions."""
     crd_long: float = 1.5
-    """KL from the teacher's to the student's image-text distributions, long captions."""
+    """KL between the teacher's and the student's image-text distributions, long captions (CLIP-KD, MobileCLIP)."""
     crd_short: float = 0.5
     """The same with short captions; both sides' image features PCA'd on the same batch."""
-    fd: float = 0.0
-    """Squared distance to the teacher's features (image, long, short), through a learned map where widths differ."""
+    affinity_long: float = 0.0
+    """Cross-entropy of the student's image-text distributions with the teacher's as soft targets (TinyCLIP)."""
+    affinity_short: float = 0.0
+    """The same with short captions."""
+    icl_long: float = 0.0
+    """Interactive contrastive: student images against teacher texts and the reverse, own learned scale (CLIP-KD)."""
+    icl_short: float = 0.0
+    """The same with short captions."""
+    gd_long: float = 0.0
+    """Squared distance of the contrastive loss's gradients at the student's and the teacher's features (CLIP-KD)."""
+    gd_short: float = 0.0
+    """The same with short captions."""
+    afd_long: float = 0.0
+    """Augmented features: ITC of learned mixtures of student and teacher features (CLIP-KD)."""
+    afd_short: float = 0.0
+    """The same with short captions."""
+    vrd_long: float = 0.0
+    """Vertical relations: the student's two directions follow each other's teacher-student relations (CLIP-RD)."""
+    vrd_short: float = 0.0
+    """The same with short captions."""
+    xrd_long: float = 0.0
+    """Cross relations: symmetric KL between the teacher-student distributions of the two modalities (CLIP-RD)."""
+    xrd_short: float = 0.0
+    """The same with short captions."""
+    kd_long: float = 0.0
+    """Logit distillation: contrastive cross-entropy plus kd_lambda times 2 T^2 KL at temperature kd_temperature."""
+    kd_short: float = 0.0
+    """The same with short captions."""
+    deit_soft_long: float = 0.0
+    """(1 - deit_alpha) cross-entropy + deit_alpha T^2 KL at deit_temperature (DeiT)."""
+    deit_soft_short: float = 0.0
+    """The same with short captions."""
+    deit_hard_long: float = 0.0
+    """Mean of the cross-entropy with the true pair and with the teacher's best match (DeiT)."""
+    deit_hard_short: float = 0.0
+    """The same with short captions."""
+    fd_image: float = 0.0
+    """Squared distance to the teacher's image features, through a learned map where widths differ (CLIP-KD)."""
+    fd_text: float = 0.0
+    """The same of text features, the mean of long and short captions."""
+    l1_image: float = 0.0
+    """L1 distance to the teacher's image features."""
+    l1_text: float = 0.0
+    """The same of text features."""
+    cos_image: float = 0.0
+    """1 - cosine with the teacher's image features."""
+    cos_text: float = 0.0
+    """The same of text features."""
+    kl_image: float = 0.0
+    """KL between the softmaxes over the channels of teacher and student image features, at kl_temperature."""
+    kl_text: float = 0.0
+    """The same of text features."""
+    masked_fd: float = 0.0
+    """fd_image of pictures of which the student sees a part (mask_ratio hidden) and the teacher all."""
+    hidden_text: float = 0.0
+    """Squared distance of the hidden states of matched layers, through a learned map where widths differ
+    (TinyBERT)."""
+    hidden_image: float = 0.0
+    """The same of the image towers; the student must be a ViT, here and below."""
+    attention_text: float = 0.0
+    """Squared distance of the attention scores before the softmax, per head (TinyBERT)."""
+    attention_image: float = 0.0
+    """The same of the image towers."""
+    attention_probs_text: float = 0.0
+    """KL between the attention probabilities, per head (MiniLM)."""
+    attention_probs_image: float = 0.0
+    """The same of the image towers."""
+    value_text: float = 0.0
+    """Difference of the value-value relations (MiniLM), as value_kind says."""
+    value_image: float = 0.0
+    """The same of the image towers."""
+    embedding_text: float = 0.0
+    """Squared distance of the token embeddings (TinyBERT)."""
+    embedding_image: float = 0.0
+    """The same of the patch embeddings."""
+
     label_smoothing: float = 0.1
     """Label smoothing of the ITC losses."""
     teacher_scale: float | None = None
@@ -205,28 +379,90 @@ class LossOptions:
     """Components that PCA keeps."""
     pca_scope: Literal["global", "rank", "off"] = "global"
     """PCA over the global batch, over each process' share (as Long-CLIP published it), or none."""
+    pca_side: Literal["image", "text"] = "image"
+    """Which side of the short losses is PCA'd: the image, as Long-CLIP has it, or as an ablation the short text."""
     share_identical_captions: bool = False
     """Let samples with the same caption share the target of the ITC losses instead of being negatives."""
     init_logit_scale: float | None = None
     """Linear logit scale at the start; None: the model's (1 / 0.07 from scratch)."""
+    crd_temperature: float = 1.0
+    """T of crd and affinity: both sides' logits are divided by it and the loss multiplied by T^2."""
+    crd_direction: Literal["forward", "reverse", "symmetric"] = "forward"
+    """forward: KL(teacher || student). reverse: KL(student || teacher). symmetric: their mean."""
+    kd_temperature: float = 2.0
+    """T of kd."""
+    kd_lambda: float = 1.0
+    """Weight of the KL in kd."""
+    kd_direction: Literal["forward", "reverse"] = "forward"
+    """Direction of the KL in kd."""
+    deit_alpha: float = 0.5
+    """Weight of the teacher in deit_soft."""
+    deit_temperature: float = 3.0
+    """T of deit_soft."""
+    fd_scale: float = 1.0
+    """Factor of the values of fd and masked_fd."""
+    l1_scale: float = 1.0
+    """Factor of the values of l1."""
+    cos_scale: float = 1.0
+    """Factor of the values of cos."""
+    kl_scale: float = 1.0
+    """Factor of the values of kl."""
+    kl_temperature: float = 1.0
+    """T of kl."""
+    mask_ratio: float = 0.5
+    """masked_fd: share of the picture that the student does not see."""
+    mask_patch: int = 16
+    """masked_fd: side of the hidden squares in pixels."""
+    layer_map: str = "uniform"
+    """Student layer i and teacher layer i L / M of the layer losses (uniform), the last layers of both (last), or
+    pairs counted from 1, as in 1:3,2:6."""
+    head_match: Literal["each", "mean"] = "each"
+    """Attention losses head by head (counts must agree) or on the mean over heads."""
+    value_kind: Literal["kl", "mse"] = "kl"
+    """value: KL of the softmaxed relations (MiniLM) or their squared difference."""
+    embedding_positions: bool = True
+    """embedding: with the positional embeddings added, or the tokens' alone."""
 
     def __post_init__(self) -> None:
         _require(self.pca_rank >= 1, f"--loss.pca_rank must be at least 1, got {self.pca_rank}")
-        weights = (self.clip_long, self.clip_short, self.crd_long, self.crd_short, self.fd)
+        weights = self.weights
         _require(
-            min(weights) >= 0 and max(weights) > 0,
+            min(weights.values()) >= 0 and max(weights.values()) > 0,
             "loss weights must not be negative, and one of them must be positive",
         )
+        for name in ("crd_temperature", "kd_temperature", "deit_temperature", "kl_temperature"):
+            _require(getattr(self, name) > 0, f"--loss.{name} must be positive, got {getattr(self, name)}")
+        for name in ("deit_alpha", "mask_ratio"):
+            _require(0 <= getattr(self, name) <= 1, f"--loss.{name} is a share, 0 to 1, got {getattr(self, name)}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every loss by its name, those that are off included."""
+        names = [f"{name}_{length}" for name in PAIR_LOSSES for length in ("long", "short")]
+        names += [f"{name}_{tower}" for name in (*FEATURE_LOSSES, *LAYER_LOSSES) for tower in ("image", "text")]
+        return {name: getattr(self, name) for name in (*names, "masked_fd")}
+
+    @property
+    def active(self) -> set[str]:
+        """Names of the losses of positive weight."""
+        return {name for name, weight in self.weights.items() if weight > 0}
 
     @property
     def distils(self) -> bool:
         """True if any loss needs a teacher."""
-        return max(self.crd_long, self.crd_short, self.fd) > 0
+        return bool(self.active - {"clip_long", "clip_short"})
 
     @property
     def uses_short(self) -> bool:
         """True if short captions are encoded at all."""
-        return max(self.clip_short, self.crd_short) > 0
+        return any(name.endswith("_short") for name in self.active)
+
+    @property
+    def layer_losses(self) -> dict[str, set[str]]:
+        """Names of the active layer losses by tower (image, text)."""
+        return {
+            tower: {name for name in LAYER_LOSSES if f"{name}_{tower}" in self.active} for tower in ("image", "text")
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +497,10 @@ class TrainConfig:
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    mix: MixOptions = dataclasses.field(default_factory=MixOptions)
     teacher: TeacherOptions = dataclasses.field(default_factory=TeacherOptions)
     student: StudentOptions = dataclasses.field(default_factory=StudentOptions)
+    init: InitOptions = dataclasses.field(default_factory=InitOptions)
     optim: OptimOptions = dataclasses.field(default_factory=OptimOptions)
     loss: LossOptions = dataclasses.field(default_factory=LossOptions)
     speed: SpeedOptions = dataclasses.field(default_factory=SpeedOptions)

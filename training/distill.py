@@ -1,79 +1,115 @@
-"""Student and teacher features of a batch, and the losses between them.
+"""The trained model with what its losses learn, and beside it the frozen teachers.
 
-Shapes: B pairs of this process, G pairs of all processes, D embedding width, L tokens of the longest caption.
+Shapes: B pairs of this process, D embedding width, L tokens of the longest caption, C class prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+import math
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 
 from longclip_teacher import LongCLIP
+from longclip_teacher.trace import Trace
 from mobileclip_student import MobileCLIP
+from mobileclip_student.vit_trace import trace_vit
 from training.config import LossOptions
-from training.distributed import gather
-from training.losses import Factors, PairedLosses, fd_loss, full_matrix_losses, paired_losses
-from training.pca import pca_factors
+from training.layer_losses import LayerLosses, student_shape, teacher_shape
+from training.objective import Features
 from training.pictures import normalized
 from training.samples import Batch
 from training.stored import TeacherFacts
+from training.transforms import ViewSpec
 
-__all__ = ["Distiller", "Features", "caption_groups", "compute_losses", "gather_features"]
+__all__ = ["Distiller", "Outputs", "Teachers", "view_of"]
+
+Tower = Literal["image", "text"]
+_TOWERS: tuple[Tower, ...] = ("image", "text")
+_MAX_LOG_SCALE = math.log(100)
+_INITIAL_LOG_SCALE = math.log(1 / 0.07)
+# losses that compare the student's rows with the teacher's, and therefore need them in one width
+_ACROSS = {"icl", "gd", "vrd", "xrd", "fd", "l1", "cos", "kl"}
+_SCALED = {"clip", "crd", "affinity", "gd", "kd", "deit_soft", "deit_hard"}  # by the model's logit scale
 
 
 @dataclass
-class Features:
-    """Unit-norm features of a batch [B or G, D] and what the losses derive from them."""
+class Teachers:
+    """The frozen teachers of a run: models that are run, or what is known of those whose features are stored."""
 
-    image: Tensor
-    long: Tensor
-    short: Tensor | None
-    """None where no loss uses short captions."""
-    projected: dict[str, Tensor] | None = None
-    """Student only: features mapped to the teacher's width, unit-norm, by name (image, long, short)."""
-    main_image: Tensor | None = None
-    """PCA'd image features of the short losses; not unit-norm. Set by gather_features."""
-    factors: list[Factors] | None = None
-    """What `main_image` is the product of, for each teacher side by side; None where PCA was not global."""
+    long: list[LongCLIP] = field(default_factory=list)
+    """Those of the pictures and the long captions, an ensemble if several; empty where their features are stored."""
+    short: LongCLIP | None = None
+    """The one that reads the short captions, where another than the first does."""
+    stored: TeacherFacts | None = None
+    """Those whose features are stored."""
+    prompts: Float[Tensor, "C D"] | None = None
+    """Features of class prompts, unit-norm, with which pictures without captions are compared."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
-        named = {"image": self.image, "long": self.long, "short": self.short}
-        named |= {f"projected_{name}": value for name, value in (self.projected or {}).items()}
-        return {name: value for name, value in named.items() if value is not None}
+    @property
+    def facts(self) -> dict[str, TeacherFacts]:
+        """What the losses of long and of short captions must know of their teachers."""
+        long = self.stored or _facts(self.long)
+        return {"long": long, "short": long if self.short is None else _facts([self.short])}
 
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> Features:
-        """Inverse of `tensors()`."""
-        projected = {k.removeprefix("projected_"): v for k, v in tensors.items() if k.startswith("projected_")}
-        return cls(tensors["image"], tensors["long"], tensors.get("short"), projected or None)
+    @property
+    def models(self) -> list[LongCLIP]:
+        """All that are run."""
+        return [*self.long, *([] if self.short is None else [self.short])]
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to `device`."""
+        for model in self.models:
+            model.to(device)
+        if self.prompts is not None:
+            self.prompts = self.prompts.to(device)
+
+
+def _facts(models: list[LongCLIP]) -> TeacherFacts:
+    scales = tuple(float(model.linear_logit_scale) for model in models)
+    return TeacherFacts(
+        widths=tuple(model.embed_dim for model in models),
+        logit_scale=scales if len(scales) > 1 else scales[0],
+        context_length=max(model.context_length for model in models),
+    )
+
+
+@dataclass
+class Outputs:
+    """What a forward pass gives the losses."""
+
+    features: Features
+    """Unit-norm rows of this process, with gradient (training/objective.py has their names)."""
+    parameters: dict[str, Tensor]
+    """The linear `logit_scale` and whatever else the losses learn, handed out so that DDP sees it used."""
+    layers: dict[str, Tensor]
+    """Losses between layers, which are computed here; the values are those of the joined batch of all processes."""
 
 
 class Distiller(nn.Module):
-    """The trained model with the parameters that belong to losses, and beside it the frozen teacher.
+    """The trained model with the parameters that belong to losses, and beside it the frozen teachers.
 
-    This is the module under DDP. The teacher is kept out of the module tree: no state_dict, optimiser, DDP or
-    `.train()` sees it. A run without distillation, or of a teacher, has `teacher` None.
+    This is the module under DDP. The teachers are kept out of the module tree: no state_dict, optimiser, DDP or
+    `.train()` sees them. A run without distillation, or of a teacher, has `teachers` None.
     """
 
-    teacher: LongCLIP | None
+    teachers: Teachers | None
 
     def __init__(
         self,
         model: MobileCLIP | LongCLIP,
-        teacher: LongCLIP | None,
+        teachers: Teachers | None,
         options: LossOptions,
-        facts: TeacherFacts | None = None,
+        *,
+        towers: tuple[Tower, ...] = _TOWERS,
+        frozen: tuple[Tower, ...] = (),
         streaming: bool = True,
     ) -> None:
-        """`facts` describe a teacher whose features come stored with the batches; by default those of `teacher`.
+        """`towers` are those that are run, `frozen` those of them that stay as they are, BatchNorm statistics included.
 
         `streaming` computes the image-text losses in blocks of rows (training/losses/streaming.py).
         """
@@ -81,59 +117,196 @@ class Distiller(nn.Module):
         self.model = model
         self.options = options
         self.streaming = streaming
-        self.__dict__["teacher"] = teacher
-        if facts is None and teacher is not None:
-            facts = TeacherFacts((teacher.embed_dim,), float(teacher.linear_logit_scale), teacher.context_length)
-        self.facts = facts
+        self.towers, self._frozen = towers, frozen
+        self.__dict__["teachers"] = teachers
+        names = {name.rsplit("_", 1)[0] for name in options.active}  # without _long, _short, _image, _text
         self.project = nn.ModuleDict()
-        if facts is not None and options.fd > 0 and facts.embed_dim != model.embed_dim:
-            self.project["image"] = nn.Linear(model.embed_dim, facts.embed_dim)
-            self.project["text"] = nn.Linear(model.embed_dim, facts.embed_dim)
-        used = max(options.clip_long, options.clip_short, options.crd_long, options.crd_short) > 0
-        model.logit_scale.requires_grad_(used)  # DDP waits for the gradient of every parameter that has one
+        self.mixture = nn.ParameterDict()
+        self.log_scales = nn.ParameterDict()
+        self.layers = nn.ModuleDict()
+        if teachers is not None:
+            self._add_loss_parameters(teachers, names | ({"fd"} if options.masked_fd > 0 else set()))
+        model.logit_scale.requires_grad_(bool(names & _SCALED))  # DDP waits for every parameter that has a gradient
+        for tower in _TOWERS:
+            if tower not in towers or tower in frozen:
+                tower_of(model, tower).requires_grad_(False)
+
+    def _add_loss_parameters(self, teachers: Teachers, names: set[str]) -> None:
+        width, facts = self.model.embed_dim, teachers.facts
+        if names & _ACROSS:
+            for tower in self.towers:
+                self._project_to(tower, width, facts["long"].embed_dim)
+                if teachers.short is not None and self.options.uses_short:
+                    self._project_to(f"short_{tower}", width, facts["short"].embed_dim)
+        for name in sorted(names & {"icl", "afd", "vrd"}):
+            self.log_scales[name] = nn.Parameter(torch.tensor(_INITIAL_LOG_SCALE))
+        if "afd" in names:
+            for tower in self.towers:
+                teacher_width = facts["long"].embed_dim
+                self.mixture[tower] = nn.Linear(width + teacher_width, teacher_width, bias=False).weight
+        for tower in self.towers:
+            if self.options.layer_losses[tower] and isinstance(self.model, MobileCLIP):
+                shapes = student_shape(self.model, tower), teacher_shape(teachers.long[0], tower)
+                self.layers[tower] = LayerLosses(self.options, tower, *shapes)
+
+    def _project_to(self, name: str, width: int, teacher_width: int) -> None:
+        if teacher_width != width:
+            self.project[name] = nn.Linear(width, teacher_width)
 
     def forward(
-        self, images: UInt8[Tensor, "B 3 H W"], long_tokens: Int[Tensor, "B L"], short_tokens: Int[Tensor, "B L2"]
-    ) -> tuple[Features, Float[Tensor, ""]]:
-        """Features of the trained model, with gradient, and its linear logit scale."""
-        raw = _encode(self.model, images, long_tokens, short_tokens if self.options.uses_short else None)
-        unit = {name: _unit(value) for name, value in raw.items()}
-        projected = None
-        if self.project:
-            layers = {"image": "image", "long": "text", "short": "text"}
-            projected = {name: _unit(self.project[layers[name]](x)) for name, x in raw.items()}
-        return Features(unit["image"], unit["long"], unit.get("short"), projected), self.model.linear_logit_scale
+        self,
+        images: UInt8[Tensor, "B 3 H W"],
+        long_tokens: Int[Tensor, "B L"],
+        short_tokens: Int[Tensor, "B L2"],
+        traces: dict[str, Trace] | None = None,
+    ) -> Outputs:
+        """Features of the trained model, with gradient. `traces` are the teacher's, by tower, for the layer losses."""
+        raw: Features = {}
+        layers: dict[str, Tensor] = {}
+        for tower in self._frozen if self.training else ():
+            tower_of(self.model, tower).eval()
+        for tower in self.towers:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and tower not in self._frozen):
+                if tower == "image":
+                    found, trace = self._images(images, traced=tower in self.layers)
+                else:
+                    found, trace = self._captions(long_tokens, short_tokens, traced=tower in self.layers)
+                raw |= found
+            if trace is not None:
+                assert traces is not None
+                layers |= self.layers[tower](trace, traces[tower])
+        features = {name: _unit(value) for name, value in raw.items()}
+        return Outputs(features | self._projected(raw), self._loss_parameters(), layers)
+
+    def _images(self, images: UInt8[Tensor, "B 3 H W"], traced: bool) -> tuple[Features, Trace | None]:
+        model, options = self.model, self.options
+        pictures = _normalized(model, images)
+        raw: Features = {}
+        trace = None
+        if options.masked_fd > 0:
+            raw["masked_image"] = model.encode_image(_masked(pictures, options))
+            if not (options.active - {"masked_fd"}):
+                return raw | {"image": raw["masked_image"]}, None  # nothing else looks at the whole picture
+        if not isinstance(model, MobileCLIP):
+            return raw | {"image": model.encode_image(pictures)}, None
+        if traced:
+            heads, trace = trace_vit(model.image_encoder.trunk, pictures, model.encode_image_heads)
+        else:
+            heads = model.encode_image_heads(pictures)
+        named = zip(("image", "distilled_image"), heads, strict=True)
+        return raw | {name: value for name, value in named if value is not None}, trace
+
+    def _captions(
+        self, long: Int[Tensor, "B L"], short: Int[Tensor, "B L2"], traced: bool
+    ) -> tuple[Features, Trace | None]:
+        captions = {"long": long, "short": short} if self.options.uses_short else {"long": long}
+        model = self.model
+        trace = None
+        if not isinstance(model, MobileCLIP):
+            texts = [model.encode_text(tokens) for tokens in captions.values()]
+        elif traced:
+            texts, traces = model.text_encoder.traced(*captions.values())
+            trace = traces[0]
+        else:  # together, for one set of BatchNorm statistics
+            texts = model.encode_texts(*captions.values())
+        return dict(zip(captions, texts, strict=True)), trace
+
+    def _projected(self, raw: Features) -> Features:
+        """Features mapped to the teacher's width, unit-norm; the images those that answer to the teacher."""
+        answering = raw.get("distilled_image", raw.get("image"))
+        sources = {"image": answering, "masked_image": raw.get("masked_image"), "long": raw.get("long")}
+        layers = {"image": "image", "masked_image": "image", "long": "text", "short": "text"}
+        if self.teachers is not None and self.teachers.short is not None:
+            layers |= {"short": "short_text", "short_image": "short_image"}
+            sources["short_image"] = answering
+        sources["short"] = raw.get("short")
+        return {
+            f"projected_{name}": _unit(self.project[layers[name]](value))
+            for name, value in sources.items()
+            if value is not None and layers[name] in self.project
+        }
+
+    def _loss_parameters(self) -> dict[str, Tensor]:
+        found = {"logit_scale": self.model.linear_logit_scale}
+        found |= {f"{name}_scale": value.clamp(max=_MAX_LOG_SCALE).exp() for name, value in self.log_scales.items()}
+        return found | {f"afd_{tower}": weight.view_as(weight) for tower, weight in self.mixture.items()}
 
     @torch.no_grad()
-    def teacher_features(self, batch: Batch) -> Features | None:
-        """Features of the frozen teacher, stored with the batch or computed now; None without a teacher.
+    def teacher_outputs(self, batch: Batch) -> tuple[Features | None, dict[str, Trace]]:
+        """Features of the frozen teachers, stored with the batch or computed now, and traces for the layer losses.
 
-        Unit-norm; of several teachers side by side, each part is.
+        None without a teacher. Unit-norm; of several teachers side by side, each part is.
         """
+        teachers = self.teachers
+        if teachers is None:
+            return None, {}
         if batch.teacher is not None:
-            assert self.facts is not None
-            widths = self.facts.widths
+            widths = teachers.facts["long"].widths
             stored = {name: _unit_parts(value, widths) for name, value in batch.teacher.items()}
-            return Features(stored["image"], stored["long"], stored["short"] if self.options.uses_short else None)
-        if self.teacher is None:
-            return None
-        images = batch.images if batch.teacher_images is None else batch.teacher_images
-        short_tokens = batch.short_tokens if self.options.uses_short else None
-        raw = _encode(self.teacher, images, batch.long_tokens, short_tokens)
-        unit = {name: _unit(value) for name, value in raw.items()}
-        return Features(unit["image"], unit["long"], unit.get("short"))
+            return {name: stored[name] for name in ("image", *self._lengths)}, {}
+        traces: dict[str, Trace] = {}
+        rows: dict[str, list[Tensor]] = {}
+        for number, teacher in enumerate(teachers.long):
+            if "image" in self.towers:
+                pictures = self._pictures_for(teacher, batch)
+                if number == 0 and "image" in self.layers:
+                    features, traces["image"] = teacher.trace_image(pictures)
+                else:
+                    features = teacher.encode_image(pictures)
+                rows.setdefault("image", []).append(features)
+            for length in self._lengths:
+                tokens = batch.long_tokens if length == "long" else batch.short_tokens
+                if length == "short" and teachers.short is not None:
+                    continue
+                if number == 0 and length == "long" and "text" in self.layers:
+                    features, traces["text"] = teacher.trace_text(tokens)
+                else:
+                    features = teacher.encode_text(tokens)
+                rows.setdefault(length, []).append(features)
+        if teachers.short is not None and "short" in self._lengths:
+            rows["short"] = [teachers.short.encode_text(batch.short_tokens)]
+            rows["short_image"] = [teachers.short.encode_image(self._pictures_for(teachers.short, batch))]
+        return {name: torch.cat([_unit(part) for part in parts], dim=1) for name, parts in rows.items()}, traces
 
     @property
-    def teacher_scale(self) -> float:
-        """Linear logit scale of the teacher's distributions."""
-        if self.options.teacher_scale is not None:
-            return self.options.teacher_scale
-        return 1.0 if self.facts is None or self.facts.logit_scale is None else self.facts.logit_scale
+    def teacher(self) -> LongCLIP | None:
+        """The first teacher, where one is run with both towers."""
+        whole = self.teachers is not None and bool(self.teachers.long) and len(self.towers) == len(_TOWERS)
+        return self.teachers.long[0] if whole and self.teachers is not None else None
 
     @property
-    def teacher_widths(self) -> tuple[int, ...]:
-        """Widths of the teachers whose features stand side by side; empty without a teacher."""
-        return () if self.facts is None else self.facts.widths
+    def _lengths(self) -> tuple[str, ...]:
+        """Captions that are read."""
+        if "text" not in self.towers:
+            return ()
+        return ("long", "short") if self.options.uses_short else ("long",)
+
+    @property
+    def views(self) -> list[ViewSpec]:
+        """What a batch must show of each picture: the model's view, then the teachers' that differ from it."""
+        views = [view_of(self.model)]
+        for teacher in () if self.teachers is None else self.teachers.models:
+            if view_of(teacher) not in views:
+                views.append(view_of(teacher))
+        return views
+
+    def _pictures_for(self, teacher: LongCLIP, batch: Batch) -> Float[Tensor, "B 3 R R"]:
+        """The pictures of `batch` as `teacher` wants them."""
+        views = self.views
+        shown = (batch.images, *batch.teacher_images)[-len(views) :]  # the student's erased pictures stand before them
+        return _normalized(teacher, shown[views.index(view_of(teacher))])
+
+
+def view_of(model: MobileCLIP | LongCLIP) -> ViewSpec:
+    """What a model wants to see of a picture."""
+    return ViewSpec(model.image_size, model.preprocess_cfg.interpolation)
+
+
+def tower_of(model: MobileCLIP | LongCLIP, tower: str) -> nn.Module:
+    """The image or the text tower of a model."""
+    if isinstance(model, MobileCLIP):
+        return model.image_encoder if tower == "image" else model.text_encoder
+    return model.visual if tower == "image" else model.text
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -146,114 +319,19 @@ def _unit_parts(features: Tensor, widths: tuple[int, ...]) -> Tensor:
     return torch.cat([_unit(part) for part in features.split(widths, dim=-1)], dim=-1)
 
 
-def _encode(model: MobileCLIP | LongCLIP, images: Tensor, long: Tensor, short: Tensor | None) -> dict[str, Tensor]:
+def _normalized(model: MobileCLIP | LongCLIP, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
     mean, std = (
         torch.tensor(value, dtype=model.logit_scale.dtype, device=images.device).view(3, 1, 1)
         for value in (model.preprocess_cfg.mean, model.preprocess_cfg.std)
     )
-    captions = {"long": long} if short is None else {"long": long, "short": short}
-    if isinstance(model, MobileCLIP):  # together, for one set of BatchNorm statistics
-        texts = model.encode_texts(*captions.values())
-    else:
-        texts = [model.encode_text(tokens) for tokens in captions.values()]
-    return {"image": model.encode_image(normalized(images, mean, std)), **dict(zip(captions, texts, strict=True))}
+    return normalized(images, mean, std)
 
 
-def gather_features(local: Features, options: LossOptions, widths: tuple[int, ...] | None = None) -> Features:
-    """Features of the global batch [G, D] from those of each process [B, D], with the PCA'd image features added.
-
-    `widths` are those of several teachers side by side, each of which has a PCA of its own.
-    """
-    gathered = Features.from_tensors({name: gather(value) for name, value in local.tensors().items()})
-    if gathered.short is None:
-        return gathered
-    if options.pca_scope == "off":
-        gathered.main_image = gathered.image
-        return gathered
-    source = gathered.image if options.pca_scope == "global" else local.image
-    parts = [pca_factors(part, options.pca_rank) for part in source.split(widths or source.shape[1], dim=1)]
-    projected = torch.cat([image for image, _ in parts], dim=1)
-    if options.pca_scope == "rank":
-        gathered.main_image = gather(projected)
-        return gathered
-    gathered.main_image = projected
-    factors = [found for _, found in parts if found is not None]
-    gathered.factors = factors if len(factors) == len(parts) else None
-    return gathered
-
-
-def caption_groups(tokens: Int[Tensor, "B L"], width: int = 248) -> Int[Tensor, " G"]:
-    """A number for each caption of the global batch, equal for equal captions whatever their padding."""
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(1, 2**62, (width,), generator=generator).to(tokens.device)
-    return gather((tokens * weights[: tokens.shape[1]]).sum(dim=1))  # int64 arithmetic wraps: a hash
-
-
-def compute_losses(
-    student: Features,
-    logit_scale: Tensor,
-    teacher: Features | None,
-    teacher_scale: float,
-    options: LossOptions,
-    groups: dict[str, Int[Tensor, " G"]] | None = None,
-    *,
-    teacher_widths: tuple[int, ...] | None = None,
-    streaming: bool = True,
-) -> dict[str, Tensor]:
-    """Unweighted losses of a global batch by their name in LossOptions, those of weight 0 being left out, and their
-    weighted sum as `loss`: the only one sure to carry a gradient.
-
-    `logit_scale` and `teacher_scale` are linear. `groups` are the caption_groups of the long and of the short
-    captions, where equal ones share the target. Without a teacher the distillation losses are absent. `streaming`
-    computes in tiles, which the processes share; else each process holds full matrices.
-    """
-    losses: dict[str, Tensor] = {}
-    totals = []
-    for length in ("long", "short"):
-        clip_weight = getattr(options, f"clip_{length}")
-        crd_weight = 0.0 if teacher is None else getattr(options, f"crd_{length}")
-        if clip_weight == crd_weight == 0:
-            continue
-        image, text, factors = _sides(student, length)
-        teacher_image, teacher_text, teacher_factors = _sides(teacher, length) if teacher else (None, None, None)
-        compute: Callable[..., PairedLosses] = full_matrix_losses
-        if streaming:
-            share = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-            ours = factors[0] if factors else None
-            compute = partial(paired_losses, student_factors=ours, teacher_factors=teacher_factors, share=share)
-        total, clip, crd = compute(
-            image,
-            text,
-            logit_scale,
-            teacher_image,
-            teacher_text,
-            teacher_scale,
-            clip_weight=clip_weight,
-            crd_weight=crd_weight,
-            label_smoothing=options.label_smoothing,
-            caption_groups=(groups or {}).get(length),
-            teacher_widths=teacher_widths,
-        )
-        totals.append(total)
-        losses |= {f"{name}_{length}": value for name, value in (("clip", clip), ("crd", crd)) if value is not None}
-    if teacher is not None and options.fd:
-        losses["fd"] = _feature_loss(student, teacher)
-        totals.append(options.fd * losses["fd"])
-    losses["loss"] = torch.stack(totals).sum()
-    return losses
-
-
-def _feature_loss(student: Features, teacher: Features) -> Tensor:
-    """fd_loss of the images and the mean of that of the texts."""
-    ours = student.projected or student.tensors()
-    theirs = {name: normalize(value, dim=-1) for name, value in teacher.tensors().items()}  # of several: the whole row
-    per_text = [fd_loss(ours[name], theirs[name]) for name in ("long", "short") if name in theirs]
-    return fd_loss(ours["image"], theirs["image"]) + torch.stack(per_text).mean()
-
-
-def _sides(features: Features, length: str) -> tuple[Tensor, Tensor, list[Factors] | None]:
-    """Image and text features of the losses with long or with short captions, and the factors of the images."""
-    if length == "long":
-        return features.image, features.long, None
-    assert features.main_image is not None and features.short is not None
-    return features.main_image, features.short, features.factors
+def _masked(pictures: Float[Tensor, "B 3 R R"], options: LossOptions) -> Float[Tensor, "B 3 R R"]:
+    """Pictures with `mask_ratio` of their squares of `mask_patch` pixels set to zero, drawn anew for each."""
+    side = math.ceil(pictures.shape[-1] / options.mask_patch)
+    num_hidden = round(options.mask_ratio * side**2)
+    order = torch.rand(len(pictures), side**2, device=pictures.device).argsort(dim=1)
+    shown = (order.argsort(dim=1) >= num_hidden).view(-1, 1, side, side).to(pictures.dtype)
+    mask = interpolate(shown, scale_factor=options.mask_patch, mode="nearest")
+    return pictures * mask[..., : pictures.shape[-2], : pictures.shape[-1]]

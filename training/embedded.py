@@ -1,4 +1,5 @@
-"""The embedded inputs: digit scenes and a tiny teacher, made when a run asks for them and they are not there."""
+"""The embedded inputs: digit scenes, a tiny teacher and what presets make of it, made when a run asks for them and they
+are not there."""
 
 from __future__ import annotations
 
@@ -6,34 +7,64 @@ import logging
 import sys
 from pathlib import Path
 
-from training.build import build_distiller, build_training_loader, check_config
-from training.config import EMBEDDED_DATA, EMBEDDED_TEACHER, TrainConfig, parse_config
+from training.build import build_distiller, build_training_loader, check_config, frozen_teacher
+from training.cache_manifest import CACHE_MANIFEST, shard_facts, write_cache_manifest
+from training.cache_writer import SidecarWriter, cache_settings
+from training.config import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER, TrainConfig, parse_config
 from training.digit_scenes import write_digit_scenes
 from training.distributed import Runtime
 from training.loop import train
+from training.shard_index import ShardIndex, expand_patterns
 
 __all__ = ["prepare_embedded"]
 
 logger = logging.getLogger(__name__)
+_STAGES = {f"runs/{preset}": preset for preset in ("two_stage_image", "two_stage_text")}
+_CACHE_BATCH = 256
 
 
 def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
-    """Make the digit scenes, and by the same training loop the tiny teacher, if `config` names them and they are
-    missing."""
-    named = (*config.data.shards, str(config.data.val), str(config.data.zeroshot), *config.data.tests)
+    """Make what `config` names of the embedded inputs and is missing: the digit scenes and, by the same training loop,
+    the tiny teacher, its stored features, and the first stages of two_stage."""
+    shards = () if config.data.images or config.data.captions else config.data.shards
+    named = (*shards, str(config.data.val), str(config.data.zeroshot), *config.data.tests)
     if any(f"{EMBEDDED_DATA}/" in name for name in named) and not EMBEDDED_DATA.exists():
         if runtime.is_main:
             logger.info("making the embedded data: digit scenes in %s", EMBEDDED_DATA)
             write_digit_scenes(EMBEDDED_DATA, show_progress=sys.stderr.isatty())
         runtime.barrier()
-    if (
-        config.distils
-        and config.teacher.cache is None
-        and config.teacher.checkpoint == EMBEDDED_TEACHER
-        and not Path(EMBEDDED_TEACHER, "best.safetensors").exists()
-    ):
-        logger.info("no teacher in %s: training the tiny one first (preset tiny_teacher)", EMBEDDED_TEACHER)
-        teacher_config = parse_config(["tiny_teacher", "--run.device", config.run.device])
-        check_config(teacher_config, runtime.world_size)
-        distiller = build_distiller(teacher_config, runtime)
-        train(teacher_config, runtime, distiller, build_training_loader(teacher_config, runtime, distiller))
+    cached = config.teacher.cache == EMBEDDED_CACHE and not Path(EMBEDDED_CACHE, CACHE_MANIFEST).exists()
+    teachers = {config.teacher.checkpoint, config.teacher.short} if config.distils else set()
+    if EMBEDDED_TEACHER in teachers and (config.teacher.cache is None or cached):
+        _run_first("tiny_teacher", Path(EMBEDDED_TEACHER), config, runtime)
+    if cached and config.distils:
+        if runtime.is_main:
+            _write_cache(config)
+        runtime.barrier()
+    for source in (config.init.image, config.init.text):
+        if source in _STAGES:
+            _run_first(_STAGES[source], Path(source), config, runtime)
+
+
+def _run_first(preset: str, out_dir: Path, config: TrainConfig, runtime: Runtime) -> None:
+    if (out_dir / "best.safetensors").exists():
+        return
+    logger.info("nothing in %s yet: running preset %s first", out_dir, preset)
+    first = parse_config([preset, "--run.device", config.run.device])
+    check_config(first, runtime.world_size)
+    distiller = build_distiller(first, runtime)
+    train(first, runtime, distiller, build_training_loader(first, runtime, distiller))
+
+
+def _write_cache(config: TrainConfig) -> None:
+    """One crop of every picture of the run's shards, by its teacher (scripts/cache_teacher.py does it for any data)."""
+    logger.info("storing the teacher's features of the embedded pictures in %s", EMBEDDED_CACHE)
+    folder, checkpoint = Path(EMBEDDED_CACHE), str(config.teacher.checkpoint)
+    teacher = frozen_teacher(config)
+    index = ShardIndex(expand_patterns(config.data.shards))
+    settings = cache_settings(checkpoint, teacher, views=1, augment=config.augment)
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = SidecarWriter(teacher, settings, index, folder, _CACHE_BATCH, config.data.num_workers)
+    for _ in writer.write(list(enumerate(shard_facts(index))), lambda _: None):
+        pass
+    write_cache_manifest(folder, settings)

@@ -16,11 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from eval.atomic_files import write_json
 from eval.memory import peak_memory_gb
 from longclip_teacher.errors import InputError
+from training.build import validation_teacher
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from training.config import TrainConfig
 from training.distill import Distiller
 from training.distributed import Runtime
+from training.ema import ModelEma
 from training.evaluate import validate
+from training.mixing import mix
 from training.optim import build_optimizer, learning_rate
 from training.run_log import RunLog
 from training.shards import Batch, ShardLoader
@@ -40,7 +43,8 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
     total_steps = run.max_steps or max(1, round(run.epochs * steps_per_epoch))
     optimizer = build_optimizer(distiller, config.optim, fused=config.speed.fused_adamw)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=run.precision == "fp16")
-    state = TrainState(distiller, optimizer, scaler)
+    ema = None if config.optim.ema is None else ModelEma(distiller.model, config.optim.ema)
+    state = TrainState(distiller, optimizer, scaler, ema)
     if (checkpoint := find_checkpoint(config)) is not None:
         load_checkpoint(checkpoint, state, config)
     module = _parallel(distiller, runtime)
@@ -73,12 +77,12 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
                 batches = loader.batches(epoch, position)
                 batch = next(batches)
             meter.wait(time.monotonic() - waiting)
-            batch = batch.to(runtime.device)
+            key = (run.seed, state.step, runtime.rank)
+            batch = mix(batch.to(runtime.device), config.mix, key)
 
             rate = learning_rate(state.step, total_steps, config.optim)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            key = (run.seed, state.step, runtime.rank)
+                group["lr"] = rate * group["lr_share"]
             losses = backward_step(
                 module, batch, precision=run.precision, accumulation=run.accumulation, scaler=scaler, key=key
             )
@@ -117,7 +121,8 @@ def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
 
 
 def _apply(state: TrainState, config: TrainConfig) -> Tensor:
-    """Clip the gradient, step the optimiser, clamp the logit scale. Returns the gradient's norm before clipping."""
+    """Clip the gradient, step the optimiser, clamp the logit scale, move the average. Returns the gradient's norm
+    before clipping."""
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     limit = config.optim.clip_grad_norm
@@ -127,6 +132,8 @@ def _apply(state: TrainState, config: TrainConfig) -> Tensor:
     state.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         state.distiller.model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
+    if state.ema is not None:
+        state.ema.update(state.distiller.model, state.step)
     return norm
 
 
@@ -148,13 +155,13 @@ def _check_finite(losses: dict[str, Tensor], batch: Batch, state: TrainState, ou
 def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog) -> None:
     """Validate on rank 0, and keep the weights and state of the best value so far."""
     if runtime.is_main:
-        values = validate(state.distiller.model, config)
+        values = validate(state.judged_model, config, validation_teacher(config, runtime.device))
         if values:
             log.scalars(state.step, values, group="val")
         score = values.get("score")
         if state.best is None or score is None or score > state.best:
             state.best = score if score is not None else state.best
-            save_weights(config.run.out_dir / "best.safetensors", state.distiller.model)
+            save_weights(config.run.out_dir / "best.safetensors", state.judged_model)
             save_checkpoint(config.run.out_dir / "checkpoints" / "best.pt", state, config)
     runtime.barrier()
 
@@ -163,7 +170,7 @@ def _save(config: TrainConfig, runtime: Runtime, state: TrainState, name: str) -
     if runtime.is_main:
         save_checkpoint(config.run.out_dir / "checkpoints" / f"{name}.pt", state, config)
         if name == "last":
-            save_weights(config.run.out_dir / "last.safetensors", state.distiller.model)
+            save_weights(config.run.out_dir / "last.safetensors", state.judged_model)
     runtime.barrier()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -11,35 +13,95 @@ from training.config import OptimOptions
 
 __all__ = ["build_optimizer", "learning_rate"]
 
-
 _FUSED_DEVICES = {"cpu", "cuda"}
+_UNDECAYED = ("positional_embedding", "pos_embed", "cls_token", "dist_token")
+_TOWER = re.compile(r"(?:model\.)?(?:(?P<image>image_encoder|visual)|(?:text_encoder|text))\.(?:trunk\.)?(?P<rest>.+)")
+_STAGE, _BLOCK = re.compile(r"stages\.(\d+)\."), re.compile(r"blocks\.(\d+)\.")  # Long-CLIP's are called resblocks
+# what follows the last block of a tower, by the names of timm, open_clip and ours; what else is no block precedes it
+_HEAD = re.compile(r"(norm|fc_norm|final_conv|head|head_dist|ln_final|ln_post|proj|projection|text_projection)(\.|$)")
 
 
 def build_optimizer(module: nn.Module, options: OptimOptions, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; those of fewer than two dimensions and positional embeddings do not decay.
+    """AdamW over the trainable parameters; those of fewer than two dimensions, positions and class tokens do not
+    decay.
+
+    Each group has an `lr_share`, the factor of its learning rate: that of its tower (`image_lr_share`,
+    `text_lr_share`), times `layer_decay` for each block between the parameter and the head of its tower (BEiT, Bao et
+    al. 2022, appendix): the last block has it once, the embeddings or the stem once more than the first block. Heads
+    and what is no tower's, such as the logit scale and the learned parts of losses, have none of it.
 
     `fused` updates each parameter in one pass over memory where the device has a kernel for it; otherwise, and
     elsewhere, one operation runs over all parameters at a time. The weights differ by rounding.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (plain if parameter.ndim < 2 or "positional_embedding" in name or "pos_embed" in name else decayed).append(
-                parameter
-            )
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    fused = fused and {parameter.device.type for parameter in (*decayed, *plain)} <= _FUSED_DEVICES
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    shares = _lr_shares((name for name, _ in module.named_parameters()), options)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        decays = parameter.ndim >= 2 and not any(part in name for part in _UNDECAYED)
+        groups.setdefault((shares[name], decays), []).append(parameter)
+    fused = fused and {parameter.device.type for parameter in trained.values()} <= _FUSED_DEVICES
     return torch.optim.AdamW(
-        groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=fused, foreach=not fused
+        [
+            {
+                "params": groups[share, decays],
+                "weight_decay": options.weight_decay if decays else 0.0,
+                "lr": options.lr * share,
+                "lr_share": share,
+            }
+            for share, decays in sorted(groups, reverse=True)
+        ],
+        betas=options.betas,
+        eps=options.eps,
+        fused=fused,
+        foreach=not fused,
     )
 
 
 def learning_rate(step: int, total_steps: int, options: OptimOptions) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then cosine decay to `min_lr_share` of the peak."""
+    """Learning rate of step `step` (from 0), of groups whose share is 1: linear warm-up, then down to `min_lr_share` of
+    the peak, along a cosine, or constant until the linear cool-down over the last `cooldown_share` of the run."""
     warmup = min(options.warmup_steps, max(1, total_steps // 10))
     if step < warmup:
         return options.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
+    if options.schedule == "constant":
+        start = max(warmup, total_steps * (1 - options.cooldown_share))
+        height = 1.0 if step < start else (total_steps - step) / (total_steps - start)
+    else:
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        height = 0.5 * (1 + math.cos(math.pi * progress))
     floor = options.lr * options.min_lr_share
-    return floor + (options.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (options.lr - floor) * height
+
+
+def _lr_shares(names: Iterable[str], options: OptimOptions) -> dict[str, float]:
+    """Factor of the learning rate of each parameter. All `names` of the model must be there: they tell its depth."""
+    towers: dict[bool, dict[str, str]] = {True: {}, False: {}}  # image, text: name in the tower by full name
+    shares = {}
+    for name in names:
+        if found := _TOWER.fullmatch(name):
+            towers[found["image"] is not None][name] = found["rest"]
+        else:
+            shares[name] = 1.0
+    for is_image, tower in towers.items():
+        tower_share = options.image_lr_share if is_image else options.text_lr_share
+        blocks = sorted({block for name in tower.values() if (block := _block_of(name)) is not None})
+        distances = {block: len(blocks) - depth for depth, block in enumerate(blocks)}
+        for name, rest in tower.items():
+            block = _block_of(rest)
+            if block is not None:
+                distance = distances[block]
+            else:
+                distance = 0 if _HEAD.match(rest) else len(blocks) + 1
+            shares[name] = tower_share * options.layer_decay**distance
+    return shares
+
+
+def _block_of(name: str) -> tuple[int, int] | None:
+    """(stage, block) of a parameter of a tower, the stage being 0 where there are none; None outside the blocks.
+
+    What a FastViT stage does before its blocks (downsampling, positions) belongs to the first of them.
+    """
+    stage, block = _STAGE.search(name), _BLOCK.search(name)
+    if stage is None and block is None:
+        return None
+    return int(stage[1]) if stage else 0, int(block[1]) if block else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, first_sentence, trim
 from training.pictures import open_picture, picture_size
-from training.shard_index import RawSample
+from training.shard_index import RawSample, Stage
 from training.stored import StoredDraw, TeacherStore, choose_captions
 from training.transforms import (
     Augmentation,
@@ -33,6 +33,10 @@ __all__ = ["BadSample", "Batch", "Sample", "SampleDecoder", "collate", "read_cap
 _CROP = 0  # a stream of random numbers of its own, so that the crop does not depend on the captions (stored.py)
 
 
+Caption: TypeAlias = str | np.ndarray
+"""Text, or token ids from SOT to EOT."""
+
+
 class BadSample(Exception):
     """A sample that cannot be used; the message is the cause under which it is counted."""
 
@@ -42,23 +46,25 @@ class Sample:
     """A decoded sample: one uint8 [3, S, S] tensor a view, its two captions, the stored teacher features if any."""
 
     key: str
-    pictures: list[Tensor]
-    caption_long: str | np.ndarray  # text, or token ids from SOT to EOT
-    caption_short: str | np.ndarray
-    teacher: dict[str, np.ndarray] | None  # image, long, short: [D]
+    pictures: list[Tensor]  # none in the text stage
+    captions: tuple[Caption, Caption] | None  # long and short; None in the image stage
+    teacher: dict[str, np.ndarray] | None  # of image, long, short those of the stage: [D]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training step reads. Pictures are not yet normalised: that happens on the device."""
+    """What a training step reads. Pictures are not yet normalised: that happens on the device.
+
+    The tower that a stage does not train gets nothing: images [B, 3, 0, 0], or tokens [B, 0].
+    """
 
     images: Tensor  # uint8 [B, 3, S, S]
-    teacher_images: Tensor | None  # uint8 [B, 3, St, St]; None where one view was asked for
+    teacher_images: tuple[Tensor, ...]  # uint8 [B, 3, S, S], each view after the first at its own size
     long_tokens: Tensor  # int64 [B, L]
     short_tokens: Tensor  # int64 [B, L']
     keys: list[str]
     skipped: dict[str, int]  # samples that could not be decoded and were replaced, by cause
-    teacher: dict[str, Tensor] | None = None  # stored features by name (image, long, short), [B, D]
+    teacher: dict[str, Tensor] | None = None  # stored features by name (of image, long, short the stage's), [B, D]
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -76,7 +82,7 @@ class Batch:
         return replace(
             self,
             images=function(self.images),
-            teacher_images=None if self.teacher_images is None else function(self.teacher_images),
+            teacher_images=tuple(function(view) for view in self.teacher_images),
             long_tokens=function(self.long_tokens),
             short_tokens=function(self.short_tokens),
             teacher=None if self.teacher is None else {name: function(value) for name, value in self.teacher.items()},
@@ -88,7 +94,8 @@ class SampleDecoder:
     """Members to pictures and captions; everything random depends on `seed` and the sample's key numbers alone.
 
     With a `store`, crop and captions are those whose teacher features are stored, and `augment` is not used;
-    `stored_features` False leaves the features out, for a teacher that is run on the same crops.
+    `stored_features` False leaves the features out, for a teacher that is run on the same crops. Of a sample only what
+    `stage` says is decoded and must be there; a stage of its own changes no draw.
     """
 
     views: tuple[ViewSpec, ...]
@@ -97,11 +104,19 @@ class SampleDecoder:
     fast_decode: bool = True
     store: TeacherStore | None = None
     stored_features: bool = True
+    stage: Stage = "both"
 
     def decode(self, raw: RawSample, *key: int) -> Sample:
         """Decode `raw`; `key` is (epoch, index) or whatever else tells this draw from others. Raises BadSample."""
         draw = self.store.draw(raw, self.seed, key) if self.store is not None else None
-        captions = (draw.caption_long, draw.caption_short) if draw is not None else self._captions(raw, key)
+        captions: tuple[Caption, Caption] | None = None
+        if self.stage != "image":
+            captions = (draw.caption_long, draw.caption_short) if draw is not None else self._captions(raw, key)
+        pictures = self._pictures(raw, draw, key) if self.stage != "text" else []
+        teacher = _features(draw, self.stage) if draw is not None and self.stored_features else None
+        return Sample(raw.key, pictures, captions, teacher)
+
+    def _pictures(self, raw: RawSample, draw: StoredDraw | None, key: tuple[int, ...]) -> list[Tensor]:
         if raw.image is None:
             raise BadSample("no picture, or one of more than 64 MB")
         try:
@@ -116,11 +131,9 @@ class SampleDecoder:
             )
         augmentation = self._augmentation(size, key) if draw is None else draw.augmentation
         try:
-            pictures = render(picture, augmentation, self.views)
+            return render(picture, augmentation, self.views)
         except InputError:
             raise BadSample("stored crop outside the picture") from None
-        teacher = _features(draw) if draw is not None and self.stored_features else None
-        return Sample(raw.key, pictures, *captions, teacher)
 
     def _captions(self, raw: RawSample, key: tuple[int, ...]) -> tuple[str, str]:
         long, short = read_captions(raw)
@@ -132,8 +145,9 @@ class SampleDecoder:
         return draw_augmentation(size, self.augment, sample_generator(self.seed, *key, _CROP))
 
 
-def _features(draw: StoredDraw) -> dict[str, np.ndarray]:
-    return {"image": draw.image, "long": draw.long, "short": draw.short}
+def _features(draw: StoredDraw, stage: Stage) -> dict[str, np.ndarray]:
+    image, texts = {"image": draw.image}, {"long": draw.long, "short": draw.short}
+    return image if stage == "image" else texts if stage == "text" else image | texts
 
 
 def read_captions(raw: RawSample) -> tuple[list[str], list[str]]:
@@ -178,29 +192,30 @@ def collate(
     skipped: dict[str, int],
     trim_captions: bool = True,
 ) -> Batch:
-    """Samples to a batch: pictures stacked, captions tokenised and trimmed to the batch's longest."""
+    """Samples of one stage to a batch: pictures stacked, captions tokenised and trimmed to the batch's longest."""
     stacks = [torch.stack(pictures) for pictures in zip(*(sample.pictures for sample in samples), strict=True)]
-    tokens = [
-        _tokens(captions, tokenizer, context_length)
-        for captions in ([sample.caption_long for sample in samples], [sample.caption_short for sample in samples])
-    ]
-    long_tokens, short_tokens = [trim(rows).contiguous() for rows in tokens] if trim_captions else tokens
+    images, *teacher_images = stacks or [torch.empty(len(samples), 3, 0, 0, dtype=torch.uint8)]
+    captions = [sample.captions for sample in samples if sample.captions is not None]
+    tokens = [torch.empty(len(samples), 0, dtype=torch.int64)] * 2
+    if captions:
+        tokens = [_tokens(texts, tokenizer, context_length) for texts in zip(*captions, strict=True)]
+        tokens = [trim(rows).contiguous() for rows in tokens] if trim_captions else tokens
     stored = [sample.teacher for sample in samples if sample.teacher is not None]
     teacher = (
         {name: torch.from_numpy(np.stack([row[name] for row in stored])) for name in stored[0]} if stored else None
     )
     return Batch(
-        images=stacks[0],
-        teacher_images=stacks[1] if len(stacks) > 1 else None,
-        long_tokens=long_tokens,
-        short_tokens=short_tokens,
+        images=images,
+        teacher_images=tuple(teacher_images),
+        long_tokens=tokens[0],
+        short_tokens=tokens[1],
         keys=[sample.key for sample in samples],
         skipped=skipped,
         teacher=teacher,
     )
 
 
-def _tokens(captions: Sequence[str | np.ndarray], tokenizer: CaptionTokenizer, context_length: int) -> Tensor:
+def _tokens(captions: Sequence[Caption], tokenizer: CaptionTokenizer, context_length: int) -> Tensor:
     """Token ids [B, context_length], of texts or of stored ids."""
     texts = [caption for caption in captions if isinstance(caption, str)]
     if len(texts) == len(captions):

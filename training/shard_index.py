@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from braceexpand import braceexpand
@@ -33,9 +33,11 @@ __all__ = [
     "EXTRA_MEMBERS",
     "MANIFEST_NAME",
     "MAX_EXTRA_BYTES",
+    "OpenFiles",
     "RawSample",
     "ShardIndex",
     "ShardRecord",
+    "Stage",
     "expand_patterns",
     "is_remote",
     "is_sample_member",
@@ -56,6 +58,9 @@ _ALLOWED_URL = re.compile(r"(https://|s3://|http://(localhost|127\.0\.0\.1)(:\d+
 # what reading JSON of another shape than ours raises
 BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _COLUMNS = ("image", "json", "txt")
+
+Stage: TypeAlias = Literal["both", "image", "text"]
+"""What is read of a sample: picture and captions, the picture alone, the captions alone."""
 
 
 @dataclass(frozen=True)
@@ -205,15 +210,46 @@ def _spans(group: dict[str, Any]) -> list[tuple[int, int]]:
     return [image, group.get("json", (0, 0)), group.get("txt", (0, 0))]
 
 
-class ShardIndex:
-    """The samples of a list of local shards, numbered 0 .. num_samples - 1 in shard order.
+class OpenFiles:
+    """Reads by offset from many files, of which the last used stay open.
 
     Picklable and safe in several processes: files are opened where they are read, and `pread` shares no position.
     """
 
-    def __init__(self, paths: Sequence[str | Path], show_progress: bool = False) -> None:
-        """Read the manifests, scan what has none. Raises InputError for a broken shard or one unlike its manifest."""
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = list(paths)
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` of file `number`. Raises InputError naming a file that is gone or too short."""
+        path = self._paths[number]
+        if number not in self._files:
+            while len(self._files) >= _MAX_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            try:
+                self._files[number] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise InputError(f"cannot read {path} any more: {error.strerror}") from None
+        self._files.move_to_end(number)
+        data = os.pread(self._files[number], size, offset)
+        if len(data) != size:
+            raise InputError(f"{path} has become shorter than its index says: make or fetch it again")
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+
+class ShardIndex:
+    """The samples of a list of local shards, numbered 0 .. num_samples - 1 in shard order. Picklable."""
+
+    def __init__(self, paths: Sequence[str | Path], show_progress: bool = False, stage: Stage = "both") -> None:
+        """Read the manifests, scan what has none. `stage` says which members `read` reads.
+
+        Raises InputError for a broken shard or one unlike its manifest.
+        """
         self.paths = [Path(path) for path in paths]
+        self._stage = stage
         manifests = {folder: read_manifest(folder) for folder in {path.parent for path in self.paths}}
         steps = track(self.paths, description="indexing shards", disable=not show_progress, transient=True)
         records = [_checked(manifests[path.parent].get(path.name), path) or _cached_scan(path) for path in steps]
@@ -229,7 +265,7 @@ class ShardIndex:
             for name in EXTRA_MEMBERS
             if any(name in record.extra for record in records)
         }
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = OpenFiles(self.paths)
 
     @property
     def num_samples(self) -> int:
@@ -248,36 +284,23 @@ class ShardIndex:
         return shard, int(index - self._starts[shard])
 
     def read(self, index: int) -> RawSample:
-        """The members of sample `index`, undecoded. Raises InputError naming a shard that has shrunk since."""
+        """The members of sample `index` that the stage asks for, undecoded; the others are None, as if absent.
+
+        Raises InputError naming a shard that has shrunk since.
+        """
         shard, _ = self.locate(index)
-        bounds = (MAX_IMAGE_BYTES, MAX_TEXT_BYTES, MAX_TEXT_BYTES)
+        image_bound = 0 if self._stage == "text" else MAX_IMAGE_BYTES
+        text_bound = 0 if self._stage == "image" else MAX_TEXT_BYTES
         image, captions, txt = (
-            self._pread(shard, int(offset), int(size)) if 0 < size <= bound else None
-            for (offset, size), bound in zip(self._spans[index], bounds, strict=True)
+            self._files.read(shard, int(offset), int(size)) if 0 < size <= bound else None
+            for (offset, size), bound in zip(self._spans[index], (image_bound, text_bound, text_bound), strict=True)
         )
         extra = {
-            name: self._pread(shard, int(spans[index, 0]), int(spans[index, 1]))
+            name: self._files.read(shard, int(spans[index, 0]), int(spans[index, 1]))
             for name, spans in self._extra.items()
-            if 0 < spans[index, 1] <= MAX_EXTRA_BYTES
+            if self._stage == "both" and 0 < spans[index, 1] <= MAX_EXTRA_BYTES
         }
         return RawSample(self.key(index), image, captions, txt, extra)
-
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        if shard not in self._files:
-            while len(self._files) >= _MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            try:
-                self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-            except OSError as error:
-                raise InputError(f"cannot read {self.paths[shard]} any more: {error.strerror}") from None
-        self._files.move_to_end(shard)
-        data = os.pread(self._files[shard], size, offset)
-        if len(data) != size:
-            raise InputError(f"{self.paths[shard]} has become shorter than its index says: make or fetch it again")
-        return data
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
 
 
 def read_manifest(folder: Path) -> dict[str, ShardRecord]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from training.shard_index import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     RawSample,
+    Stage,
     is_sample_member,
 )
 from training.transforms import sample_generator
@@ -50,6 +51,8 @@ class ShardStream(IterableDataset):
     batch_size: int
     rank: int
     trim_captions: bool = True
+    stage: Stage = "both"
+    """Which members are kept of what comes over the network."""
 
     def __post_init__(self) -> None:
         self._epoch, self._start, self._stop = 0, 0, 0
@@ -104,7 +107,7 @@ class ShardStream(IterableDataset):
             num_samples = 0
             reason = "no samples in it"
             try:
-                for raw in read_remote_shard(url):
+                for raw in read_remote_shard(url, self.stage):
                     num_samples += 1
                     yield raw
             except Exception as error:  # each network library has its own: whatever it is, this shard is over
@@ -114,22 +117,31 @@ class ShardStream(IterableDataset):
         raise InputError(f"{_MAX_FAILURES} remote shards in a row failed, the last was {url} ({reason})")
 
 
-def read_remote_shard(url: str) -> Iterator[RawSample]:
-    """The samples of a remote tar in one pass, undecoded. A member over its size bound is passed over, unread."""
+def read_remote_shard(url: str, stage: Stage = "both") -> Iterator[RawSample]:
+    """The samples of a remote tar in one pass, undecoded. A member over its size bound is passed over, unread, as is
+    one that the stage has no use for."""
     options = {} if url.startswith("s3:") else {"block_size": 0}  # 0: one plain download, no ranges
     with fsspec.open(url, "rb", **options) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-        for group in group_by_keys(_members(tar)):
+        for group in group_by_keys(_members(tar, _member_bounds(stage))):
             image = next((group[suffix] for suffix in group if f".{suffix}" in IMAGE_SUFFIXES), None)
             extra = {name: group[name] for name in EXTRA_MEMBERS if group.get(name)}
             yield RawSample(group["__key__"], image, group.get("json"), group.get("txt"), extra)
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
+def _member_bounds(stage: Stage) -> dict[str, int]:
+    """Most bytes of the members that a stage reads, by suffix."""
+    bounds = {} if stage == "text" else {suffix[1:]: MAX_IMAGE_BYTES for suffix in IMAGE_SUFFIXES}
+    if stage != "image":
+        bounds |= {"json": MAX_TEXT_BYTES, "txt": MAX_TEXT_BYTES}
+    if stage == "both":
+        bounds |= dict.fromkeys(EXTRA_MEMBERS, MAX_EXTRA_BYTES)
+    return bounds
+
+
+def _members(tar: tarfile.TarFile, bounds: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     for member in tar:
         suffix = (base_plus_ext(member.name)[1] or "").lower()
-        bounds = {"json": MAX_TEXT_BYTES, "txt": MAX_TEXT_BYTES, **dict.fromkeys(EXTRA_MEMBERS, MAX_EXTRA_BYTES)}
-        bound = MAX_IMAGE_BYTES if f".{suffix}" in IMAGE_SUFFIXES else bounds.get(suffix, -1)  # -1: not ours
-        if is_sample_member(member) and member.size <= bound:
+        if is_sample_member(member) and member.size <= bounds.get(suffix, -1):  # -1: not ours
             content = tar.extractfile(member)
             yield {"fname": member.name, "data": content.read() if content else None, "__url__": ""}
         tar.members = []  # type: ignore[attr-defined] # a stream of millions must not be remembered

@@ -1,4 +1,4 @@
-"""Training batches from shards: an exact, resumable order over indexed shards.
+"""Training batches from shards or loose files: an exact, resumable order over an index of samples.
 
 The order of epoch e is a permutation keyed by (seed, e); batch k is its k-th run of `global_batch_size` samples, and
 rank r of W takes the r-th W-th of it. So the whole state of the sampler is (seed, epoch, step): any number of workers
@@ -12,20 +12,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
+from training.loose_files import CaptionFiles, PictureFolder
 from training.samples import BadSample, Batch, Sample, SampleDecoder, collate
-from training.shard_index import ShardIndex, expand_patterns, is_remote
+from training.shard_index import RawSample, ShardIndex, Stage, expand_patterns, is_remote
 from training.shard_stream import ShardStream
 from training.stored import TeacherStore
 from training.transforms import AugmentConfig, ViewSpec, sample_generator
 
-__all__ = ["Batch", "OpenStore", "ShardLoader", "build_loader", "epoch_order"]
+__all__ = ["Batch", "OpenStore", "SampleIndex", "ShardLoader", "build_loader", "epoch_order"]
 
 OpenStore: TypeAlias = Callable[[ShardIndex | None], TeacherStore]
 _MAX_ATTEMPTS = 20  # samples tried for one place in a batch
@@ -49,11 +50,25 @@ def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, 
     )
 
 
+class SampleIndex(Protocol):
+    """Samples by number: of shards, of a folder of pictures, of caption files. Picklable: workers read through it."""
+
+    shard_sizes: np.ndarray
+    """int64 [shards]; they sum to `num_samples`. Loose files are one shard."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def read(self, index: int) -> RawSample:
+        """Sample `index`, undecoded. Raises InputError for a file that is not what it was."""
+        ...
+
+
 @dataclass
 class _IndexedBatches(Dataset):
     """Batch (epoch, step) of one rank, by number. An InputError is returned, not raised: workers would wrap it."""
 
-    index: ShardIndex
+    index: SampleIndex
     decoder: SampleDecoder
     tokenizer: CaptionTokenizer
     context_length: int
@@ -92,7 +107,7 @@ class _IndexedBatches(Dataset):
                     sample_generator(self.decoder.seed, epoch, index, attempt).integers(self.index.num_samples)
                 )
         causes = ", ".join(f"{count} x {cause}" for cause, count in skipped.most_common())
-        raise InputError(f"{_MAX_ATTEMPTS} samples drawn in a row cannot be used ({causes}): the shards are damaged")
+        raise InputError(f"{_MAX_ATTEMPTS} samples drawn in a row cannot be used ({causes}): mend the data")
 
 
 class _Steps(Sampler[tuple[int, int]]):
@@ -111,9 +126,9 @@ class _Steps(Sampler[tuple[int, int]]):
 class ShardLoader:
     """Batches of one rank. Built by `build_loader`.
 
-    num_samples      samples in the shards; None for a stream
+    num_samples      samples in the data; None for a stream
     steps_per_epoch  the same on every rank
-    is_exact         whether order and resumption are exact (indexed shards) or resampled (a stream)
+    is_exact         whether order and resumption are exact (indexed samples) or resampled (a stream)
     """
 
     def __init__(
@@ -172,7 +187,7 @@ class ShardLoader:
             causes = ", ".join(f"{count} x {cause}" for cause, count in self._skipped.most_common())
             raise InputError(
                 f"{num_bad} of {self._seen} samples cannot be used ({causes}): more than max_bad_share allows "
-                f"({self._max_bad_share:g}); mend the shards or raise it"
+                f"({self._max_bad_share:g}); mend the data or raise it"
             )
 
 
@@ -184,6 +199,9 @@ def build_loader(
     tokenizer: CaptionTokenizer,
     context_length: int,
     global_batch_size: int,
+    stage: Stage = "both",
+    images: Path | None = None,
+    captions: Sequence[str] = (),
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
@@ -198,13 +216,16 @@ def build_loader(
     pin_memory: bool = False,
     show_progress: bool = False,
 ) -> ShardLoader:
-    """A loader over shards (see `expand_patterns`) for one rank.
+    """A loader over shards (see `expand_patterns`) or, for one tower, loose files, for one rank.
 
-    views             one or two: the student's, then the teacher's
+    views             of each picture: the student's, then the teachers' where they differ
     global_batch_size over all ranks; divided by `world_size`
+    stage             image: samples need no caption; text: they need no picture, and none is read; views are not used
+    images            image stage: a folder of pictures instead of `shards` (see `PictureFolder`)
+    captions          text stage: caption files instead of `shards` (see `CaptionFiles`)
     max_bad_share     share of samples that may be unusable (and are replaced) before the run stops
-    shuffle_shards    how many shards' samples are mixed at a time
-    epoch_samples     samples in an epoch: a must for a stream; a shorter epoch over indexed shards
+    shuffle_shards    how many shards' samples are mixed at a time; of loose files all are
+    epoch_samples     samples in an epoch: a must for a stream; a shorter epoch over indexed samples
     open_store        stored teacher features of the indexed shards (None is passed for a stream); their crops and
                       captions are replayed; `stored_features` False leaves the features themselves out
     fast_decode       see training/pictures.py
@@ -212,33 +233,37 @@ def build_loader(
     pin_memory        batches in page-locked memory, for a GPU
     show_progress     a bar while shards without a manifest are indexed
 
-    Raises InputError for whatever is wrong with the shards or these numbers.
+    Raises InputError for whatever is wrong with the data or these numbers.
     """
-    if not 1 <= len(views) <= 2:
-        raise InputError(f"{len(views)} views: give one for the student, or two with the teacher's")
+    if not views and stage != "text":
+        raise InputError("no views: give one of each picture for the student, and more for teachers of other sizes")
     if global_batch_size < 1 or global_batch_size % world_size:
         raise InputError(f"global_batch_size {global_batch_size} is not divisible by the {world_size} processes")
     if not 0 <= max_bad_share <= 1 or shuffle_shards < 1 or seed < 0 or num_workers < 0:
         raise InputError("data: max_bad_share is 0 to 1, shuffle_shards 1 or more, seed and num_workers 0 or more")
-    paths = expand_patterns(shards)
-    index = None if is_remote(paths[0]) else ShardIndex(paths, show_progress)
+    loose = _loose_files(stage, images, captions)
+    if loose is not None and open_store is not None:
+        raise InputError("stored teacher features belong to shards: give --data.shards, or leave --teacher.cache out")
+    members: Stage = stage if open_store is None else "both"  # a store knows a sample by its picture and captions
+    paths = [] if loose is not None else expand_patterns(shards)
+    is_stream = bool(paths) and is_remote(paths[0])
+    index = None if loose is not None or is_stream else ShardIndex(paths, show_progress, members)
     store = open_store(index) if open_store is not None else None
-    decoder = SampleDecoder(tuple(views), augment, seed, fast_decode, store, stored_features)
+    decoder = SampleDecoder(tuple(views), augment, seed, fast_decode, store, stored_features, stage)
     batch_size = global_batch_size // world_size
     source: _IndexedBatches | ShardStream
-    if index is None:
+    samples: SampleIndex | None = loose or index
+    if samples is None:
         if epoch_samples is None:
             raise InputError("remote shards have no index: say with epoch_samples how many samples make an epoch")
-        source = ShardStream(paths, decoder, tokenizer, context_length, batch_size, rank, trim_captions)
+        source = ShardStream(paths, decoder, tokenizer, context_length, batch_size, rank, trim_captions, members)
         num_samples, num_epoch = None, epoch_samples
     else:
-        num_samples, num_epoch = index.num_samples, epoch_samples or index.num_samples
+        num_samples, num_epoch = samples.num_samples, epoch_samples or samples.num_samples
         if num_epoch > num_samples:
-            raise InputError(
-                f"epoch_samples {num_epoch} is more than the {num_samples} samples in the shards: lower it"
-            )
+            raise InputError(f"epoch_samples {num_epoch} is more than the {num_samples} samples there are: lower it")
         source = _IndexedBatches(
-            index, decoder, tokenizer, context_length, batch_size, rank, world_size, shuffle_shards, trim_captions
+            samples, decoder, tokenizer, context_length, batch_size, rank, world_size, shuffle_shards, trim_captions
         )
     if num_epoch < global_batch_size:
         raise InputError(f"{num_epoch} samples are fewer than one global batch of {global_batch_size}: lower it")
@@ -250,3 +275,14 @@ def build_loader(
         max_bad_share=max_bad_share,
         pin_memory=pin_memory,
     )
+
+
+def _loose_files(stage: Stage, images: Path | None, captions: Sequence[str]) -> SampleIndex | None:
+    """The index of the loose files that are given instead of shards."""
+    if images is not None and stage != "image":
+        raise InputError(f"--data.images {images} belongs to --run.stage image, this is {stage}: give --data.shards")
+    if captions and stage != "text":
+        raise InputError(f"--data.captions belongs to --run.stage text, this is {stage}: give --data.shards")
+    if images is not None:
+        return PictureFolder(images)
+    return CaptionFiles(captions) if captions else None

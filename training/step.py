@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training.distill import Distiller, Features, caption_groups, compute_losses, gather_features
+from training.distill import Distiller, Outputs
+from training.objective import Features, caption_groups, compute_losses, gather_features
 from training.samples import Batch
 
 __all__ = ["backward_step", "seed_everything"]
@@ -49,80 +50,84 @@ def backward_step(
     chunks = _split(batch, accumulation)
 
     with autocast:
-        teacher = _join([distiller.teacher_features(chunk) for chunk in chunks])
+        taught = [distiller.teacher_outputs(chunk) for chunk in chunks]
         if accumulation == 1:
             seed_everything(*key)
-            student, scale = module(batch.images, batch.long_tokens, batch.short_tokens)
+            outputs = module(batch.images, batch.long_tokens, batch.short_tokens, taught[0][1])
         else:
-            student, scale = _features_without_graph(distiller, chunks, key)
+            outputs = _outputs_without_graph(distiller, chunks, key)
 
-    losses = _weighted_losses(distiller, student, scale, teacher, batch)
+    losses = _weighted_losses(distiller, outputs, _join([features for features, _ in taught]), batch)
     scaler.scale(losses["loss"]).backward()
     if accumulation > 1:
-        _replay(module, chunks, student, scale, autocast, key)
+        _replay(module, chunks, outputs, autocast, key)
     return {name: value.detach() for name, value in losses.items()}
 
 
 def _weighted_losses(
-    distiller: Distiller, student: Features, scale: Tensor, teacher: Features | None, batch: Batch
+    distiller: Distiller, outputs: Outputs, teacher: Features | None, batch: Batch
 ) -> dict[str, Tensor]:
-    options = distiller.options
+    options, teachers = distiller.options, distiller.teachers
     groups = None
     if options.share_identical_captions:
         groups = {"long": caption_groups(batch.long_tokens), "short": caption_groups(batch.short_tokens)}
-    widths = distiller.teacher_widths
-    return compute_losses(
-        gather_features(student, options),
-        scale,
+    facts = {} if teachers is None else teachers.facts
+    widths = facts["long"].widths if facts else None
+    losses = compute_losses(
+        gather_features(outputs.features, options),
+        outputs.parameters,
         None if teacher is None else gather_features(teacher, options, widths),
-        distiller.teacher_scale,
+        facts,
         options,
         groups,
-        teacher_widths=widths,
+        prompts=None if teachers is None else teachers.prompts,
         streaming=distiller.streaming,
     )
+    for name, value in outputs.layers.items():
+        losses[name] = value
+        losses["loss"] = losses["loss"] + getattr(options, name) * value
+    return losses
 
 
 @torch.no_grad()
-def _features_without_graph(distiller: Distiller, chunks: list[Batch], key: tuple[int, ...]) -> tuple[Features, Tensor]:
-    """Features of all chunks as leaves that collect a gradient; buffers (BatchNorm statistics) are left as they
-    were."""
+def _outputs_without_graph(distiller: Distiller, chunks: list[Batch], key: tuple[int, ...]) -> Outputs:
+    """Features of all chunks and the losses' parameters as leaves that collect a gradient; buffers (BatchNorm
+    statistics) are left as they were."""
     buffers = {name: value.clone() for name, value in distiller.named_buffers()}
     parts = []
     for number, chunk in enumerate(chunks):
         seed_everything(*key, number)
-        features, scale = distiller(chunk.images, chunk.long_tokens, chunk.short_tokens)
-        parts.append(features)
+        parts.append(distiller(chunk.images, chunk.long_tokens, chunk.short_tokens))
     for name, value in distiller.named_buffers():
         value.copy_(buffers[name])
-    joined = _join(parts)
+    joined = _join([part.features for part in parts])
     assert joined is not None
-    leaves = {name: value.detach().requires_grad_() for name, value in joined.tensors().items()}
-    return Features.from_tensors(leaves), scale.detach().requires_grad_(distiller.model.logit_scale.requires_grad)
+    return Outputs(_leaves(joined), _leaves(parts[-1].parameters), {})
 
 
-def _replay(
-    module: nn.Module, chunks: list[Batch], features: Features, scale: Tensor, autocast: Any, key: tuple[int, ...]
-) -> None:
-    """Run each chunk with a graph and push the cached feature gradients through it; DDP averages after the last one."""
-    grads = {name: value.grad for name, value in features.tensors().items() if value.grad is not None}
-    first = 0
+def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().requires_grad_() for name, value in tensors.items()}
+
+
+def _replay(module: nn.Module, chunks: list[Batch], first: Outputs, autocast: Any, key: tuple[int, ...]) -> None:
+    """Run each chunk with a graph and push the cached gradients through it; DDP averages after the last one."""
+    start = 0
     for number, chunk in enumerate(chunks):
         last = number == len(chunks) - 1
         quiet = module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
         with quiet:
             seed_everything(*key, number)
             with autocast:
-                again, again_scale = module(chunk.images, chunk.long_tokens, chunk.short_tokens)
-            tensors = again.tensors()
-            rows = slice(first, first + len(chunk.keys))
-            outputs = [tensors[name] for name in grads]
-            upstream = [grad[rows] for grad in grads.values()]
-            if last and scale.grad is not None:
-                outputs.append(again_scale)
-                upstream.append(scale.grad)
-            torch.autograd.backward(outputs, upstream)
-        first += len(chunk.keys)
+                again = module(chunk.images, chunk.long_tokens, chunk.short_tokens)
+            rows = slice(start, start + len(chunk.keys))
+            grads = {name: leaf.grad[rows] for name, leaf in first.features.items() if leaf.grad is not None}
+            pairs = [(again.features[name], grad) for name, grad in grads.items()]
+            if last:
+                leaves = first.parameters.items()
+                pairs += [(again.parameters[name], leaf.grad) for name, leaf in leaves if leaf.grad is not None]
+            live = [(value, grad) for value, grad in pairs if value.requires_grad]  # a frozen tower's do not
+            torch.autograd.backward([value for value, _ in live], [grad for _, grad in live])
+        start += len(chunk.keys)
 
 
 def _split(batch: Batch, accumulation: int) -> list[Batch]:
@@ -135,5 +140,4 @@ def _split(batch: Batch, accumulation: int) -> list[Batch]:
 def _join(parts: list[Any]) -> Features | None:
     if parts[0] is None:
         return None
-    tensors = [part.tensors() for part in parts]
-    return Features.from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

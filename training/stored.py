@@ -25,8 +25,8 @@ class TeacherFacts:
 
     widths: tuple[int, ...]
     """Widths of the teachers' features, side by side in one row of `sum(widths)`; each part has unit norm."""
-    logit_scale: float | None
-    """Linear logit scale; None where the store does not say (--loss.teacher_scale must)."""
+    logit_scale: float | tuple[float, ...] | None
+    """Linear logit scale, or one for each; None where a store does not say (--loss.teacher_scale must)."""
     context_length: int
     """Tokens that the stored text features have read at most."""
 

@@ -14,9 +14,10 @@ from torch.nn.functional import normalize
 
 from benches.measure import BenchOptions, Row, in_own_process, peak_memory_gb
 from benches.step import Side, random_batch
+from longclip_teacher.trace import Trace
 from mobileclip_student import create_student
 from training.config import LossOptions
-from training.distill import Distiller, Features
+from training.distill import Distiller, Outputs, Teachers
 from training.samples import Batch
 from training.stored import TeacherFacts
 
@@ -38,17 +39,19 @@ class ChunkedDistiller(Distiller):
     chunks_seen: dict[bool, int]
     """Calls so far, of the pass without a graph (False) and of the replay (True)."""
 
-    def forward(self, images: Tensor, long_tokens: Tensor, short_tokens: Tensor) -> tuple[Features, Tensor]:
+    def forward(
+        self, images: Tensor, long_tokens: Tensor, short_tokens: Tensor, traces: dict[str, Trace] | None = None
+    ) -> Outputs:
         """Features of one chunk and the linear logit scale."""
         replays = torch.is_grad_enabled()
         self.chunks_seen[replays] += 1
         if self.chunks_seen[replays] <= self.real_chunks:
-            return super().forward(images, long_tokens, short_tokens)
+            return super().forward(images, long_tokens, short_tokens, traces)
         scale = self.model.linear_logit_scale
         shape = (len(images), self.model.embed_dim)
         # plus nothing times the scale: a graph, so that the replay can push a gradient through it
         image, long, short = (normalize(torch.randn(shape, device=images.device), dim=-1) + 0 * scale for _ in range(3))
-        return Features(image, long, short), scale
+        return Outputs({"image": image, "long": long, "short": short}, {"logit_scale": scale}, {})
 
 
 @dataclass
@@ -121,7 +124,8 @@ def step_peak(
     model = create_student(variant).to(device).train()
     batch = _stored(random_batch(batch_size, model.image_size)).to(device)
     facts = TeacherFacts((TEACHER_WIDTH,), 100.0, model.context_length)
-    distiller = ChunkedDistiller(model, None, LossOptions(pca_rank=min(32, batch_size // 2)), facts, streaming)
+    options_of_losses = LossOptions(pca_rank=min(32, batch_size // 2))
+    distiller = ChunkedDistiller(model, Teachers(stored=facts), options_of_losses, streaming=streaming)
     distiller.real_chunks, distiller.chunks_seen = real_chunks, {False: 0, True: 0}
     side = Side(distiller.to(device), batch, options.precision, fused=True)
     for parameter in distiller.parameters():

@@ -15,7 +15,7 @@ from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT, trim
 from mobileclip_student import create_student
 from training.config import LossOptions, OptimOptions
-from training.distill import Distiller
+from training.distill import Distiller, Teachers
 from training.optim import build_optimizer
 from training.samples import Batch
 from training.step import backward_step
@@ -104,7 +104,7 @@ def _baseline(student: str, teacher: LongCLIP, losses: LossOptions, batch_size: 
     model = create_student(student).to(options.device).train()
     model.text_encoder.trim_captions = False
     model.image_encoder.channels_last = False
-    distiller = Distiller(model, teacher, losses, streaming=False).to(options.device)
+    distiller = Distiller(model, Teachers([teacher]), losses, streaming=False).to(options.device)
     batch = random_batch(batch_size, model.image_size, teacher.image_size).to(options.device)
     long, short = (F.pad(x, (0, CONTEXT_LENGTH - x.shape[1])) for x in (batch.long_tokens, batch.short_tokens))
     return Side(distiller, replace(batch, long_tokens=long, short_tokens=short), options.precision, fused=False)
@@ -115,17 +115,17 @@ def _ours(student: str, teacher: LongCLIP, baseline: Side, precision: str) -> Si
     torch.manual_seed(1)
     device = baseline.batch.images.device
     model = create_student(student).to(device).train()
-    features = baseline.distiller.teacher_features(baseline.batch)
+    features, _ = baseline.distiller.teacher_outputs(baseline.batch)
     assert features is not None
     batch = replace(
         baseline.batch,
-        teacher_images=None,
+        teacher_images=(),
         long_tokens=trim(baseline.batch.long_tokens).contiguous(),
         short_tokens=trim(baseline.batch.short_tokens).contiguous(),
-        teacher={name: value.half() for name, value in features.tensors().items()},
+        teacher={name: value.half() for name, value in features.items()},
     )
     facts = TeacherFacts((teacher.embed_dim,), float(teacher.linear_logit_scale), teacher.context_length)
-    distiller = Distiller(model, None, baseline.distiller.options, facts).to(device)
+    distiller = Distiller(model, Teachers(stored=facts), baseline.distiller.options).to(device)
     return Side(distiller, batch, precision, fused=True)
 
 
@@ -148,7 +148,7 @@ def random_batch(batch_size: int, image_size: int, teacher_image_size: int | Non
 
     return Batch(
         images=pictures(image_size),
-        teacher_images=None if teacher_image_size is None else pictures(teacher_image_size),
+        teacher_images=() if teacher_image_size is None else (pictures(teacher_image_size),),
         long_tokens=captions(_LONG),
         short_tokens=captions(_SHORT),
         keys=[str(number) for number in range(batch_size)],

@@ -12,6 +12,7 @@ from benches.step import Side, random_batch, step_case
 from longclip_teacher.text import caption_lengths
 from mobileclip_student import create_student
 from training.config import LossOptions
+from training.distill import Teachers
 from training.stored import TeacherFacts
 
 OPTIONS = BenchOptions(full=False, rounds=1, device=torch.device("cpu"), precision="fp32")
@@ -26,7 +27,7 @@ def test_both_sides_of_a_step_have_the_same_loss() -> None:
 def test_captions_have_the_stated_lengths() -> None:
     batch = random_batch(400, 4, 6)
     assert batch.images.shape == (400, 3, 4, 4)
-    assert batch.teacher_images is not None and batch.teacher_images.shape == (400, 3, 6, 6)
+    assert [view.shape for view in batch.teacher_images] == [(400, 3, 6, 6)]
     long, short = (caption_lengths(tokens).float() for tokens in (batch.long_tokens, batch.short_tokens))
     assert 95 < long.mean() < 105 and 11 < short.mean() < 13
     assert long.max() == batch.long_tokens.shape[1]
@@ -37,7 +38,7 @@ def test_a_step_moves_the_weights() -> None:
     model = create_student("tiny", context_length=40).train()
     facts = TeacherFacts((memory.TEACHER_WIDTH,), 100.0, 248)
     batch = memory._stored(random_batch(12, 48))
-    side = Side(ChunkedDistiller(model, None, LossOptions(pca_rank=4), facts), batch, "fp32", fused=True)
+    side = Side(ChunkedDistiller(model, Teachers(stored=facts), LossOptions(pca_rank=4)), batch, "fp32", fused=True)
     side.distiller.real_chunks, side.distiller.chunks_seen = 2, {False: 0, True: 0}
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     assert side.step(accumulation=3).isfinite()
@@ -51,10 +52,10 @@ def test_a_drawn_chunk_trains_the_scale_alone() -> None:
     distiller = ChunkedDistiller(model, None, LossOptions(pca_rank=4))
     distiller.real_chunks, distiller.chunks_seen = 0, {False: 0, True: 0}
     batch = random_batch(6, 48)
-    features, _ = distiller(batch.images, batch.long_tokens, batch.short_tokens)
-    sum(value.square().sum() for value in features.tensors().values()).backward()
+    features = distiller(batch.images, batch.long_tokens, batch.short_tokens).features
+    sum(value.square().sum() for value in features.values()).backward()
     assert [name for name, value in model.named_parameters() if value.grad is not None] == ["logit_scale"]
-    torch.testing.assert_close(features.image.norm(dim=1), torch.ones(6))
+    torch.testing.assert_close(features["image"].norm(dim=1), torch.ones(6))
 
 
 def test_memory_names_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """Gradient of one training step on random data, as a program: run alone or as one of several ranks.
 
-Usage: one_step.py OUT ACCUMULATION PCA_SCOPE LOSSES, the last "streaming" or "full" (torchrun's environment variables
-give rank and world size). Rank 0 writes the losses and the gradients, float64, with the models in eval mode, to OUT.
+Usage: one_step.py OUT ACCUMULATION PCA_SCOPE LOSSES LAYERS, LOSSES being "streaming" or "full", LAYERS "layers" or
+"none" (torchrun's environment variables give rank and world size). Every loss of pairs and of features is on, and with
+LAYERS those between the layers of the text towers. Rank 0 writes the losses and the gradients, float64, with the models
+in eval mode, to OUT.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from longclip_teacher import create_teacher
 from mobileclip_student import create_student
-from training.config import LossOptions
-from training.distill import Distiller
+from training.config import FEATURE_LOSSES, LAYER_LOSSES, PAIR_LOSSES, LossOptions
+from training.distill import Distiller, Teachers
 from training.distributed import start
 from training.shards import Batch
 from training.step import backward_step
@@ -40,7 +42,7 @@ def random_batch(rank: int, world_size: int) -> Batch:
     rows = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
     return Batch(
         images=images[rows],
-        teacher_images=None,
+        teacher_images=(images[rows],),  # the teacher's resampling differs
         long_tokens=long_tokens[rows],
         short_tokens=short_tokens[rows],
         keys=[str(i) for i in range(GLOBAL_BATCH)][rows],
@@ -48,23 +50,32 @@ def random_batch(rank: int, world_size: int) -> Batch:
     )
 
 
+def options(pca_scope: str, layers: bool) -> LossOptions:
+    """All losses at once."""
+    on = {f"{name}_{length}": 0.3 for name in PAIR_LOSSES for length in ("long", "short")}
+    on |= {"gd_long": 1e4, "gd_short": 1e4}
+    on |= {f"{name}_{tower}": 0.7 for name in FEATURE_LOSSES for tower in ("image", "text")}
+    on |= {f"{name}_text": 0.5 for name in LAYER_LOSSES if layers}
+    return LossOptions(
+        **on, pca_rank=4, pca_scope=pca_scope, share_identical_captions=True, teacher_scale=20.0, head_match="mean"
+    )
+
+
 def main() -> None:
-    out, accumulation, pca_scope, losses_by = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    out, accumulation, pca_scope = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    streaming, layers = sys.argv[4] == "streaming", sys.argv[5] == "layers"
     with start("cpu") as runtime:
         torch.manual_seed(0)
-        options = LossOptions(
-            fd=0.7, pca_rank=4, pca_scope=pca_scope, share_identical_captions=True, teacher_scale=20.0
-        )
         student, teacher = create_student("tiny").double().eval(), create_teacher("tiny").double().eval()
-        frozen = teacher.requires_grad_(False)
-        distiller = Distiller(student, frozen, options, streaming=losses_by == "streaming").double()
+        teachers = Teachers([teacher.requires_grad_(False)])
+        distiller = Distiller(student, teachers, options(pca_scope, layers), streaming=streaming).double()
         assert distiller.project, "the widths differ, so that projections are under test"
         module = DistributedDataParallel(distiller) if runtime.world_size > 1 else distiller
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         batch = random_batch(runtime.rank, runtime.world_size)
         losses = backward_step(module, batch, precision="fp32", accumulation=accumulation, scaler=scaler, key=(0, 0))
         if runtime.is_main:
-            grads = {name: p.grad for name, p in distiller.named_parameters()}
+            grads = {name: p.grad for name, p in distiller.named_parameters() if p.requires_grad}
             torch.save({"losses": losses, "grads": grads}, out)
 
 

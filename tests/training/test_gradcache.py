@@ -13,7 +13,8 @@ from longclip_teacher.text import EOT, SOT
 from mobileclip_student import create_student
 from mobileclip_student.model import variant_config
 from training.config import LossOptions
-from training.distill import Distiller, Features, compute_losses, gather_features
+from training.distill import Distiller
+from training.objective import compute_losses, gather_features
 from training.samples import Batch
 from training.step import backward_step, seed_everything
 
@@ -35,7 +36,7 @@ def _batch() -> Batch:
 
     return Batch(
         images=torch.randint(0, 256, (BATCH_SIZE, 3, 48, 48), generator=generator, dtype=torch.uint8),
-        teacher_images=None,
+        teacher_images=(),
         long_tokens=captions(30),
         short_tokens=captions(9),
         keys=[str(number) for number in range(BATCH_SIZE)],
@@ -68,10 +69,10 @@ def _joined_by_hand(distiller: Distiller) -> dict[str, Tensor]:
     for number in range(CHUNKS):
         chunk = _batch().rows(slice(number * size, (number + 1) * size))
         seed_everything(*KEY, number)
-        features, scale = distiller(chunk.images, chunk.long_tokens, chunk.short_tokens)
-        parts.append(features.tensors())
-    joined = Features.from_tensors({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-    losses = compute_losses(gather_features(joined, OPTIONS), scale, None, 1.0, OPTIONS)
+        outputs = distiller(chunk.images, chunk.long_tokens, chunk.short_tokens)
+        parts.append(outputs.features)
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    losses = compute_losses(gather_features(joined, OPTIONS), outputs.parameters, None, {}, OPTIONS)
     losses["loss"].backward()
     return losses
 

@@ -1,14 +1,17 @@
-"""AdamW: which parameters decay, and one kernel against many."""
+"""AdamW: which parameters decay, how fast each learns, the schedules, and one kernel against many."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
+from longclip_teacher import create_teacher
 from mobileclip_student import create_student
+from mobileclip_student.model import override, variant_config
 from training.config import OptimOptions
 from training.optim import build_optimizer, learning_rate
 
@@ -44,7 +47,9 @@ def test_devices_without_a_fused_kernel_take_separate_operations() -> None:
 def test_vectors_and_positions_do_not_decay_and_frozen_parameters_do_not_move() -> None:
     model = create_student("tiny", context_length=40)
     model.text_encoder.token_embedding.weight.requires_grad_(False)
-    decayed, plain = build_optimizer(model, OptimOptions(weight_decay=0.3)).param_groups
+    optimizer = build_optimizer(model, OptimOptions(weight_decay=0.3))
+    decayed, plain = optimizer.param_groups
+    assert all((group["lr_share"], group["lr"]) == (1.0, optimizer.defaults["lr"]) for group in optimizer.param_groups)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decays, stays = ({names[id(parameter)] for parameter in group["params"]} for group in (decayed, plain))
@@ -60,3 +65,159 @@ def test_learning_rate_rises_and_falls() -> None:
     assert max(rates) == 2.0 and rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] == pytest.approx(0.2, abs=1e-3)
     assert learning_rate(0, 20, options) == 1.0  # never more than a tenth of the run
+
+
+def test_constant_rate_stays_at_the_peak_until_it_cools_down() -> None:
+    options = OptimOptions(lr=2.0, warmup_steps=4, schedule="constant", cooldown_share=0.2, min_lr_share=0.1)
+    rates = [learning_rate(step, 100, options) for step in range(101)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4:81] == [2.0] * 77
+    assert rates[80:] == pytest.approx([2.0 - 1.8 * i / 20 for i in range(21)])
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, [1.0, 1.0, 1.0, 1.0]), (1.0, [1.0, 1.0, 2 / 3, 1 / 3])])
+def test_cool_down_of_nothing_and_of_everything(share: float, expected: list[float]) -> None:
+    options = OptimOptions(lr=1.0, warmup_steps=1, schedule="constant", cooldown_share=share)
+    assert [learning_rate(step, 4, options) for step in range(4)] == pytest.approx(expected)
+
+
+# parameters by how many times layer_decay is in their rate: once in the last block, once more in each before it
+FASTVIT_TINY = {  # stages of 1, 1 and 2 blocks
+    "image_encoder.trunk.stem.0.conv_kxk.0.conv.weight": 5,
+    "image_encoder.trunk.stages.0.blocks.0.mlp.fc1.weight": 4,
+    "image_encoder.trunk.stages.1.downsample.proj.0.large_conv.conv.weight": 3,
+    "image_encoder.trunk.stages.1.blocks.0.layer_scale.gamma": 3,
+    "image_encoder.trunk.stages.2.downsample.proj.1.identity.bias": 2,
+    "image_encoder.trunk.stages.2.blocks.0.token_mixer.norm.identity.weight": 2,
+    "image_encoder.trunk.stages.2.blocks.1.mlp.fc2.bias": 1,
+    "image_encoder.trunk.final_conv.se.fc1.weight": 0,
+    "image_encoder.trunk.head.fc.weight": 0,
+}
+HYBRID_TINY = {  # RepMixer, attention, RepMixer
+    "text_encoder.token_embedding.weight": 4,
+    "text_encoder.positional_embedding": 4,
+    "text_encoder.blocks.0.token_mixer.conv.weight": 3,
+    "text_encoder.blocks.1.query.weight": 2,
+    "text_encoder.blocks.2.ffn_conv.norm.bias": 1,
+    "text_encoder.ln_final.weight": 0,
+    "text_encoder.projection": 0,
+    "logit_scale": 0,
+}
+FASTVIT_S3 = {  # stages of 2, 12, 24, 4 and 2 blocks
+    "image_encoder.trunk.stem.2.conv_kxk.0.conv.weight": 45,
+    "image_encoder.trunk.stages.0.blocks.0.mlp.fc1.weight": 44,
+    "image_encoder.trunk.stages.1.blocks.10.mlp.fc1.weight": 32,
+    "image_encoder.trunk.stages.2.blocks.2.mlp.fc1.weight": 28,
+    "image_encoder.trunk.stages.2.blocks.23.mlp.fc1.weight": 7,
+    "image_encoder.trunk.stages.3.pos_emb.pos_enc.weight": 6,
+    "image_encoder.trunk.stages.4.blocks.1.mlp.fc1.weight": 1,
+}
+VIT_B = {  # 12 blocks each
+    "image_encoder.trunk.cls_token": 13,
+    "image_encoder.trunk.pos_embed": 13,
+    "image_encoder.trunk.patch_embed.backbone.2.conv.weight": 13,
+    "image_encoder.trunk.blocks.0.attn.proj.weight": 12,
+    "image_encoder.trunk.blocks.10.norm1.weight": 2,
+    "image_encoder.trunk.blocks.11.mlp.fc2.weight": 1,
+    "image_encoder.trunk.norm.weight": 0,
+    "image_encoder.trunk.head.weight": 0,
+    "text_encoder.token_embedding.weight": 13,
+    "text_encoder.blocks.0.out.weight": 12,
+    "text_encoder.blocks.11.ln_1.bias": 1,
+    "text_encoder.projection": 0,
+}
+VIT_L14 = {  # 24 blocks, a norm before them
+    "image_encoder.trunk.patch_embed.proj.weight": 25,
+    "image_encoder.trunk.norm_pre.weight": 25,
+    "image_encoder.trunk.blocks.23.attn.qkv.weight": 1,
+}
+VIT_TINY = {  # 3 blocks, a distillation token
+    "image_encoder.trunk.patch_embed.proj.weight": 4,
+    "image_encoder.trunk.cls_token": 4,
+    "image_encoder.trunk.dist_token": 4,
+    "image_encoder.trunk.blocks.0.attn.qkv.weight": 3,
+    "image_encoder.trunk.blocks.2.norm1.weight": 1,
+    "image_encoder.trunk.norm.weight": 0,
+    "image_encoder.trunk.head.weight": 0,
+    "image_encoder.trunk.head_dist.weight": 0,
+}
+LONG_CLIP_TINY = {  # 3 and 2 blocks
+    "visual.conv1.project.weight": 4,
+    "visual.class_embedding": 4,
+    "visual.positional_embedding": 4,
+    "visual.ln_pre.weight": 4,
+    "visual.transformer.resblocks.0.attn.in_proj_weight": 3,
+    "visual.transformer.resblocks.2.mlp.c_proj.bias": 1,
+    "visual.ln_post.weight": 0,
+    "visual.proj": 0,
+    "text.token_embedding.weight": 3,
+    "text.positional_embedding": 3,
+    "text.transformer.resblocks.0.attn.out_proj.weight": 2,
+    "text.transformer.resblocks.1.ln_2.weight": 1,
+    "text.ln_final.bias": 0,
+    "text.text_projection": 0,
+    "logit_scale": 0,
+}
+
+
+def create_with_distillation_token(variant: str) -> nn.Module:
+    return create_student(override(variant_config(variant), distillation_token=True))
+
+
+@pytest.mark.parametrize(
+    ("create", "variant", "depths", "all_depths"),
+    [
+        (create_student, "tiny", FASTVIT_TINY | HYBRID_TINY, range(6)),
+        (create_student, "mobileclip2_s3", FASTVIT_S3, range(46)),
+        (create_student, "b", VIT_B, range(14)),
+        (create_student, "mobileclip2_l14", VIT_L14, range(26)),
+        (create_with_distillation_token, "vit_tiny", VIT_TINY, range(5)),
+        (create_teacher, "tiny", LONG_CLIP_TINY, range(5)),
+    ],
+)
+def test_layer_decay_follows_the_depth(
+    create: Callable[[str], nn.Module], variant: str, depths: dict[str, int], all_depths: range
+) -> None:
+    with torch.device("meta"):
+        model = create(variant)
+    shares = shares_of(model, OptimOptions(lr=0.5, layer_decay=0.5))
+    assert {name: shares[name] for name in depths} == {name: 0.5**depth for name, depth in depths.items()}
+    assert set(shares.values()) == {0.5**depth for depth in all_depths}
+
+
+def shares_of(module: nn.Module, options: OptimOptions) -> dict[str, float]:
+    """lr_share of each parameter that is in the optimiser, once, with the decay that it has without shares."""
+    optimizer = build_optimizer(module, options)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    plain = {id(p) for p in build_optimizer(module, OptimOptions(weight_decay=0.3)).param_groups[-1]["params"]}
+    shares: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        assert group["lr"] == options.lr * group["lr_share"]
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in shares
+            assert group["weight_decay"] == (0.0 if id(parameter) in plain else options.weight_decay)
+            shares[names[id(parameter)]] = group["lr_share"]
+    return shares
+
+
+def test_towers_have_rates_of_their_own_and_frozen_ones_are_absent() -> None:
+    distiller = nn.Module()
+    distiller.model = create_student("tiny", context_length=20)
+    distiller.project = nn.ModuleDict({"image": nn.Linear(4, 4), "text": nn.Linear(4, 4)})  # learned parts of losses
+    distiller.layers = nn.ModuleDict({"text": nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4)])})})
+    options = OptimOptions(image_lr_share=0.1, text_lr_share=3.0, layer_decay=0.5)
+    shares = shares_of(distiller, options)
+    wanted = {
+        **{f"model.{name}": 0.1 * 0.5**depth for name, depth in FASTVIT_TINY.items()},
+        **{f"model.{name}": 3.0 * 0.5**depth for name, depth in HYBRID_TINY.items()},
+        "model.logit_scale": 1.0,
+    }
+    assert {name: shares[name] for name in wanted} == pytest.approx(wanted)
+    ours = [share for name, share in shares.items() if not name.startswith("model.")]
+    assert ours == [1.0] * 6
+
+    distiller.model.image_encoder.requires_grad_(False)
+    distiller.model.text_encoder.blocks[0].requires_grad_(False)  # those behind it keep their depth
+    left = shares_of(distiller, options)
+    absent = ("model.image_encoder.", "model.text_encoder.blocks.0.")
+    assert left == {name: share for name, share in shares.items() if not name.startswith(absent)}

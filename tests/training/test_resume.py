@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from longclip_teacher.errors import InputError
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint
@@ -22,7 +24,8 @@ STEPS = 9  # of 7 an epoch: the resumed part crosses an epoch boundary
 ARGS = [
     "--run.max_steps", str(STEPS), "--run.global_batch_size", "40", "--run.save_every", "2", "--run.log_every", "1",
     "--run.resume", "auto", "--data.val", "None", "--data.zeroshot", "None", "--data.tests", "--data.num_workers", "1",
-    "--loss.fd", "0.5",
+    "--loss.fd_image", "0.5", "--loss.fd_text", "0.5", "--mix.erase", "0.5",
+    "--optim.ema", "0.9", "--optim.layer_decay", "0.8", "--optim.image_lr_share", "0.5", "--optim.schedule", "constant",
 ]  # fmt: skip
 
 
@@ -54,9 +57,10 @@ def test_killed_and_resumed_equals_never_killed(checkout: Path, whole: Path, tmp
 
     ours, reference = (torch.load(run / "checkpoints" / "last.pt", weights_only=True) for run in (out_dir, whole))
     assert ours["step"] == reference["step"] == STEPS
-    assert ours["distiller"].keys() == reference["distiller"].keys()
-    for name, value in reference["distiller"].items():
-        assert torch.equal(ours["distiller"][name], value), name
+    for part in ("distiller", "ema"):
+        assert ours[part].keys() == reference[part].keys()
+        for name, value in reference[part].items():
+            assert torch.equal(ours[part][name], value), (part, name)
     for number, moments in reference["optimizer"]["state"].items():
         for name, value in moments.items():
             assert torch.equal(ours["optimizer"]["state"][number][name], value), (number, name)
@@ -82,6 +86,15 @@ def _copy(folder: Path, content: bytes) -> Path:
     return path
 
 
+def test_the_weights_of_a_run_are_the_average(whole: Path) -> None:
+    checkpoint = torch.load(whole / "checkpoints" / "last.pt", weights_only=True)
+    weights, average = load_file(whole / "last.safetensors"), checkpoint["ema"]
+    assert weights.keys() == average.keys()
+    assert all(torch.equal(weights[name], value) for name, value in average.items())
+    for name, value in average.items():  # the last weights are others; counters are not averaged
+        assert torch.equal(checkpoint["distiller"][f"model.{name}"], value) != value.is_floating_point(), name
+
+
 def test_a_folder_that_holds_a_run_is_refused_unless_resumed(whole: Path) -> None:
     with pytest.raises(InputError, match=r"holds a run: give --run\.resume auto"):
         find_checkpoint(parse_config(["--run.out_dir", str(whole), "--run.resume", "never"]))
@@ -92,12 +105,23 @@ def test_a_folder_that_holds_a_run_is_refused_unless_resumed(whole: Path) -> Non
 def test_checkpoints_of_other_settings_or_damaged_ones_are_refused(whole: Path, tmp_path: Path) -> None:
     last = whole / "checkpoints" / "last.pt"
     state = TrainState(None, None, None)  # type: ignore[arg-type]  # refused before it is touched
-    with pytest.raises(InputError, match=r"run\.max_steps = 9, this one has 10"):
-        load_checkpoint(last, state, parse_config([*ARGS, "--run.max_steps", "10"]))
+    config = parse_config(ARGS)
+    for section, name, before, value in (
+        ("run", "max_steps", "9", 10),
+        ("data", "captions", r"\[\]", ("a.txt",)),
+        ("mix", "erase", "0.5", 0.25),
+        ("init", "freeze_text", "False", True),
+        ("optim", "ema", "0.9", None),
+    ):
+        other = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+        with pytest.raises(
+            InputError, match=rf"of a run with {section}\.{name} = {before}, this one has .*: use another"
+        ):
+            load_checkpoint(last, state, other)
     truncated = tmp_path / "last.pt"
     truncated.write_bytes(last.read_bytes()[:5000])
     with pytest.raises(InputError, match="not a whole torch weight file"):
-        load_checkpoint(truncated, state, parse_config(ARGS))
+        load_checkpoint(truncated, state, config)
     torch.save({"weights": torch.zeros(2)}, truncated)
     with pytest.raises(InputError, match="is not a training checkpoint"):
-        load_checkpoint(truncated, state, parse_config(ARGS))
+        load_checkpoint(truncated, state, config)

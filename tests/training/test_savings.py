@@ -72,8 +72,8 @@ class TestStoredFeatures:
         assert largest_difference(named, unnamed) == 0
 
     def test_its_features_are_projected_where_widths_differ(self, cache: Path, tmp_path: Path) -> None:
-        rows = train(tmp_path / "fd", "--teacher.cache", str(cache), "--loss.fd", "1")
-        assert rows[0]["fd"] > 0
+        rows = train(tmp_path / "fd", "--teacher.cache", str(cache), "--loss.fd_image", "1")
+        assert rows[0]["fd_image"] > 0
 
     def test_two_epochs_see_two_views(self, cache: Path, tmp_path: Path) -> None:
         """300 samples are 6 steps of 48: the seventh begins the second epoch."""

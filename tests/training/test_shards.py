@@ -22,7 +22,7 @@ from PIL import Image
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, caption_lengths
 from training.samples import BadSample, SampleDecoder, read_captions
-from training.shard_index import RawSample, ShardIndex, expand_patterns, scan_tar
+from training.shard_index import RawSample, ShardIndex, Stage, expand_patterns, scan_tar
 from training.shard_stream import read_remote_shard
 from training.shard_writer import caption_member, file_sha256, index_shard, write_manifest, write_shard
 from training.shards import Batch, ShardLoader, build_loader, epoch_order
@@ -104,7 +104,7 @@ def test_ranks_and_workers_give_the_same_global_batches(shards: Path, world_size
         for expected, *ranks in zip(whole.batches(epoch), *(part.batches(epoch) for part in parts), strict=True):
             assert [key for batch in ranks for key in batch.keys] == expected.keys
             assert torch.equal(torch.cat([batch.images for batch in ranks]), expected.images)
-            assert torch.equal(torch.cat([batch.teacher_images for batch in ranks]), expected.teacher_images)
+            assert torch.equal(torch.cat([batch.teacher_images[0] for batch in ranks]), expected.teacher_images[0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -131,7 +131,7 @@ def test_an_epoch_leaves_out_only_the_remainder(shards: Path) -> None:
 
 def test_batches_hold_what_the_shards_say(shards: Path) -> None:
     batch = next(loader(shards, augment=AugmentConfig(centre=True), views=[ViewSpec(20)]).batches(0))
-    assert batch.images.dtype == torch.uint8 and batch.images.shape == (8, 3, 20, 20) and batch.teacher_images is None
+    assert batch.images.dtype == torch.uint8 and batch.images.shape == (8, 3, 20, 20) and batch.teacher_images == ()
     for row, key in enumerate(batch.keys):
         with Image.open(io.BytesIO(jpeg(int(key)))) as picture:
             expected = np.asarray(picture.crop((2, 0, 22, 20)))  # the centre square of 24 x 20
@@ -191,9 +191,9 @@ def test_one_caption_of_a_list_is_drawn_by_seed_epoch_and_index() -> None:
     members = raw({"caption_long": ["one", "two", "three"], "caption_short": ["s1", "s2"]})
     decoder = SampleDecoder((ViewSpec(8),), AugmentConfig(centre=True), seed=0)
     drawn = [decoder.decode(members, epoch, 5) for epoch in range(60)]
-    assert {sample.caption_long for sample in drawn} == {"one", "two", "three"}
-    assert {sample.caption_short for sample in drawn} == {"s1", "s2"}
-    assert decoder.decode(members, 7, 5).caption_long == drawn[7].caption_long
+    long, short = zip(*(sample.captions for sample in drawn if sample.captions), strict=True)
+    assert len(drawn) == len(long) and set(long) == {"one", "two", "three"} and set(short) == {"s1", "s2"}
+    assert decoder.decode(members, 7, 5).captions == drawn[7].captions
 
 
 # --- bad samples ------------------------------------------------------------------------------------------------------
@@ -413,9 +413,12 @@ def server(shards: Path) -> Iterator[str]:
     (shards / "broken.tar").unlink()
 
 
-def test_a_remote_shard_gives_what_the_local_one_holds(shards: Path, server: str) -> None:
-    index = ShardIndex([shards / "s-000.tar"])
-    assert list(read_remote_shard(f"{server}/s-000.tar")) == [index.read(i) for i in range(10)]
+@pytest.mark.parametrize("stage", ["both", "image", "text"])
+def test_a_remote_shard_gives_what_the_local_one_holds(shards: Path, server: str, stage: Stage) -> None:
+    index = ShardIndex([shards / "s-000.tar"], stage=stage)
+    samples = list(read_remote_shard(f"{server}/s-000.tar", stage))
+    assert samples == [index.read(i) for i in range(10)]
+    assert {(sample.image is None, sample.json is None) for sample in samples} == {(stage == "text", stage == "image")}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -432,6 +435,18 @@ def test_a_stream_gives_full_batches_the_same_number_on_every_rank(server: str, 
         assert keys_of(stream.batches(1)) != keys_of(iter(batches))
         seen.append(keys_of(iter(batches)))
     assert seen[0] != seen[1] and len(set(seen[0])) > 8
+
+
+@pytest.mark.parametrize("stage", ["image", "text"])
+def test_a_stream_keeps_what_its_stage_asks_for(server: str, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = []
+    monkeypatch.setattr(
+        "training.shard_stream.read_remote_shard",
+        lambda url, stage: stages.append(stage) or read_remote_shard(url, stage),
+    )
+    batch = next(loader(f"{server}/s-010.tar", stage=stage, epoch_samples=8).batches(0))
+    assert set(stages) == {stage} and batch.skipped == {} and len(batch.keys) == 8
+    assert (batch.images.numel() > 0, batch.long_tokens.numel() > 0) == (stage == "image", stage == "text")
 
 
 def test_a_shard_that_fails_on_the_way_is_counted_and_left(server: str) -> None:
