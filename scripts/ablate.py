@@ -1,0 +1,289 @@
+"""Train every variant of a grid with every seed, one after the other, and put them into one table."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
+from ablation_runs import RECORD, comparison_facts, config_differences, gather
+from ablation_table import write_table
+from eval.atomic_files import write_json, write_text
+from longclip_teacher.errors import InputError, run_command
+from training.run_log import read_metrics
+
+LOG, FAILURE = "log.txt", "failed.json"  # in a run's folder
+_TAIL = 15  # lines of a failed run's log that are kept beside it
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Options:
+    """An ablation: what each setting changes, over several seeds, with the same data, steps and tests.
+
+    python scripts/ablate.py scripts/grids/digits_smoke.toml --dry-run          # the commands, nothing run
+    python scripts/ablate.py scripts/grids/stamps.toml --processes 2
+    python scripts/ablate.py scripts/grids/stamps.toml --set data.shards='data/other/*.tar' --only none crd
+    sbatch --array=1-8 --wrap 'python scripts/ablate.py GRID.toml'              # each task takes its share
+    python scripts/ablate.py scripts/grids/stamps.toml --report                 # the table of what is finished
+
+    Each variant and seed is a run of training/main.py in OUT/VARIANT/seed_N. A finished run is not run again, a
+    stopped one goes on from its last checkpoint, a failed one leaves failed.json and the rest go on (exit code 1 at
+    the end). Then OUT/table.md, table.csv, table.png and results.json are written, with OUT/commands.txt. How a grid
+    is written stands at the top of scripts/ablation_grid.py.
+    """
+
+    grid: tyro.conf.Positional[Path]
+    """TOML file of the grid."""
+    out: Path | None = None
+    """Folder for the runs and the table; unset, runs/ and the grid's name."""
+    processes: int = 1
+    """Training processes of a run, by torchrun; 1 is plain python."""
+    set: tuple[str, ...] = ()
+    """section.field=VALUE for all variants that do not have a value of their own, or NAME=VALUE for one of the grid's
+    values. Several values stand in one word: "data.tests='a=folder:x b=folder:y'"."""
+    only: tuple[str, ...] = ()
+    """These variants alone, with the stages that they need; the table has the baseline too."""
+    part: str | None = None
+    """K/N: the K-th of N shares of the runs, K from 1. In a SLURM job array the task's own share is the default."""
+    dry_run: bool = False
+    """Print the commands, and run nothing."""
+    report: bool = False
+    """Run nothing, and write the table of what is finished."""
+
+    def check(self) -> None:
+        """InputError for options that cannot work together."""
+        if self.processes < 1:
+            raise InputError(f"--processes {self.processes}: give 1 or more")
+        if self.dry_run and self.report:
+            raise InputError("--dry-run prints commands and --report writes the table: give one of them")
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs are."""
+        return self.out or Path("runs") / self.grid.stem
+
+
+def main() -> None:
+    """The command."""
+    options = tyro.cli(Options, description=Options.__doc__)
+    options.check()
+    grid = read_grid(options.grid, options.set)
+    jobs = make_jobs(grid, options.folder)
+    chosen, share = grid.chosen(options.only), share_of(options.part, os.environ)
+    mine = [job for job in share_jobs(grid, jobs, *share) if job.variant.name in chosen]
+    if not options.report:
+        check_jobs(mine, options.processes)
+    if options.dry_run:
+        for job in mine:
+            print(shlex.join(job.command(options.processes)))
+        return
+    failed: list[Job] = []
+    if not options.report:
+        commands = "".join(shlex.join(job.command(options.processes)) + "\n" for job in jobs)
+        write_text(options.folder / "commands.txt", commands)
+        failed = run_jobs(mine, options.processes)
+    if options.report or share == (1, 1):
+        report(options.folder, grid, [job for job in jobs if job.variant.name in chosen | {grid.baseline}])
+    else:
+        say(f"part {share[0]} of {share[1]} is done; when all are, --report writes the table")
+    for job in failed:
+        say(f"failed: {job.folder / FAILURE}, its whole log is {LOG} beside it")
+    if failed:
+        raise SystemExit(1)
+
+
+def report(out: Path, grid: Grid, jobs: Sequence[Job]) -> None:
+    """The table on stdout and in files."""
+    rows = gather(grid, jobs)
+    if not rows:
+        say(f"no run in {out} is finished: there is no table yet")
+        return
+    Console(soft_wrap=True).print(write_table(out, grid, rows), markup=False, highlight=False)
+    say(f"Table: {out / 'table.md'}, table.csv, table.png, results.json")
+
+
+def say(message: str) -> None:
+    """A line on stderr."""
+    console.print(message, markup=False)
+
+
+# --- shares of a job array -------------------------------------------------------------------------------------------
+
+
+def share_of(part: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """(K, N) of --part K/N, else of the SLURM job array that this process is a task of, else all: (1, 1)."""
+    if part is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", part)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise InputError(f"--part {part}: write K/N with K from 1 to N, such as 2/8")
+        return int(match[1]), int(match[2])
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return 1, 1
+    task, first, count = (
+        int(environment.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", "0"), ("MIN", "0"), ("COUNT", "1"))
+    )
+    if not first <= task < first + count:
+        raise InputError(
+            f"SLURM task {task} of {count} from {first}: number the array without gaps, or give --part K/N"
+        )
+    return task - first + 1, count
+
+
+def share_jobs(grid: Grid, jobs: Sequence[Job], k: int, n: int) -> list[Job]:
+    """The k-th of n shares; a variant and its stages of one seed fall into one share, in their order."""
+    families = grid.families()
+    units = [(seed, number) for seed in grid.seeds for number in range(len(families))]
+    mine = set(units[k - 1 :: n])
+    number_of = {name: number for number, family in enumerate(families) for name in family}
+    return [job for job in jobs if (job.seed, number_of[job.variant.name]) in mine]
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """How much of the work of this call is done, counted in steps (in runs, where some give no steps), and what is
+    left."""
+
+    jobs: Sequence[Job]
+    started: float = field(default_factory=time.monotonic)
+    done: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._in_steps = all(job.config.run.max_steps is not None for job in self.jobs)
+        self.total = sum(self._work(job) * (1 - self._share(job)) for job in self.jobs)
+        self._before = {job.folder: self._share(job) for job in self.jobs}
+
+    def eta(self, running: Job | None = None) -> str:
+        """Time left as people read it; a dash while nothing tells."""
+        done = self.done + (self._work_done(running) if running else 0.0)
+        if done <= 0:
+            return "–"
+        left = (time.monotonic() - self.started) / done * (self.total - done)
+        return f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+
+    def finish(self, job: Job) -> None:
+        """Count a run as done, however it ended."""
+        self.done += self._work(job) * (1 - self._before[job.folder])
+
+    def _work_done(self, job: Job) -> float:
+        return self._work(job) * max(0.0, self._share(job) - self._before[job.folder])
+
+    def _work(self, job: Job) -> float:
+        return float(job.config.run.max_steps or 1) if self._in_steps else 1.0
+
+    def _share(self, job: Job) -> float:
+        """Of its steps, as its log tells."""
+        rows = read_metrics(job.folder)
+        return min(1.0, rows[-1]["step"] / job.config.run.max_steps) if rows and job.config.run.max_steps else 0.0
+
+
+def run_jobs(jobs: Sequence[Job], processes: int) -> list[Job]:
+    """Run what is not finished; returns the runs that failed, those whose stages failed included.
+
+    Raises InputError, before any work, for a finished run of other settings than the grid's.
+    """
+    finished = [job for job in jobs if is_finished(job)]
+    waiting = [job for job in jobs if job not in finished]
+    say(f"{len(jobs)} runs: {len(finished)} are finished, {len(waiting)} to do")
+    clock, failed = Clock(waiting), []
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA {task.fields[eta]}"),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        bar = progress.add_task("runs", total=len(jobs), completed=len(finished), eta="–")
+        for job in waiting:
+            name = f"{job.variant.name} seed {job.seed}"
+            progress.update(bar, description=name)
+            began = time.monotonic()
+            problem = run_job(job, processes, lambda job=job: progress.update(bar, eta=clock.eta(job)))  # type: ignore[misc]
+            clock.finish(job)
+            progress.update(bar, advance=1, eta=clock.eta())
+            how = f"failed: {problem}" if problem else f"done in {time.monotonic() - began:.0f} s"
+            say(f"{name} {how}, ETA {clock.eta()}")
+            if problem:
+                failed.append(job)
+    return failed
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the run has its results; then its facts are kept. Raises InputError if it was run with other settings."""
+    if not (job.folder / "results.json").exists():
+        return False
+    if changed := config_differences(job):
+        key, there, here = changed[0]
+        raise InputError(
+            f"{job.folder} is a finished run with {key} = {there}, the grid has {here}: use another --out, or remove it"
+        )
+    if not (job.folder / RECORD).exists():
+        write_json(job.folder / RECORD, {"facts": comparison_facts(job.config)})
+    return True
+
+
+def run_job(job: Job, processes: int, tick: Callable[[], None]) -> str | None:
+    """Train one run to its end; None, or what went wrong in one line, which failed.json tells in full."""
+    (job.folder / FAILURE).unlink(missing_ok=True)
+    if missing := [folder for folder in job.stages if not (folder / RECORD).exists()]:
+        return fail(job, processes, f"its stage {missing[0]} is not finished")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    code = launch(job.command(processes), job.folder / LOG, tick)
+    if code != 0:
+        return fail(job, processes, f"exit code {code}")
+    try:
+        if not is_finished(job):
+            return fail(job, processes, "it ended without results.json")
+    except InputError as error:
+        return fail(job, processes, str(error))
+    return None
+
+
+def fail(job: Job, processes: int, problem: str) -> str:
+    """Record what went wrong, and the end of the log, in the run's folder; returns the problem with its last line."""
+    log = job.folder / LOG
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:] if log.exists() else []
+    content: dict[str, Any] = {"problem": problem, "command": shlex.join(job.command(processes)), "log": lines}
+    write_json(job.folder / FAILURE, content)
+    told = [line for line in lines if line.startswith("error: ")] or lines
+    return f"{problem} ({told[-1].strip()})" if told else problem
+
+
+def launch(command: list[str], log_file: Path, tick: Callable[[], None]) -> int:
+    """The exit code of a command run to its end; what it prints is added to `log_file`, `tick` is called meanwhile."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # a process a core is faster than threads
+    with (
+        log_file.open("ab") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            while True:
+                try:
+                    return process.wait(timeout=1)
+                except subprocess.TimeoutExpired:
+                    tick()
+        except BaseException:  # Ctrl-C must not leave a training behind
+            process.terminate()
+            raise
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,286 @@
+"""The finished runs of an ablation, read from their folders into rows, and refused where they cannot be compared.
+
+A row is a variant: its runs, one a seed, and its difference from the baseline, paired by seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from ablation_grid import FACTS, Grid, Job, Variant
+from eval.figures import model_figures
+from eval.named_sets import parse_sets, set_digest
+from eval.protocols import load_retrieval_set
+from longclip_teacher.errors import InputError
+from training.config import TrainConfig, config_to_toml
+from training.run_log import read_metrics
+from training.shard_index import ShardIndex, expand_patterns, is_remote
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "RECORD",
+    "Difference",
+    "Row",
+    "Run",
+    "comparison_facts",
+    "config_differences",
+    "gather",
+    "paired_difference",
+]
+
+RECORD = "ablation.json"  # in a run's folder: its facts
+_ELSEWHERE = (  # settings that decide where and how a run is executed, not what comes out
+    *("run.out_dir", "run.resume", "run.device", "run.seed", "run.log_every", "run.save_every", "run.keep_every"),
+    "data.num_workers",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of one variant and seed."""
+
+    folder: Path
+    seed: int
+    figures: dict[str, float]
+    """Percentages by column; `score` is the mean of both directions of the first test."""
+    minutes: float
+    """Of training, its stages' included."""
+    facts: dict[str, Any]
+    """What it must share with the runs that it is compared with, by field (FACTS)."""
+    settings: dict[str, Any]
+    """The configuration by section.field, without what leaves results alone."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference from the baseline over the seeds that both have, and its 95% interval where there are two."""
+
+    value: float
+    low: float | None
+    high: float | None
+    num_seeds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant as the table has it."""
+
+    variant: Variant
+    runs: tuple[Run, ...]
+    settings: str
+    """What sets its configuration apart from the baseline's."""
+    apart: str
+    """In which facts it differs from the baseline, by its own declaration."""
+    differences: dict[str, Difference]
+
+    def values(self, key: str) -> list[float]:
+        """A figure of every seed that has it, or the minutes."""
+        if key == "minutes":
+            return [run.minutes for run in self.runs]
+        return [run.figures[key] for run in self.runs if key in run.figures]
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+
+def comparison_facts(config: TrainConfig) -> dict[str, Any]:
+    """What decides whether another run can be compared with this one, by field; plain data for JSON.
+
+    Shards count by the hashes of their manifests, test and validation sets by their content. Steps are told by the
+    run's log, not here.
+    """
+    data = config.data
+    uses_shards = data.images is None and not data.captions
+    val = None if data.val is None else [data.val_protocol, _val_digest(data.val_protocol, data.val)]
+    zeroshot = (str(data.zeroshot), str(data.zeroshot_classnames), data.zeroshot_templates)
+    return {
+        "data.shards": _shards(tuple(data.shards)) if uses_shards else None,
+        "data.images": None if data.images is None else str(data.images),
+        "data.captions": list(data.captions) or None,
+        "data.epoch_samples": data.epoch_samples,
+        "data.val": val,
+        "data.tests": _test_digests(tuple(data.tests)),
+        "data.zeroshot": None if data.zeroshot is None else " ".join(zeroshot),
+        "run.global_batch_size": config.run.global_batch_size,
+        "run.stage": config.run.stage,
+    }
+
+
+@cache
+def _shards(patterns: tuple[str, ...]) -> str:
+    paths = expand_patterns(patterns)
+    if any(map(is_remote, paths)):
+        return f"{len(paths)} shards from {paths[0]} to {paths[-1]}"
+    index = ShardIndex(paths)
+    hashes = zip(index.shard_sha256, index.paths, strict=True)
+    told = "\n".join(sha256 or f"{path.name} {path.stat().st_size}" for sha256, path in hashes)
+    return (
+        f"{index.num_samples} samples in {len(paths)} shards, sha256 {hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    )
+
+
+@cache
+def _val_digest(protocol: str, folder: Path) -> str:
+    return set_digest(load_retrieval_set(protocol, folder))[:12]
+
+
+@cache
+def _test_digests(tests: tuple[str, ...]) -> dict[str, str]:
+    sets = parse_sets(tests, "--data.tests")
+    return {name: f"{found.name}, sha256 {set_digest(found)[:12]}" for name, found in sets.items()}
+
+
+def config_differences(job: Job) -> list[tuple[str, Any, Any]]:
+    """Field, value there, value here: where the configuration in the run's folder is not the job's."""
+    there, here = _settings(job.folder / "config.toml"), _flat(tomllib.loads(config_to_toml(job.config)))
+    return [(key, value, here[key]) for key, value in there.items() if key in here and value != here[key]]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def gather(grid: Grid, jobs: Sequence[Job]) -> list[Row]:
+    """The rows of what is finished among `jobs`, best first; runs that cannot be compared raise InputError."""
+    runs: dict[str, list[Run]] = {}
+    for job in jobs:
+        if job.variant in grid.rows and all((folder / RECORD).exists() for folder in (*job.stages, job.folder)):
+            runs.setdefault(job.variant.name, []).append(_read_run(job))
+    if not runs:
+        return []
+    baseline = runs.get(grid.baseline, [])
+    reference = (baseline or next(iter(runs.values())))[0]
+    for name, found in runs.items():
+        _check_comparable(grid.variants[name], found, reference)
+    rows = [_row(grid.variants[name], tuple(found), baseline) for name, found in runs.items()]
+    return sorted(rows, key=lambda row: -mean(row.values("score")))
+
+
+def _read_run(job: Job) -> Run:
+    settings = _settings(job.folder / "config.toml")
+    results = _read_json(job.folder / "results.json")
+    try:
+        tests = [entry.partition("=")[0] for entry in settings["data.tests"]]
+        names = tests + ([] if settings["data.zeroshot"] == "None" else ["zeroshot"])
+        found = results["models"][settings["run.train"]]
+        figures = model_figures({name: found[name] for name in names})
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{job.folder / 'results.json'} is not what a run writes: remove the folder, run again"
+        ) from None
+    first = [figures[f"{tests[0]}_{way}_r1"] for way in ("i2t", "t2i")] if tests else [figures["zeroshot_top1"]]
+    folders = (*job.stages, job.folder)
+    return Run(
+        folder=job.folder,
+        seed=job.seed,
+        figures={"score": mean(first), **figures},
+        minutes=sum(_seconds(folder) for folder in folders) / 60,
+        facts=_joined_facts(folders),
+        settings=settings,
+    )
+
+
+def _joined_facts(folders: Sequence[Path]) -> dict[str, Any]:
+    """The facts of a run and its stages as one: their steps added, their data together, the tests of the last."""
+    facts = [_read_json(folder / RECORD)["facts"] for folder in folders]
+    joined = dict(facts[-1])
+    for field in ("data.shards", "data.images", "data.captions", "data.epoch_samples", "run.global_batch_size"):
+        used = [fact[field] for fact in facts if fact[field] is not None]
+        distinct = [value for number, value in enumerate(used) if value not in used[:number]]
+        joined[field] = distinct[0] if len(distinct) == 1 else distinct or None
+    return {**joined, "run.max_steps": sum(int(read_metrics(folder)[-1]["step"]) for folder in folders)}
+
+
+def _seconds(folder: Path) -> float:
+    """Training time from the log: each line's samples over its rate, which holds however often the run was stopped."""
+    seconds, before = 0.0, 0.0
+    for row in read_metrics(folder):
+        seconds += (row["samples_seen"] - before) / row["samples_per_second"]
+        before = row["samples_seen"]
+    return seconds
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The values of a run's config.toml by section.field, without what leaves the results alone."""
+    try:
+        return _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"cannot read {path} ({error}): remove its folder and run again") from None
+
+
+def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    flat = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+    return {key: value for key, value in flat.items() if key not in _ELSEWHERE and not key.startswith("speed.")}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error}): remove its folder and run again") from None
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def _check_comparable(variant: Variant, runs: Sequence[Run], baseline: Run) -> None:
+    """Every run against the baseline's, in the fields that the variant declares against its own first."""
+    for run in runs:
+        for field in FACTS:
+            other = runs[0] if field in variant.differs else baseline
+            if run.facts[field] != other.facts[field]:
+                raise InputError(
+                    f"{run.folder} and {other.folder} cannot be compared: {field} is {run.facts[field]} in the first, "
+                    f'{other.facts[field]} in the second; if that is meant, write differs = ["{field}"] in the variant'
+                )
+
+
+def _row(variant: Variant, runs: tuple[Run, ...], baseline: Sequence[Run]) -> Row:
+    """The row; against nothing while the baseline has no finished run."""
+    first = runs[0]
+    reference = baseline[0] if baseline else first
+    changed = [key for key, value in first.settings.items() if value != reference.settings.get(key)]
+    apart = [
+        f"{field} {first.facts[field]} against {reference.facts[field]}"
+        for field in variant.differs
+        if first.facts[field] != reference.facts[field]
+    ]
+    differences = {}
+    for key in first.figures if first is not reference else ():
+        values, base = (
+            {run.seed: run.figures[key] for run in found if key in run.figures} for found in (runs, baseline)
+        )
+        if set(values) & set(base):
+            differences[key] = paired_difference(values, base)
+    settings = ", ".join(f"{key} {_plain(first.settings[key])}" for key in changed)
+    return Row(variant, runs, settings, "; ".join(apart), differences)
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
+    """Mean of the differences by seed and its 95% interval: Student's t over the seeds that both have (at least one).
+
+    The same seed gives both runs the same order of samples and the same crops, so pairing takes out what they share.
+    """
+    differences = [values[seed] - baseline[seed] for seed in sorted(set(values) & set(baseline))]
+    n = len(differences)
+    if n < 2:
+        return Difference(mean(differences), None, None, n)
+    half = float(student_t.ppf(0.975, n - 1)) * stdev(differences) / n**0.5
+    return Difference(mean(differences), mean(differences) - half, mean(differences) + half, n)
