@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +40,10 @@ class Options:
     sbatch --array=1-8 --wrap 'python scripts/ablate.py GRID.toml'              # each task takes its share
     python scripts/ablate.py scripts/grids/stamps.toml --report                 # the table of what is finished
 
-    Each variant and seed is a run of training/main.py in OUT/VARIANT/seed_N. A finished run is not run again, a
-    stopped one goes on from its last checkpoint, a failed one leaves failed.json and the rest go on (exit code 1 at
-    the end). Then OUT/table.md, table.csv, table.png and results.json are written, with OUT/commands.txt. How a grid
-    is written stands at the top of scripts/ablation_grid.py.
+    Each variant and seed is a run of training/main.py in OUT/VARIANT/seed_N. A finished run is not run again and keeps
+    its weights alone, a stopped one goes on from its last checkpoint, a failed one leaves failed.json and the rest go
+    on (exit code 1 at the end). Then OUT/table.md, table.csv, table.png and results.json are written, with
+    OUT/commands.txt. How a grid is written stands at the top of scripts/ablation_grid.py.
     """
 
     grid: tyro.conf.Positional[Path]
@@ -254,6 +255,7 @@ def run_job(job: Job, processes: int, tick: Callable[[], None]) -> str | None:
             return fail(job, processes, "it ended without results.json")
     except InputError as error:
         return fail(job, processes, str(error))
+    shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # of hundreds of runs they would fill a disk
     return None
 
 
