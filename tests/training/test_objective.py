@@ -1,0 +1,95 @@
+"""The weighted mix: each term is its pure function on the right sides, in tiles as in full matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from training.config import LossOptions
+from training.losses import clip_loss, crd_loss, fd_loss, kl_loss
+from training.objective import Features, compute_losses, gather_features
+from training.pca import pca_project
+from training.stored import TeacherFacts
+
+ROWS = 12
+SCALE, TEACHER_SCALE = torch.tensor(11.0, dtype=torch.float64), 23.0
+OFF = LossOptions(clip_long=1.0, clip_short=0.0, crd_long=0.0, crd_short=0.0, pca_rank=4)
+FACTS = {length: TeacherFacts((9,), TEACHER_SCALE, 248) for length in ("long", "short")}
+
+
+def rows(seed: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(ROWS, width, generator=generator, dtype=torch.float64), dim=1)
+
+
+STUDENT: Features = {"image": rows(0, 6), "long": rows(1, 6), "short": rows(2, 6)}
+TEACHER: Features = {"image": rows(3, 9), "long": rows(4, 9), "short": rows(5, 9)}
+
+
+def losses(options: LossOptions, student: Features = STUDENT, *, streaming: bool = True) -> dict[str, torch.Tensor]:
+    leaves = {name: value.clone().requires_grad_() for name, value in student.items()}
+    scale = SCALE.clone().requires_grad_()
+    gathered = gather_features(leaves, options), gather_features(TEACHER, options)
+    found = compute_losses(gathered[0], {"logit_scale": scale}, gathered[1], FACTS, options, streaming=streaming)
+    found["loss"].backward()
+    grads = {f"grad_{name}": leaf.grad for name, leaf in {**leaves, "scale": scale}.items() if leaf.grad is not None}
+    return {**found, **grads}
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "symmetric"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("pca_side", ["image", "text"])
+@pytest.mark.parametrize("has_token", [False, True])
+def test_terms_are_their_pure_functions(direction: str, temperature: float, pca_side: str, has_token: bool) -> None:
+    """Contrast and relations, tiled and not: at any temperature, in any direction, with PCA on either side, and with an
+    image head of its own for the teacher."""
+    options = LossOptions(
+        crd_temperature=temperature, crd_direction=direction, pca_side=pca_side, pca_rank=4, label_smoothing=0.05
+    )
+    student = {**STUDENT, "distilled_image": rows(7, 6)} if has_token else STUDENT
+    found = losses(options, student)
+
+    def reduced(features: torch.Tensor, side: str) -> torch.Tensor:
+        return pca_project(features, 4) if side == pca_side else features
+
+    expected = {}
+    for length in ("long", "short"):
+        change = reduced if length == "short" else lambda features, _: features
+        text, teacher = change(student[length], "text"), change(TEACHER[length], "text")
+        pairs = change(student["image"], "image"), text
+        answers = change(student.get("distilled_image", student["image"]), "image"), text
+        theirs = change(TEACHER["image"], "image"), teacher
+        expected[f"clip_{length}"] = clip_loss(*pairs, SCALE, label_smoothing=0.05)
+        kinds = {"temperature": temperature, "direction": direction}
+        expected[f"crd_{length}"] = crd_loss(*answers, *theirs, SCALE, TEACHER_SCALE, **kinds)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].detach(), value, rtol=1e-9, atol=0)
+    total = sum(getattr(options, name) * value for name, value in expected.items())
+    torch.testing.assert_close(found["loss"].detach(), total, rtol=1e-9, atol=0)
+
+    full = losses(options, student, streaming=False)
+    for name, value in full.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    assert found["grad_scale"].abs() > 1e-4
+    assert ("grad_distilled_image" in found) == has_token
+
+
+def test_text_terms_are_means_over_long_and_short_captions() -> None:
+    student = {**STUDENT, **{f"projected_{name}": rows(10 + i, 9) for i, name in enumerate(STUDENT)}}
+    options = replace(OFF, fd_text=1.0, kl_text=1.0, kl_temperature=2.0, kl_scale=7.0, fd_image=0.5, crd_short=1e-9)
+    found = losses(options, student)
+    ours = {name: student[f"projected_{name}"] for name in STUDENT}
+    fd = (fd_loss(ours["long"], TEACHER["long"]) + fd_loss(ours["short"], TEACHER["short"])) / 2
+    kl = sum(kl_loss(ours[name], TEACHER[name], temperature=2.0) for name in ("long", "short")) / 2
+    torch.testing.assert_close(found["fd_text"].detach(), fd)
+    torch.testing.assert_close(found["kl_text"].detach(), 7.0 * kl)
+    torch.testing.assert_close(found["fd_image"].detach(), fd_loss(ours["image"], TEACHER["image"]))
+    weighted = found["clip_long"] + found["fd_text"] + found["kl_text"] + 0.5 * found["fd_image"]
+    torch.testing.assert_close(found["loss"], weighted + 1e-9 * found["crd_short"])
+
+
+def test_a_loss_of_weight_zero_is_left_out() -> None:
+    assert set(losses(OFF)) == {"clip_long", "loss", "grad_image", "grad_long", "grad_scale"}

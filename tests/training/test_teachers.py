@@ -1,0 +1,251 @@
+"""Ensembles, a teacher of its own for short captions, towers alone and frozen, tokens that answer to the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from longclip_teacher import LongCLIP, create_teacher
+from longclip_teacher.config import TEACHERS
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import EOT, SOT
+from mobileclip_student import create_student, load_student, save_student
+from training.build import build_distiller, build_student, check_config
+from training.config import PAIR_LOSSES, LossOptions, TrainConfig, parse_config
+from training.distill import Distiller, Teachers, _masked
+from training.distributed import start
+from training.losses import crd_loss
+from training.pca import pca_project
+from training.samples import Batch
+from training.step import backward_step
+
+BATCH = 8
+OFF = {"clip_long": 0.0, "clip_short": 0.0, "crd_long": 0.0, "crd_short": 0.0}
+
+
+def teacher_of(seed: int, **changes: int) -> LongCLIP:
+    torch.manual_seed(seed)
+    config = TEACHERS["tiny"]
+    if "size" in changes:
+        config = replace(config, image=replace(config.image, size=changes["size"]))
+    if "embed_dim" in changes:
+        config = replace(config, embed_dim=changes["embed_dim"])
+    return create_teacher(config).double().eval().requires_grad_(False)
+
+
+def batch_for(distiller: Distiller) -> Batch:
+    """Random captions, and pictures in each of the views that the distiller asks for."""
+    generator = torch.Generator().manual_seed(1)
+
+    def captions(length: int) -> Tensor:
+        tokens = torch.randint(1, SOT, (BATCH, length), generator=generator)
+        tokens[:, 0], tokens[:, -1] = SOT, EOT
+        return tokens
+
+    first, *others = [
+        torch.randint(0, 256, (BATCH, 3, view.image_size, view.image_size), generator=generator, dtype=torch.uint8)
+        for view in distiller.views
+    ]
+    return Batch(first, tuple(others), captions(20), captions(7), [str(i) for i in range(BATCH)], {})
+
+
+def distiller_of(teachers: Teachers | None, options: LossOptions, variant: str = "tiny") -> Distiller:
+    torch.manual_seed(3)
+    return Distiller(create_student(variant).double().eval(), teachers, options).double()
+
+
+def step(distiller: Distiller, batch: Batch | None = None) -> dict[str, Tensor]:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = batch or batch_for(distiller)
+    return backward_step(distiller, batch, precision="fp32", accumulation=1, scaler=scaler, key=(0, 0))
+
+
+class TestSeveralTeachers:
+    everything = LossOptions(
+        **{f"{name}_{length}": 1.0 for name in PAIR_LOSSES if name != "afd" for length in ("long", "short")},
+        fd_image=1.0, cos_text=1.0, pca_rank=4,
+    )  # fmt: skip
+
+    def test_an_ensemble_of_one_teacher_twice_is_that_teacher(self) -> None:
+        """In the losses that need no learned map to the width of their rows."""
+        teacher = teacher_of(0)
+        mapped = {f"{name}_{length}": 0.0 for name in ("icl", "gd", "vrd", "xrd") for length in ("long", "short")}
+        options = replace(self.everything, **mapped, fd_image=0, cos_text=0)
+        one = step(distiller_of(Teachers([teacher]), options))
+        two = step(distiller_of(Teachers([teacher, teacher]), options))
+        assert set(one) == set(two) >= {"crd_long", "kd_short", "deit_hard_long"}
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-9, atol=0)
+
+    def test_teachers_of_any_width_and_size_stand_side_by_side(self) -> None:
+        first, second = teacher_of(0), teacher_of(1, size=64, embed_dim=80)
+        distiller = distiller_of(Teachers([first, second]), self.everything)
+        assert [view.image_size for view in distiller.views] == [48, 48, 64]
+        assert distiller.teachers is not None and distiller.teachers.facts["long"].widths == (128, 80)
+        batch = batch_for(distiller)
+        features, _ = distiller.teacher_outputs(batch)
+        assert features is not None and features["image"].shape == (BATCH, 208)
+        alone, _ = distiller_of(Teachers([second]), self.everything).teacher_outputs(
+            replace(batch, teacher_images=(batch.teacher_images[1],))
+        )
+        assert alone is not None
+        torch.testing.assert_close(features["image"][:, 128:], alone["image"])
+        torch.testing.assert_close(features["short"][:, 128:], alone["short"])
+        losses = step(distiller, batch)
+        assert all(value.isfinite() for value in losses.values())
+        assert distiller.project["image"].weight.shape == (208, 96)
+
+    def test_each_teacher_keeps_its_scale(self) -> None:
+        first, second = teacher_of(0), teacher_of(1)
+        second.logit_scale.add_(1.0)
+        options = LossOptions(**{**OFF, "crd_long": 1.0})
+        values = [step(distiller_of(Teachers(group), options))["crd_long"] for group in ([first], [second])]
+        both = step(distiller_of(Teachers([first, second]), options))["crd_long"]
+        torch.testing.assert_close(both, torch.stack(values).mean(), rtol=1e-9, atol=0)
+
+    def test_short_captions_may_have_a_teacher_of_their_own(self) -> None:
+        long, short = teacher_of(0), teacher_of(1, embed_dim=80)
+        options = LossOptions(**{**OFF, "crd_long": 1.0, "crd_short": 1.0, "fd_text": 1.0}, pca_scope="off")
+        found = step(distiller_of(Teachers([long], short), options))
+        of_long, of_short = (step(distiller_of(Teachers([teacher]), options)) for teacher in (long, short))
+        torch.testing.assert_close(found["crd_long"], of_long["crd_long"])
+        torch.testing.assert_close(found["crd_short"], of_short["crd_short"])
+        assert (of_long["crd_short"] - of_short["crd_short"]).abs() > 1e-3
+
+    def test_its_pictures_are_not_reduced_by_pca(self) -> None:
+        """It has not learnt to match short captions with PCA'd pictures."""
+        long, short = teacher_of(0), teacher_of(1)
+        options = LossOptions(**{**OFF, "crd_short": 1.0}, pca_rank=4)
+        distiller = distiller_of(Teachers([long], short), options)
+        batch = batch_for(distiller)
+        found = step(distiller, batch)["crd_short"]
+        theirs, _ = distiller.teacher_outputs(batch)
+        ours = distiller(batch.images, batch.long_tokens, batch.short_tokens).features
+        assert theirs is not None
+        scales = distiller.model.linear_logit_scale, short.linear_logit_scale
+        reduced, whole = pca_project(ours["image"], 4), theirs["short_image"]
+        expected = crd_loss(reduced, ours["short"], whole, theirs["short"], *scales)
+        torch.testing.assert_close(found, expected.detach())
+        both_reduced = crd_loss(reduced, ours["short"], pca_project(whole, 4), theirs["short"], *scales)
+        assert (found - both_reduced).abs() > 1e-5, "the teacher's are not"
+
+
+class TestDistillationToken:
+    def test_the_class_token_answers_to_the_pairs_and_the_other_to_the_teacher(self) -> None:
+        torch.manual_seed(0)
+        config = parse_config(["deit_image"])
+        student = build_student(config, teacher_width=128).double().eval()
+        trunk = student.image_encoder.trunk
+        for loss, own, other in (("clip_long", "cls_token", "dist_token"), ("crd_long", "dist_token", "cls_token")):
+            distiller = Distiller(student, Teachers([teacher_of(0)]), LossOptions(**{**OFF, loss: 1.0}))
+            step(distiller)
+            grads = {name: getattr(trunk, name).grad for name in ("cls_token", "dist_token")}
+            heads = {"cls_token": trunk.head.weight.grad, "dist_token": trunk.head_dist.weight.grad}
+            assert grads[own].norm() > 0 and heads[own].norm() > 0
+            assert heads[other] is None or heads[other].norm() == 0
+            student.zero_grad()
+
+
+class TestMaskedPictures:
+    @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+    def test_that_share_of_the_squares_is_hidden(self, ratio: float) -> None:
+        torch.manual_seed(0)
+        options = LossOptions(masked_fd=1.0, mask_ratio=ratio, mask_patch=8)
+        hidden = _masked(torch.ones(5, 3, 48, 48), options) == 0
+        assert hidden.double().mean() == ratio
+        squares = hidden.unflatten(3, (6, 8)).unflatten(2, (6, 8))  # [B, 3, 6, 8, 6, 8]
+        assert (squares.all(dim=5).all(dim=3) == squares.any(dim=5).any(dim=3)).all(), "whole squares"
+        assert (hidden[:, :1] == hidden).all()
+        assert ratio in (0.0, 1.0) or not torch.equal(hidden[0], hidden[1]), "each picture has its own"
+
+    def test_the_teacher_sees_all_of_the_picture(self) -> None:
+        teachers = Teachers([teacher_of(0)])
+        masked, whole = (LossOptions(**OFF, **{name: 1.0}) for name in ("masked_fd", "fd_image"))
+        nothing_hidden = step(distiller_of(teachers, replace(masked, mask_ratio=0.0)))["masked_fd"]
+        torch.testing.assert_close(nothing_hidden, step(distiller_of(teachers, whole))["fd_image"])
+        assert (step(distiller_of(teachers, masked))["masked_fd"] - nothing_hidden).abs() > 1e-6
+
+
+def built(checkout: Path, *args: str) -> tuple[TrainConfig, Distiller]:
+    config = parse_config(list(args))
+    check_config(config, 1)
+    with start("cpu") as runtime:
+        return config, build_distiller(config, runtime)
+
+
+class TestOneTower:
+    @pytest.fixture(autouse=True)
+    def _at_checkout(self, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(checkout)
+
+    @pytest.mark.parametrize("stage", ["image", "text"])
+    def test_only_that_tower_is_kept_run_and_trained(self, checkout: Path, stage: str) -> None:
+        _, distiller = built(checkout, f"two_stage_{stage}")
+        assert distiller.teachers is not None
+        (teacher,) = distiller.teachers.long
+        assert hasattr(teacher, "visual") == (stage == "image") and hasattr(teacher, "text") == (stage == "text")
+        assert distiller.model.embed_dim == teacher.embed_dim and not distiller.project
+        losses = step(distiller)
+        assert set(losses) == {f"fd_{stage}", "loss"}
+        trained = {name.split(".")[1] for name, value in distiller.named_parameters() if value.grad is not None}
+        assert trained == {f"{stage}_encoder"}
+
+    def test_class_prompts_stand_for_captions(self, checkout: Path) -> None:
+        _, distiller = built(checkout, "deit_image")
+        assert distiller.teachers is not None and distiller.teachers.prompts is not None
+        assert distiller.teachers.prompts.shape == (10, 128)
+        assert set(step(distiller)) == {"deit_hard_long", "cos_image", "loss"}
+
+    def test_two_towers_are_joined_in_the_teachers_space(self, checkout: Path, tmp_path: Path) -> None:
+        torch.manual_seed(5)
+        for name in ("image", "text"):
+            config = parse_config([f"two_stage_{name}"])
+            save_student(build_student(config, 128), tmp_path / f"{name}.safetensors")
+        sources = [f"--init.{name}={tmp_path / name}.safetensors" for name in ("image", "text")]
+        _, distiller = built(checkout, "two_stage", *sources)
+        assert distiller.model.embed_dim == 128
+        image, text = (load_student(tmp_path / f"{name}.safetensors") for name in ("image", "text"))
+        ours = distiller.model.state_dict()
+        for source, prefix in ((image, "image_encoder."), (text, "text_encoder.")):
+            for name, value in source.state_dict().items():
+                if name.startswith(prefix):
+                    assert torch.equal(ours[name], value), name
+
+    def test_a_frozen_tower_stays_bitwise(self, checkout: Path) -> None:
+        _, distiller = built(
+            checkout, "longclip_text_tower", "--init.freeze_image", "True", "--init.freeze_text", "False"
+        )
+        distiller.train()
+        before = {name: value.clone() for name, value in distiller.model.image_encoder.state_dict().items()}
+        optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.1)
+        text_before = distiller.model.text_encoder.projection.detach().clone()
+        step(distiller)
+        optimizer.step()
+        for name, value in distiller.model.image_encoder.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        assert not torch.equal(text_before, distiller.model.text_encoder.projection)
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--run.stage", "image"], "no pairs of pictures and captions: set --loss.clip_long 0"),
+            (["--run.stage", "text", "--teacher.checkpoint", "None"], "learns from a teacher"),
+            (["--data.images", "pictures"], "--data.images is read with --run.stage image"),
+            (["--mix.mixup", "0.2"], "mixup and cutmix need --run.stage image"),
+            (["--teacher.cache", "c", "--teacher.short", "t"], "holds one teacher's features"),
+            (["--teacher.cache", "c", "--loss.hidden_text", "1"], "looks into one teacher that is run"),
+            (["--loss.hidden_text", "1", "--run.accumulation", "2"], "needs the whole batch at once"),
+            (["two_stage_image", "--teacher.short", "t"], "runs one teacher"),
+        ],
+    )
+    def test_what_does_not_go_together_is_refused(self, args: list[str], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            check_config(parse_config(args), 1)
+
+    def test_a_width_that_is_not_the_teachers_is_refused(self, checkout: Path) -> None:
+        with pytest.raises(InputError, match="teacher's space of 128 channels"):
+            built(checkout, "two_stage_image", "--student.embed_dim", "64")
