@@ -29,10 +29,11 @@ from eval.retrieval import encode_retrieval_set
 from eval.retrieval_examples import retrieval_examples
 from longclip_teacher.errors import InputError, run_command
 from mobileclip_student import MobileCLIP, reparameterize, save_student
-from training.config import EMBEDDED_DATA, EMBEDDED_TEACHER, TrainConfig, parse_config
+from training.config import TrainConfig, parse_config
 from training.curves import run_facts, training_curves
 from training.digit_scenes import write_digit_scenes
 from training.evaluate import evaluate_tests, test_sets
+from training.options import EMBEDDED_DATA, EMBEDDED_TEACHER
 
 STUDENTS = {  # what sets each student apart; data, steps, seed and optimiser are the same
     "distilled": [],

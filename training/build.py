@@ -19,11 +19,12 @@ from mobileclip_student import MobileCLIP, create_student, load_student
 from mobileclip_student.inference import compile_towers
 from mobileclip_student.model import override, variant_config
 from mobileclip_student.start import TIMM, LongCLIPText, load_image_tower, load_text_tower, truncated_normal_
-from training.config import SpeedOptions, TrainConfig
+from training.config import TrainConfig
 from training.datacompdr import DataCompDRStore, datacompdr_facts
 from training.distill import Distiller, Teachers, Tower
 from training.distributed import Runtime
 from training.evaluate import zeroshot_classnames
+from training.options import SpeedOptions
 from training.shard_index import ShardIndex, expand_patterns
 from training.shards import OpenStore, ShardLoader, build_loader
 from training.step import seed_everything

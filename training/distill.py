@@ -18,8 +18,8 @@ from longclip_teacher import LongCLIP
 from longclip_teacher.trace import Trace
 from mobileclip_student import MobileCLIP
 from mobileclip_student.vit_trace import trace_vit
-from training.config import LossOptions
 from training.layer_losses import LayerLosses, student_shape, teacher_shape
+from training.loss_options import LossOptions
 from training.objective import Features
 from training.pictures import normalized
 from training.samples import Batch

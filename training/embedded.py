@@ -10,10 +10,11 @@ from pathlib import Path
 from training.build import build_distiller, build_training_loader, check_config, frozen_teacher
 from training.cache_manifest import CACHE_MANIFEST, shard_facts, write_cache_manifest
 from training.cache_writer import SidecarWriter, cache_settings
-from training.config import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER, TrainConfig, parse_config
+from training.config import TrainConfig, parse_config
 from training.digit_scenes import write_digit_scenes
 from training.distributed import Runtime
 from training.loop import train
+from training.options import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER
 from training.shard_index import ShardIndex, expand_patterns
 
 __all__ = ["prepare_embedded"]

@@ -20,7 +20,7 @@ from longclip_teacher import LongCLIP
 from longclip_teacher.errors import InputError
 from longclip_teacher.trace import Trace
 from mobileclip_student import MobileCLIP
-from training.config import LAYER_LOSSES, LossOptions
+from training.loss_options import LAYER_LOSSES, LossOptions
 from training.losses.intermediate import (
     LossSum,
     attention_cells,

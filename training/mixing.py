@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from training.config import MixOptions
+from training.options import MixOptions
 from training.samples import Batch
 from training.transforms import sample_generator
 

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from training.config import PAIR_LOSSES, LossOptions
 from training.distributed import gather
+from training.loss_options import PAIR_LOSSES, LossOptions
 from training.losses import (
     Factors,
     afd_loss,

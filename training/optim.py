@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from training.config import OptimOptions
+from training.options import OptimOptions
 
 __all__ = ["build_optimizer", "learning_rate"]
 

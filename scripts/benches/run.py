@@ -13,7 +13,8 @@ from pathlib import Path
 
 from benches.measure import BenchOptions, Row
 from longclip_teacher.errors import InputError
-from training.config import EMBEDDED_DATA, EMBEDDED_TEACHER, SpeedOptions, parse_config
+from training.config import parse_config
+from training.options import EMBEDDED_DATA, EMBEDDED_TEACHER, SpeedOptions
 from training.run_log import read_metrics
 
 __all__ = ["bench_run"]

@@ -14,9 +14,10 @@ from eval.memory import keep_freed_memory
 from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT, trim
 from mobileclip_student import create_student
-from training.config import LossOptions, OptimOptions
 from training.distill import Distiller, Teachers
+from training.loss_options import LossOptions
 from training.optim import build_optimizer
+from training.options import OptimOptions
 from training.samples import Batch
 from training.step import backward_step
 from training.stored import TeacherFacts

@@ -24,7 +24,8 @@ from ablation_runs import comparison_facts, gather, paired_difference
 from ablation_table import write_table
 from eval.atomic_files import write_json, write_text
 from longclip_teacher.errors import InputError
-from training.config import FEATURE_LOSSES, PAIR_LOSSES, LossOptions, config_to_toml
+from training.config import config_to_toml
+from training.loss_options import FEATURE_LOSSES, PAIR_LOSSES, LossOptions
 
 GRIDS = Path(__file__).resolve().parents[2] / "scripts" / "grids"
 HEAD = """

@@ -11,8 +11,8 @@ from benches.memory import ChunkedDistiller, bench_memory, step_peak
 from benches.step import Side, random_batch, step_case
 from longclip_teacher.text import caption_lengths
 from mobileclip_student import create_student
-from training.config import LossOptions
 from training.distill import Teachers
+from training.loss_options import LossOptions
 from training.stored import TeacherFacts
 
 OPTIONS = BenchOptions(full=False, rounds=1, device=torch.device("cpu"), precision="fp32")

@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from longclip_teacher import create_teacher
 from mobileclip_student import create_student
-from training.config import FEATURE_LOSSES, LAYER_LOSSES, PAIR_LOSSES, LossOptions
 from training.distill import Distiller, Teachers
 from training.distributed import start
+from training.loss_options import FEATURE_LOSSES, LAYER_LOSSES, PAIR_LOSSES, LossOptions
 from training.shards import Batch
 from training.step import backward_step
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from mobileclip_student import create_student
 from training import loop
 from training.checkpointing import TrainState
-from training.config import MixOptions, parse_config
+from training.config import parse_config
 from training.distributed import start
 from training.ema import ModelEma
 from training.mixing import mix
 from training.optim import learning_rate
+from training.options import MixOptions
 from training.samples import Batch
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from longclip_teacher.text import EOT, SOT
 from mobileclip_student import create_student
 from mobileclip_student.model import variant_config
-from training.config import LossOptions
 from training.distill import Distiller
+from training.loss_options import LossOptions
 from training.objective import compute_losses, gather_features
 from training.samples import Batch
 from training.step import backward_step, seed_everything

@@ -26,8 +26,8 @@ from longclip_teacher.text import EOT
 from longclip_teacher.trace import Trace
 from mobileclip_student import create_student
 from mobileclip_student.text_encoder import TextConfig, TextTransformer
-from training.config import LAYER_LOSSES, LossOptions
 from training.layer_losses import LayerLosses, TowerShape, layer_pairs, student_shape, sum_parts, teacher_shape
+from training.loss_options import LAYER_LOSSES, LossOptions
 from training.losses.intermediate import (
     LossSum,
     attention_cells,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.config import MixOptions
 from training.mixing import mix
+from training.options import MixOptions
 from training.samples import Batch
 
 

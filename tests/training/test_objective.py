@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from training.config import LossOptions
+from training.loss_options import LossOptions
 from training.losses import clip_loss, crd_loss, fd_loss, kl_loss
 from training.objective import Features, compute_losses, gather_features
 from training.pca import pca_project

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from training.config import EMBEDDED_DATA, EMBEDDED_TEACHER, SpeedOptions
 from training.main import main
+from training.options import EMBEDDED_DATA, EMBEDDED_TEACHER, SpeedOptions
 from training.run_log import read_metrics
 
 STEPS = 3

@@ -23,9 +23,10 @@ from longclip_teacher import LongCLIP, create_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP, create_student, save_student
 from mobileclip_student.model import variant_config
-from training.config import DataOptions, RunOptions, StudentOptions, TeacherOptions, TrainConfig
+from training.config import TrainConfig
 from training.distributed import start
 from training.evaluate import judged_model, validate
+from training.options import DataOptions, RunOptions, StudentOptions, TeacherOptions
 from training.run_report import report_run
 
 TEMPLATES = ["a {} board", "a board that is {}"]
