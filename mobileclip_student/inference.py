@@ -16,6 +16,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from longclip_teacher.errors import InputError
+from mobileclip_student.image_encoder import ImageEncoder
 from mobileclip_student.model import MobileCLIP
 from mobileclip_student.reparameterize import reparameterize
 from mobileclip_student.repmixer import RepMixerBlock
@@ -108,8 +109,11 @@ def compile_towers(model: nn.Module, mode: str | None = None) -> None:
     Names of parameters stay (nn.Module.compile), so files and checkpoints do not see it. `mode` is torch.compile's;
     with "reduce-overhead" the image tower is replayed as a CUDA graph, which wants batches of one size.
     """
-    image_tower, text_tower = model.children()
-    image_tower.compile(mode=mode)
-    for block in text_tower.modules():
-        if isinstance(block, (AttentionBlock, RepMixerBlock, ResidualAttentionBlock)):
-            block.compile(dynamic=True)  # lengths change every step, which a CUDA graph could not follow
+    for name, tower in model.named_children():  # a teacher may be left with one
+        if name in ("image_encoder", "visual"):
+            trunk = tower.trunk if isinstance(tower, ImageEncoder) else tower  # which every way of encoding runs
+            trunk.compile(mode=mode)
+            continue
+        for block in tower.modules():
+            if isinstance(block, (AttentionBlock, RepMixerBlock, ResidualAttentionBlock)):
+                block.compile(dynamic=True)  # lengths change every step, which a CUDA graph could not follow
