@@ -294,11 +294,11 @@ def test_the_stamp_grid_is_valid_and_covers_every_loss(checkout: Path, monkeypat
         assert losses[name].active - losses["none"].active == {name}
 
     # of those that change the losses alone, two stand for all
-    others = {name for name, variant in grid.variants.items() if variant.group in ("", "stages", "cache", "reading")}
+    others = {name for name, variant in grid.variants.items() if variant.group in ("", "stages", "cache", "reading", "width")}
     jobs = {job.variant.name: job for job in make_jobs(grid, Path("out")) if job.seed == 0}
-    check_jobs([jobs[name] for name in (*others, "none", "hidden_text")], 2)
+    check_jobs([jobs[name] for name in (*others, "none", "fd", "hidden_text")], 2)
     stages = [jobs[name].config.run.max_steps or 0 for name in ("image_stage", "text_stage", "two_stage")]
-    assert sum(stages) == jobs["one_stage_192"].config.run.max_steps
+    assert sum(stages) == jobs["fd"].config.run.max_steps
     assert jobs["two_stage"].config.init.image == "out/image_stage/seed_0"
     assert jobs["two_stage"].config.data.shards == jobs["image_stage"].config.data.shards == ("a/*.tar",)
 

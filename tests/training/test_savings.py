@@ -18,12 +18,13 @@ STEPS = 3
 COMMON = [
     "--optim.lr", "1e-4", "--run.max_steps", str(STEPS), "--run.global_batch_size", "48", "--run.log_every", "1",
     "--data.num_workers", "0", "--data.val", "None", "--data.zeroshot", "None", "--data.tests",
+    "--loss.crd_long", "4", "--loss.crd_short", "1", "--loss.teacher_scale", "30",
 ]  # fmt: skip
-LOSSES = ("clip_long", "clip_short", "crd_long", "crd_short", "loss")
+LOSSES = ("clip_long", "clip_short", "crd_long", "crd_short", "fd_image", "fd_text", "loss")
 
 
 def train(out_dir: Path, *arguments: str) -> list[dict[str, float]]:
-    """The logged rows of a short run of the default preset."""
+    """The logged rows of a short run of the default preset, with relational losses beside its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["main.py", "--run.out_dir", str(out_dir), *COMMON, *arguments])
         main()
@@ -72,7 +73,7 @@ class TestStoredFeatures:
         assert largest_difference(named, unnamed) == 0
 
     def test_its_features_are_projected_where_widths_differ(self, cache: Path, tmp_path: Path) -> None:
-        rows = train(tmp_path / "fd", "--teacher.cache", str(cache), "--loss.fd_image", "1")
+        rows = train(tmp_path / "fd", "--teacher.cache", str(cache), "--student.embed_dim", "64")
         assert rows[0]["fd_image"] > 0
 
     def test_two_epochs_see_two_views(self, cache: Path, tmp_path: Path) -> None:
