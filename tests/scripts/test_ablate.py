@@ -294,7 +294,8 @@ def test_the_stamp_grid_is_valid_and_covers_every_loss(checkout: Path, monkeypat
         assert losses[name].active - losses["none"].active == {name}
 
     # of those that change the losses alone, two stand for all
-    others = {name for name, variant in grid.variants.items() if variant.group in ("", "stages", "cache", "reading", "width")}
+    kinds = ("", "stages", "cache", "reading", "width")
+    others = {name for name, variant in grid.variants.items() if variant.group in kinds}
     jobs = {job.variant.name: job for job in make_jobs(grid, Path("out")) if job.seed == 0}
     check_jobs([jobs[name] for name in (*others, "none", "fd", "hidden_text")], 2)
     stages = [jobs[name].config.run.max_steps or 0 for name in ("image_stage", "text_stage", "two_stage")]
