@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,18 +178,14 @@ def build_distiller(config: TrainConfig, runtime: Runtime) -> Distiller:
 def build_student(config: TrainConfig, teacher_width: int | None) -> MobileCLIP:
     """The student with its starting weights. `teacher_width` is the teacher's embedding width, if there is one."""
     options, init = config.student, config.init
+    changes = {name: getattr(options, name) for name in STUDENT_OVERRIDES}
+    if options.init is not None:
+        return _whole_student(config, changes)
     sources = {
         tower: load_model(source)
         for tower, source in (("image", init.image), ("text", init.text))
         if source not in (None, TIMM)
     }
-    changes = {name: getattr(options, name) for name in STUDENT_OVERRIDES}
-    if options.init is not None:
-        given = sorted(name for name, value in changes.items() if value is not None)
-        if given or init.image or init.text:
-            what = f"--student.{given[0]}" if given else "--init"
-            raise InputError(f"--student.init brings a whole student with its shape: leave {what} out")
-        return load_student(options.init, options.variant, options.context_length, options.pad_mask)
     if changes["embed_dim"] is None:
         widths = {source.embed_dim for source in sources.values() if isinstance(source, MobileCLIP)}
         if config.run.stage != "both" and teacher_width is not None:
@@ -200,8 +197,8 @@ def build_student(config: TrainConfig, teacher_width: int | None) -> MobileCLIP:
         changes["embed_dim"] = next(iter(widths), None)
     elif config.run.stage != "both" and changes["embed_dim"] != teacher_width:
         raise InputError(
-            f"--run.stage {config.run.stage} learns in the teacher's space of {teacher_width} channels: leave "
-            "--student.embed_dim out"
+            f"--run.stage {config.run.stage} learns in the teacher's space of {teacher_width} channels: set "
+            "--student.embed_dim None"
         )
     shape = override(variant_config(options.variant), **changes)
     student = create_student(shape, context_length=options.context_length, pad_mask=options.pad_mask)
@@ -221,6 +218,21 @@ def build_student(config: TrainConfig, teacher_width: int | None) -> MobileCLIP:
             load_text_tower(student, LongCLIPText(text_source.text.state_dict(), clip.text.heads, clip.activation))
         else:
             raise InputError(f"--init.text {init.text} is neither a student nor a Long-CLIP")
+    return student
+
+
+def _whole_student(config: TrainConfig, changes: dict[str, Any]) -> MobileCLIP:
+    """What student.init names, which brings its shape; refused where the options ask for another."""
+    options = config.student
+    if config.init.image is not None or config.init.text is not None:
+        raise InputError("--student.init brings both towers: leave --init.image and --init.text out")
+    assert options.init is not None
+    student = load_student(options.init, options.variant, options.context_length, options.pad_mask)
+    for name, value in changes.items():
+        if value is not None and override(student.config, **{name: value}) != student.config:
+            raise InputError(
+                f"{options.init} has another {name} than {value}: set --student.{name} None, for its shape is its own"
+            )
     return student
 
 

@@ -247,6 +247,17 @@ class TestOneTower:
         with pytest.raises(InputError, match=message):
             check_config(parse_config(args), 1)
 
+    def test_a_whole_student_brings_its_shape(self, checkout: Path, tmp_path: Path) -> None:
+        file = str(tmp_path / "student.safetensors")
+        save_student(create_student("tiny"), file)
+        for same in ("None", "96"):
+            _, distiller = built(checkout, "--student.init", file, "--student.embed_dim", same)
+            assert distiller.model.embed_dim == 96
+        with pytest.raises(InputError, match="has another embed_dim than 128"):
+            built(checkout, "--student.init", file)
+        with pytest.raises(InputError, match="brings both towers"):
+            built(checkout, "--student.init", file, "--student.embed_dim", "None", "--init.image", file)
+
     def test_a_width_that_is_not_the_teachers_is_refused(self, checkout: Path) -> None:
         with pytest.raises(InputError, match="teacher's space of 128 channels"):
             built(checkout, "two_stage_image", "--student.embed_dim", "64")
