@@ -22,7 +22,7 @@ from mobileclip_student.model import override, variant_config
 from mobileclip_student.start import TIMM, LongCLIPText, load_image_tower, load_text_tower, truncated_normal_
 from training.config import TrainConfig
 from training.datacompdr import DataCompDRStore, datacompdr_facts
-from training.distill import Distiller, Teachers, Tower
+from training.distill import TOWERS, Distiller, Teachers
 from training.distributed import Runtime
 from training.evaluate import zeroshot_classnames
 from training.options import SpeedOptions
@@ -32,22 +32,7 @@ from training.step import seed_everything
 from training.stored import TeacherFacts, TeacherStore
 from training.teacher_cache import cache_facts, open_cache
 
-TOWERS: tuple[Tower, ...] = ("image", "text")
 CLIP_CONTEXT_LENGTH = 77
-STUDENT_OVERRIDES = (
-    "embed_dim",
-    "image_size",
-    "image_patch",
-    "image_width",
-    "image_layers",
-    "image_heads",
-    "distillation_token",
-    "drop_path",
-    "text_tower",
-    "text_width",
-    "text_layers",
-    "text_heads",
-)
 _SCALED_BY_TEACHER = {
     f"{name}_{length}"
     for name in ("crd", "affinity", "gd", "kd", "deit_soft", "deit_hard")
@@ -161,7 +146,7 @@ def build_distiller(config: TrainConfig, runtime: Runtime) -> Distiller:
         model,
         teachers,
         config.loss,
-        towers=("image", "text") if config.run.stage == "both" else (config.run.stage,),
+        towers=TOWERS if config.run.stage == "both" else (config.run.stage,),
         frozen=tuple(tower for tower in TOWERS if getattr(init, f"freeze_{tower}")),
         streaming=config.speed.streaming_losses,
     )
@@ -178,7 +163,7 @@ def build_distiller(config: TrainConfig, runtime: Runtime) -> Distiller:
 def build_student(config: TrainConfig, teacher_width: int | None) -> MobileCLIP:
     """The student with its starting weights. `teacher_width` is the teacher's embedding width, if there is one."""
     options, init = config.student, config.init
-    changes = {name: getattr(options, name) for name in STUDENT_OVERRIDES}
+    changes = options.shape
     if options.init is not None:
         return _whole_student(config, changes)
     sources = {

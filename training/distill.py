@@ -6,7 +6,9 @@ Shapes: B pairs of this process, D embedding width, L tokens of the longest capt
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -26,11 +28,12 @@ from training.samples import Batch
 from training.stored import TeacherFacts
 from training.transforms import ViewSpec
 
-__all__ = ["Distiller", "Outputs", "Teachers", "view_of"]
+__all__ = ["MAX_LOG_SCALE", "TOWERS", "Distiller", "Outputs", "Teachers", "Tower", "view_of"]
 
 Tower = Literal["image", "text"]
-_TOWERS: tuple[Tower, ...] = ("image", "text")
-_MAX_LOG_SCALE = math.log(100)
+TOWERS: tuple[Tower, ...] = ("image", "text")
+MAX_LOG_SCALE = math.log(100)
+"""CLIP's clamp of the logarithm of a logit scale: a larger one makes the softmax a hard maximum."""
 _INITIAL_LOG_SCALE = math.log(1 / 0.07)
 # losses that compare the student's rows with the teacher's, and therefore need them in one width
 _ACROSS = {"icl", "gd", "vrd", "xrd", "fd", "l1", "cos", "kl"}
@@ -50,9 +53,10 @@ class Teachers:
     prompts: Float[Tensor, "C D"] | None = None
     """Features of class prompts, unit-norm, with which pictures without captions are compared."""
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, TeacherFacts]:
-        """What the losses of long and of short captions must know of their teachers."""
+        """What the losses of long and of short captions must know of their teachers: read once, for reading a scale
+        waits for the GPU."""
         long = self.stored or _facts(self.long)
         return {"long": long, "short": long if self.short is None else _facts([self.short])}
 
@@ -105,7 +109,7 @@ class Distiller(nn.Module):
         teachers: Teachers | None,
         options: LossOptions,
         *,
-        towers: tuple[Tower, ...] = _TOWERS,
+        towers: tuple[Tower, ...] = TOWERS,
         frozen: tuple[Tower, ...] = (),
         streaming: bool = True,
     ) -> None:
@@ -119,6 +123,8 @@ class Distiller(nn.Module):
         self.streaming = streaming
         self.towers, self._frozen = towers, frozen
         self.__dict__["teachers"] = teachers
+        self.views = _views([model, *([] if teachers is None else teachers.models)])
+        """What a batch must show of each picture: the model's view, then the teachers' that differ from it."""
         names = {name.rsplit("_", 1)[0] for name in options.active}  # without _long, _short, _image, _text
         self.project = nn.ModuleDict()
         self.mixture = nn.ParameterDict()
@@ -127,7 +133,7 @@ class Distiller(nn.Module):
         if teachers is not None:
             self._add_loss_parameters(teachers, names | ({"fd"} if options.masked_fd > 0 else set()))
         model.logit_scale.requires_grad_(bool(names & _SCALED))  # DDP waits for every parameter that has a gradient
-        for tower in _TOWERS:
+        for tower in TOWERS:
             if tower not in towers or tower in frozen:
                 tower_of(model, tower).requires_grad_(False)
 
@@ -228,7 +234,7 @@ class Distiller(nn.Module):
 
     def _loss_parameters(self) -> dict[str, Tensor]:
         found = {"logit_scale": self.model.linear_logit_scale}
-        found |= {f"{name}_scale": value.clamp(max=_MAX_LOG_SCALE).exp() for name, value in self.log_scales.items()}
+        found |= {f"{name}_scale": value.clamp(max=MAX_LOG_SCALE).exp() for name, value in self.log_scales.items()}
         return found | {f"afd_{tower}": weight.view_as(weight) for tower, weight in self.mixture.items()}
 
     @torch.no_grad()
@@ -271,8 +277,9 @@ class Distiller(nn.Module):
     @property
     def teacher(self) -> LongCLIP | None:
         """The first teacher, where one is run with both towers."""
-        whole = self.teachers is not None and bool(self.teachers.long) and len(self.towers) == len(_TOWERS)
-        return self.teachers.long[0] if whole and self.teachers is not None else None
+        if self.teachers is None or not self.teachers.long or self.towers != TOWERS:
+            return None
+        return self.teachers.long[0]
 
     @property
     def _lengths(self) -> tuple[str, ...]:
@@ -281,25 +288,21 @@ class Distiller(nn.Module):
             return ()
         return ("long", "short") if self.options.uses_short else ("long",)
 
-    @property
-    def views(self) -> list[ViewSpec]:
-        """What a batch must show of each picture: the model's view, then the teachers' that differ from it."""
-        views = [view_of(self.model)]
-        for teacher in () if self.teachers is None else self.teachers.models:
-            if view_of(teacher) not in views:
-                views.append(view_of(teacher))
-        return views
-
     def _pictures_for(self, teacher: LongCLIP, batch: Batch) -> Float[Tensor, "B 3 R R"]:
         """The pictures of `batch` as `teacher` wants them."""
-        views = self.views
-        shown = (batch.images, *batch.teacher_images)[-len(views) :]  # the student's erased pictures stand before them
-        return _normalized(teacher, shown[views.index(view_of(teacher))])
+        # the student's erased pictures stand before the views
+        shown = (batch.images, *batch.teacher_images)[-len(self.views) :]
+        return _normalized(teacher, shown[self.views.index(view_of(teacher))])
 
 
 def view_of(model: MobileCLIP | LongCLIP) -> ViewSpec:
     """What a model wants to see of a picture."""
     return ViewSpec(model.image_size, model.preprocess_cfg.interpolation)
+
+
+def _views(models: Iterable[MobileCLIP | LongCLIP]) -> list[ViewSpec]:
+    """The distinct views of the models, in their order."""
+    return list(dict.fromkeys(view_of(model) for model in models))
 
 
 def tower_of(model: MobileCLIP | LongCLIP, tower: str) -> nn.Module:

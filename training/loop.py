@@ -19,7 +19,7 @@ from longclip_teacher.errors import InputError
 from training.build import validation_teacher
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from training.config import TrainConfig
-from training.distill import Distiller
+from training.distill import MAX_LOG_SCALE, Distiller
 from training.distributed import Runtime
 from training.ema import ModelEma
 from training.evaluate import validate
@@ -31,7 +31,6 @@ from training.step import backward_step
 
 __all__ = ["train"]
 
-_MAX_LOG_SCALE = math.log(100)  # CLIP's clamp: a larger scale makes the softmax a hard maximum
 _STARVED_SHARE = 0.05  # of the time spent waiting for data, above which the run says so
 
 
@@ -131,7 +130,7 @@ def _apply(state: TrainState, config: TrainConfig) -> Tensor:
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        state.distiller.model.logit_scale.clamp_(0, _MAX_LOG_SCALE)
+        state.distiller.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
     if state.ema is not None:
         state.ema.update(state.distiller.model, state.step)
     return norm

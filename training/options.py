@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from longclip_teacher.errors import InputError
 
@@ -176,6 +176,12 @@ class StudentOptions:
     """Attention layers."""
     text_heads: int | None = None
     """Attention heads."""
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fields that change the variant's shape, by the names that mobileclip_student's override has for them."""
+        others = ("variant", "init", "context_length", "pad_mask")
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in others}
 
 
 @dataclasses.dataclass(frozen=True)
