@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.fastvit import FastVit
@@ -34,7 +35,6 @@ _POOLING = {
 _NARROW, VIT = "fastvit", "vit"
 PUBLISHED_TOWERS = tuple(_POOLING)
 FIXED_SIZE_TOWERS = ("vit_base_mci_224", "vit_large_patch14_clip_224")
-_PICTURE_CHANNELS = 3
 _MAX_SIZE = 8192  # a configuration read from a file may not ask for any amount of memory
 
 
@@ -120,9 +120,9 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.trunk: Any = _trunk(config, embed_dim)
         if isinstance(self.trunk, FastVit):
-            for module in self.trunk.modules():
-                if isinstance(module, nn.Conv2d) and module.in_channels == _PICTURE_CHANNELS:
-                    module.register_forward_hook(self._to_channels_last)
+            for name, module in list(self.trunk.named_modules()):
+                if isinstance(module, nn.Conv2d) and module.in_channels == 3 and module.kernel_size == (1, 1):
+                    self.trunk.set_submodule(name, _pointwise(module))
 
     def forward(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B D"]:
         class_features, distillation_features = self.heads(images)
@@ -137,16 +137,31 @@ class ImageEncoder(nn.Module):
         return self.trunk.head(tokens[:, 0]), self.trunk.head_dist(tokens[:, 1])
 
     def _in_format(self, images: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B 3 R R"]:
-        if images.device.type == "cpu" and torch.is_grad_enabled():
-            # The backward of a 1 x 1 convolution of 3 channels-last channels with stride 2 corrupts memory (torch 2.15,
-            # oneDNN), so pictures come in channels first; the hooks turn what the first convolutions make of them.
-            return images.contiguous()
         if self.channels_last and isinstance(self.trunk, FastVit):
             return images.contiguous(memory_format=torch.channels_last)
         return images
 
-    def _to_channels_last(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.contiguous(memory_format=torch.channels_last) if self.channels_last else output
+
+class _Pointwise(nn.Conv2d):
+    """A 1 x 1 convolution of pictures that trains on a CPU as a matrix product.
+
+    oneDNN's backward of a 1 x 1 convolution of 3 channels-last channels with stride 2 corrupts memory (torch 2.15).
+    """
+
+    def forward(self, input: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B C R R"]:
+        if input.device.type != "cpu" or not torch.is_grad_enabled():
+            return super().forward(input)
+        down, right = self.stride
+        y = F.linear(input[:, :, ::down, ::right].movedim(1, 3), self.weight.flatten(1), self.bias).movedim(3, 1)
+        return y.contiguous() if input.is_contiguous() else y
+
+
+def _pointwise(conv: nn.Conv2d) -> _Pointwise:
+    """`conv` as a `_Pointwise` with its parameters."""
+    assert conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    copy = _Pointwise(conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None)
+    copy.stride, copy.weight, copy.bias = conv.stride, conv.weight, conv.bias
+    return copy
 
 
 def _trunk(config: ImageConfig, embed_dim: int) -> nn.Module:

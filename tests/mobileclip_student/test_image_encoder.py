@@ -66,7 +66,7 @@ def test_channels_last_in_float32_changes_rounding_alone() -> None:
 
 
 def test_pictures_in_either_format_train_a_wide_tower() -> None:
-    """Channels-last pictures would end the process: the first block has a 1 x 1 convolution of stride 2."""
+    """Left to oneDNN, the 1 x 1 convolution of stride 2 in the stem would end the process."""
     torch.manual_seed(0)
     tower = ImageEncoder(ImageConfig("fastvit_mci0", 256), 12)
     tower(torch.rand(2, 3, 256, 256).contiguous(memory_format=torch.channels_last)).sum().backward()
