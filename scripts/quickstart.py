@@ -37,10 +37,7 @@ from training.options import EMBEDDED_DATA, EMBEDDED_TEACHER
 
 STUDENTS = {  # what sets each student apart; data, steps, seed and optimiser are the same
     "distilled": [],
-    "undistilled": [
-        *("--teacher.checkpoint", "None", "--loss.clip_long", "1", "--loss.clip_short", "0.5"),
-        *("--loss.crd_long", "0", "--loss.crd_short", "0"),
-    ],
+    "undistilled": ["--teacher.checkpoint", "None"],  # the losses that need a teacher fall away
     "cut77": ["--student.context_length", "77"],
 }
 WEIGHTS = "best.safetensors"

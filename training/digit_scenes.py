@@ -3,9 +3,10 @@
 A board is 48 px: a coloured ground in a coloured frame and a 3x3 grid of tiles, each with one of scikit-learn's 1,797
 handwritten digits in one of 8 inks and 2 sizes on a dark or a light tile. Its caption of about 100 tokens says in
 reading order what stands where; the first sentence names the ground and the frame alone. Most boards are full, some
-sparse. One in eight shows a single huge digit, always in the same colours: nothing but the handwriting tells these
-apart, so that they teach to read digits, which full boards, told apart by their colours, do not. Zero-shot
-classification is tested on them.
+sparse. One in five belongs to one of a few series, boards that all begin alike, so that a batch holds captions which
+only their ends tell apart: without them, nothing asks a model to read to the end. One in eight shows a single huge
+digit, always in the same colours: nothing but the handwriting tells these apart, so that they teach to read digits,
+which full boards, told apart by their colours, do not. Zero-shot classification is tested on them.
 
 What is held out: the glyphs (handwritten digits) of validation and test never appear in training, nor do the layouts
 (which digit in which ink stands where) of their boards. Nothing downstream knows that these pictures are generated.
@@ -37,7 +38,7 @@ from training.shard_writer import caption_member, write_manifest, write_shard
 __all__ = ["CLASSNAMES", "DIGIT_TEMPLATES", "Board", "Part", "Tile", "layout_part", "write_digit_scenes"]
 
 FORMAT = "compact-longclip digit scenes"
-VERSION = 4  # raise it with any change of the pictures or captions, so that a folder made before is not taken for these
+VERSION = 5  # raise it with any change of the pictures or captions, so that a folder made before is not taken for these
 
 CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CELLS = (
@@ -63,6 +64,7 @@ SIZES = {"small": 8, "large": 12}  # pixels of the glyph's square; scikit-learn'
 BOARD_PX, FRAME_PX, CELL_PX, TILE_PX = 48, 3, 14, 12
 NUM_TRAIN_GLYPHS, NUM_VAL_GLYPHS = 1297, 150  # of 1,797; the other 350 are the test's
 SINGLE_SHARE, SPARSE_SHARE = 0.12, 0.05  # training boards with one huge digit, with two to eight
+SERIES_SHARE, NUM_SERIES = 0.2, 20  # training boards that begin as the others of their series, as twins do
 TWINS_PER_FAMILY, NUM_SHARED_CELLS = 4, 7  # the first seven cells' sentences reach past token 77
 SHARD_SIZE = 4000
 
@@ -190,14 +192,18 @@ def single_digit(digit: int) -> Board:
 
 
 def draw_boards(rng: random.Random, part: Part) -> Iterator[Board]:
-    """Endless boards for training or validation: full, single and sparse; no two captions of several digits alike."""
+    """Endless boards for training or validation: full, sparse, single, in series; no two captions of several digits
+    alike."""
     seen: set[str] = set()
+    series = [draw_board(rng, part) for _ in range(NUM_SERIES)]
+    kinds = {"single": SINGLE_SHARE, "sparse": SPARSE_SHARE, "series": SERIES_SHARE}
     while True:
-        kind = rng.random()
-        if kind < SINGLE_SHARE:
+        (kind,) = rng.choices([*kinds, "full"], [*kinds.values(), 1 - sum(kinds.values())])
+        if kind == "single":
             yield single_digit(rng.randrange(10))
             continue
-        board = draw_board(rng, part, rng.randint(2, 8) if kind < SINGLE_SHARE + SPARSE_SHARE else 9)
+        family = rng.choice(series) if kind == "series" else None
+        board = draw_board(rng, part, rng.randint(2, 8) if kind == "sparse" else 9, family)
         if board.caption not in seen:
             seen.add(board.caption)
             yield board

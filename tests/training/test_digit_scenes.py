@@ -104,10 +104,18 @@ def test_glyphs_are_split_without_overlap() -> None:
     assert all(len(examples) >= 10 for digits in glyphs.values() for examples in digits.values())
 
 
-def test_training_boards_include_single_and_sparse_ones() -> None:
-    counts = Counter(len(board.tiles) for board in islice(draw_boards(random.Random(5), "train"), 1000))
+def test_training_boards_include_single_sparse_and_serial_ones() -> None:
+    boards = list(islice(draw_boards(random.Random(5), "train"), 1000))
+    counts = Counter(len(board.tiles) for board in boards)
     assert 80 < counts[1] < 160
     assert 25 < sum(counts[number] for number in range(2, 9)) < 80
+    beginnings = Counter((board.ground, board.frame, board.tiles[:7]) for board in boards if len(board.tiles) == 9)
+    series = [count for count in beginnings.values() if count > 1]
+    assert len(series) == 20 and 150 < sum(series) < 250
+    twins = {
+        (board.ground, board.frame, board.tiles[:7]) for board in islice(draw_twins(random.Random(6), "test"), 400)
+    }
+    assert not twins & set(beginnings)
 
 
 def test_single_digits_differ_in_the_digit_alone() -> None:
