@@ -58,7 +58,7 @@ def _processes() -> int:
 
 @dataclass
 class Options:
-    """Long-CLIP distilled into a student that reads 248 tokens, from nothing, on the CPU, in about ten minutes.
+    """Long-CLIP distilled into a student that reads 248 tokens, from nothing, on the CPU, in a quarter of an hour.
 
     Writes pictures of handwritten digits with long captions; trains a tiny teacher; distils it into a tiny student;
     trains the same student without the teacher (undistilled) and with captions cut at 77 tokens (cut77); compares them
