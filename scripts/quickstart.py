@@ -268,9 +268,9 @@ def explain(options: Options, models: Mapping[str, Figures], seconds: float) -> 
         "to the end.",
         f"Learning from the teacher gives the student {both('distilled', 'twins')} on the twin test; the same student "
         f"after the same number of steps without the teacher has {both('undistilled', 'twins')}: {gains} points.",
-        f"The random test has {num_random} unrelated pictures, which the beginning of a caption usually tells apart. A "
-        f"model cut at 77 tokens can do well there: {both('cut77', 'random')} against {both('distilled', 'random')} of "
-        "the student that reads everything, which has more to learn.",
+        f"The random test has {num_random} unrelated pictures, which the beginning of a caption usually tells apart: "
+        f"the student cut at 77 tokens has {both('cut77', 'random')} there, the one that reads everything "
+        f"{both('distilled', 'random')}.",
         "reparameterized is the distilled student with its parallel branches merged into one, for use: the same "
         f"figures, {format_figure(fused['params'], 'count')} parameters instead of "
         f"{format_figure(plain['params'], 'count')}, {format_figure(fused['image_ms'], 'ms')} ms a picture instead of "
