@@ -31,7 +31,7 @@ from longclip_teacher.errors import InputError, run_command
 from mobileclip_student import MobileCLIP, reparameterize, save_student
 from training.config import TrainConfig, parse_config
 from training.curves import run_facts, training_curves
-from training.digit_scenes import write_digit_scenes
+from training.digit_scenes import is_outdated, write_digit_scenes
 from training.evaluate import evaluate_tests, test_sets
 from training.options import EMBEDDED_DATA, EMBEDDED_TEACHER
 
@@ -143,7 +143,8 @@ def main() -> None:
 def make_data(data: Path) -> None:
     """The digit scenes, if they are not there."""
     if data.exists():
-        say("data", f"{data} is there and is used again")
+        age = ", though of another version than this code: delete it to have it made anew" if is_outdated(data) else ""
+        say("data", f"{data} is there and is used again{age}")
         return
     say("data", f"writing digit scenes to {data}: pictures of handwritten digits with captions of about 100 tokens")
     write_digit_scenes(data, show_progress=sys.stderr.isatty())

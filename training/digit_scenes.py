@@ -35,7 +35,7 @@ from longclip_teacher.errors import InputError
 from training.shard_index import ShardRecord
 from training.shard_writer import caption_member, write_manifest, write_shard
 
-__all__ = ["CLASSNAMES", "DIGIT_TEMPLATES", "Board", "Part", "Tile", "layout_part", "write_digit_scenes"]
+__all__ = ["CLASSNAMES", "DIGIT_TEMPLATES", "Board", "Part", "Tile", "is_outdated", "layout_part", "write_digit_scenes"]
 
 FORMAT = "compact-longclip digit scenes"
 VERSION = 5  # raise it with any change of the pictures or captions, so that a folder made before is not taken for these
@@ -294,15 +294,26 @@ Picture = tuple[Board, bytes]  # what a picture shows, and its JPEG file
 def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    try:
-        found = json.loads((out / "manifest.json").read_text())
-    except (OSError, ValueError):
-        found = None
+    found = _settings(out)
     if found == settings:
         return True
-    if isinstance(found, dict) and found.get("format") == FORMAT:
+    if found.get("format") == FORMAT:
         raise InputError(f"{out} holds digit scenes of other settings: delete it or choose another folder")
     raise InputError(f"{out} exists and holds no digit scenes: choose another folder")
+
+
+def is_outdated(folder: Path) -> bool:
+    """Whether `folder` holds digit scenes that another version of this code wrote: other pictures or captions."""
+    found = _settings(folder)
+    return found.get("format") == FORMAT and found.get("version") != VERSION
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _draw_singles(rng: random.Random, part: Part) -> Iterator[Board]:

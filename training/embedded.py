@@ -11,7 +11,7 @@ from training.build import build_distiller, build_training_loader, check_config,
 from training.cache_manifest import CACHE_MANIFEST, shard_facts, write_cache_manifest
 from training.cache_writer import SidecarWriter, cache_settings
 from training.config import TrainConfig, parse_config
-from training.digit_scenes import write_digit_scenes
+from training.digit_scenes import is_outdated, write_digit_scenes
 from training.distributed import Runtime
 from training.loop import train
 from training.options import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER
@@ -29,10 +29,9 @@ def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
     the tiny teacher, its stored features, and the first stages of two_stage."""
     shards = () if config.data.images or config.data.captions else config.data.shards
     named = (*shards, str(config.data.val), str(config.data.zeroshot), *config.data.tests)
-    if any(f"{EMBEDDED_DATA}/" in name for name in named) and not EMBEDDED_DATA.exists():
+    if any(f"{EMBEDDED_DATA}/" in name for name in named):
         if runtime.is_main:
-            logger.info("making the embedded data: digit scenes in %s", EMBEDDED_DATA)
-            write_digit_scenes(EMBEDDED_DATA, show_progress=sys.stderr.isatty())
+            _make_data()
         runtime.barrier()
     cached = config.teacher.cache == EMBEDDED_CACHE and not Path(EMBEDDED_CACHE, CACHE_MANIFEST).exists()
     teachers = {config.teacher.checkpoint, config.teacher.short} if config.distils else set()
@@ -45,6 +44,18 @@ def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
     for source in (config.init.image, config.init.text):
         if source in _STAGES:
             _run_first(_STAGES[source], Path(source), config, runtime)
+
+
+def _make_data() -> None:
+    if not EMBEDDED_DATA.exists():
+        logger.info("making the embedded data: digit scenes in %s", EMBEDDED_DATA)
+        write_digit_scenes(EMBEDDED_DATA, show_progress=sys.stderr.isatty())
+    elif is_outdated(EMBEDDED_DATA):
+        logger.warning(
+            "%s is of another version than this code: delete it and %s to have both made anew",
+            EMBEDDED_DATA,
+            EMBEDDED_TEACHER,
+        )
 
 
 def _run_first(preset: str, out_dir: Path, config: TrainConfig, runtime: Runtime) -> None:

@@ -23,6 +23,7 @@ from training.digit_scenes import (
     draw_boards,
     draw_full_boards,
     draw_twins,
+    is_outdated,
     render,
     write_digit_scenes,
 )
@@ -60,6 +61,15 @@ def test_every_part_has_its_layout(scenes: Path) -> None:
     assert all(len(list((scenes / "digits/val" / name).iterdir())) == 4 for name in classes)
     assert (scenes / "digits/classnames.txt").read_text().split() == list(CLASSNAMES)
     assert len((scenes / "digits/templates.txt").read_text().splitlines()) == len(DIGIT_TEMPLATES)
+
+
+def test_scenes_of_another_version_are_told_from_these(scenes: Path, tmp_path: Path) -> None:
+    assert not is_outdated(scenes) and not is_outdated(tmp_path)
+    settings = json.loads((scenes / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(settings | {"version": settings["version"] - 1}))
+    assert is_outdated(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    assert not is_outdated(tmp_path)
 
 
 def test_full_captions_have_about_100_tokens_and_a_short_first_sentence() -> None:
