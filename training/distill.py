@@ -6,7 +6,8 @@ Shapes: B pairs of this process, D embedding width, L tokens of the longest capt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -190,9 +191,11 @@ class Distiller(nn.Module):
         raw: Features = {}
         trace = None
         if options.masked_fd > 0:
-            raw["masked_image"] = model.encode_image(_masked(pictures, options))
-            if not (options.active - {"masked_fd"}):
-                return raw | {"image": raw["masked_image"]}, None  # nothing else looks at the whole picture
+            with _statistics_kept(model):
+                raw["masked_image"] = model.encode_image(_masked(pictures, options))
+            if not (options.active - {"masked_fd"}):  # no loss looks at the whole picture, only the BatchNorms do
+                with torch.no_grad():
+                    return raw | {"image": model.encode_image(pictures)}, None
         if not isinstance(model, MobileCLIP):
             return raw | {"image": model.encode_image(pictures)}, None
         if traced:
@@ -328,6 +331,19 @@ def _normalized(model: MobileCLIP | LongCLIP, images: UInt8[Tensor, "B 3 H W"]) 
         for value in (model.preprocess_cfg.mean, model.preprocess_cfg.std)
     )
     return normalized(images, mean, std)
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of BatchNorms as they are: at inference no picture is masked."""
+    norms = {norm: norm.momentum for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)}
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
 
 
 def _masked(pictures: Float[Tensor, "B 3 R R"], options: LossOptions) -> Float[Tensor, "B 3 R R"]:

@@ -170,6 +170,19 @@ class TestMaskedPictures:
         torch.testing.assert_close(nothing_hidden, step(distiller_of(teachers, whole))["fd_image"])
         assert (step(distiller_of(teachers, masked))["masked_fd"] - nothing_hidden).abs() > 1e-6
 
+    @pytest.mark.parametrize("others", [{}, {"fd_image": 1.0}])
+    def test_running_statistics_are_those_of_whole_pictures(self, others: dict[str, float]) -> None:
+        teachers = Teachers([teacher_of(0)])
+        runs = [LossOptions(**{**OFF, "fd_image": 1.0}), LossOptions(**{**OFF, "masked_fd": 1.0, **others})]
+        distillers = [distiller_of(teachers, options) for options in runs]
+        before = {name: value.clone() for name, value in distillers[0].named_buffers()}
+        for distiller in distillers:
+            step(distiller.train())
+        whole, masked = ({name: value for name, value in d.named_buffers() if "running" in name} for d in distillers)
+        assert any((whole[name] - before[name]).abs().max() > 1e-3 for name in whole)
+        for name, value in whole.items():
+            torch.testing.assert_close(masked[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
 
 def built(checkout: Path, *args: str) -> tuple[TrainConfig, Distiller]:
     config = parse_config(list(args))
