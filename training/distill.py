@@ -6,7 +6,7 @@ Shapes: B pairs of this process, D embedding width, L tokens of the longest capt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -191,9 +191,12 @@ class Distiller(nn.Module):
         raw: Features = {}
         trace = None
         if options.masked_fd > 0:
-            with _statistics_kept(model):
+            norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+            with _statistics_kept(norms):
                 raw["masked_image"] = model.encode_image(_masked(pictures, options))
-            if not (options.active - {"masked_fd"}):  # no loss looks at the whole picture, only the BatchNorms do
+            if not (options.active - {"masked_fd"}):  # no loss looks at the whole picture, only BatchNorms do
+                if not norms:
+                    return raw | {"image": raw["masked_image"]}, None
                 with torch.no_grad():
                     return raw | {"image": model.encode_image(pictures)}, None
         if not isinstance(model, MobileCLIP):
@@ -334,15 +337,15 @@ def _normalized(model: MobileCLIP | LongCLIP, images: UInt8[Tensor, "B 3 H W"]) 
 
 
 @contextmanager
-def _statistics_kept(model: nn.Module) -> Iterator[None]:
+def _statistics_kept(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
     """Leave the running statistics of BatchNorms as they are: at inference no picture is masked."""
-    norms = {norm: norm.momentum for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)}
+    momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
             norm.momentum = 0.0
         yield
     finally:
-        for norm, momentum in norms.items():
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
 
