@@ -183,6 +183,15 @@ class TestMaskedPictures:
         for name, value in whole.items():
             torch.testing.assert_close(masked[name], value, rtol=1e-9, atol=1e-12, msg=name)
 
+    def test_a_vit_reads_no_whole_picture_for_it(self) -> None:
+        """It has no running statistics, for which an MCi tower reads the pictures a second time."""
+        student = build_student(parse_config(["deit_image"]), teacher_width=128).double().eval()
+        seen: list[Tensor] = []
+        student.image_encoder.trunk.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        distiller = Distiller(student, Teachers([teacher_of(0)]), LossOptions(**{**OFF, "masked_fd": 1.0}))
+        step(distiller)
+        assert [bool((pictures == 0).all(dim=1).any()) for pictures in seen] == [True]
+
 
 def built(checkout: Path, *args: str) -> tuple[TrainConfig, Distiller]:
     config = parse_config(list(args))
