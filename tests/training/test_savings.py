@@ -19,12 +19,13 @@ COMMON = [
     "--optim.lr", "1e-4", "--run.max_steps", str(STEPS), "--run.global_batch_size", "48", "--run.log_every", "1",
     "--data.num_workers", "0", "--data.val", "None", "--data.zeroshot", "None", "--data.tests",
     "--loss.crd_long", "4", "--loss.crd_short", "1", "--loss.teacher_scale", "30",
+    "--loss.fd_image", "15.6", "--loss.fd_text", "15.6",
 ]  # fmt: skip
-LOSSES = ("clip_long", "clip_short", "crd_long", "crd_short", "fd_image", "fd_text", "loss")
+LOSSES = ("clip_long", "clip_short", "crd_long", "crd_short", "vrd_long", "vrd_short", "fd_image", "fd_text", "loss")
 
 
 def train(out_dir: Path, *arguments: str) -> list[dict[str, float]]:
-    """The logged rows of a short run of the default preset, with relational losses beside its own."""
+    """The logged rows of a short run of the default preset, with relational and feature losses beside its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["main.py", "--run.out_dir", str(out_dir), *COMMON, *arguments])
         main()
