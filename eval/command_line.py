@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.encoding_options import EncodingOptions
-from eval.feature_cache import FeatureCache
-from eval.features import Encoding
-from eval.models import ClipModel, load_model
+from eval.towers.encoding_options import EncodingOptions
+from eval.towers.feature_cache import FeatureCache
+from eval.towers.features import Encoding
+from eval.towers.models import ClipModel, load_model
 from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP, reparameterize

@@ -17,22 +17,22 @@ import tyro
 from rich.console import Console
 
 from eval.agreement import agreement
-from eval.atomic_files import write_json, write_text
-from eval.compare_measures import Kept, measure_retrieval, model_digest
-from eval.compare_page import comparison_report
-from eval.compare_tables import Comparison, comparison_json, comparison_markdown, summarise
+from eval.base.atomic_files import write_json, write_text
+from eval.base.environment import environment_record
+from eval.benchmarks.labelled_images import find_labelled_images
+from eval.benchmarks.named_sets import is_plain_name, parse_sets, set_digest
+from eval.benchmarks.protocols import RetrievalSet
 from eval.cost import measure_costs
-from eval.encoding_options import EncodingOptions
-from eval.environment import environment_record
-from eval.feature_cache import FeatureCache
-from eval.labelled_images import find_labelled_images
 from eval.long_captions import long_caption_behaviour
-from eval.models import ClipModel, load_model, weights_file
-from eval.named_sets import is_plain_name, parse_sets, set_digest
-from eval.protocols import RetrievalSet
-from eval.report import write_report
+from eval.measures.compare_measures import Kept, measure_retrieval, model_digest
+from eval.measures.zeroshot import evaluate_zeroshot
+from eval.pages.compare_page import comparison_report
+from eval.pages.compare_tables import Comparison, comparison_json, comparison_markdown, summarise
+from eval.pages.report import write_report
 from eval.retrieval import EncodedSet, encode_retrieval_set
-from eval.zeroshot import evaluate_zeroshot
+from eval.towers.encoding_options import EncodingOptions
+from eval.towers.feature_cache import FeatureCache
+from eval.towers.models import ClipModel, load_model, weights_file
 from longclip_teacher.errors import InputError, run_command
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -26,17 +26,23 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from eval.atomic_files import write_json
-from eval.caption_edits import drop_first_sentence, first_sentences, only_sentence, shuffle_sentences, split_sentences
+from eval.base.atomic_files import write_json
+from eval.base.processes import start
+from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
 from eval.command_line import EvaluationOptions
-from eval.features import Encoding, encode_captions, evaluation_mode, model_device, show_track
-from eval.long_caption_plots import plot_long_captions
-from eval.models import ClipModel
-from eval.open_clip_model import OpenClipModel
-from eval.processes import start
-from eval.protocols import RetrievalSet, load_retrieval_set
-from eval.recall import direction_metrics, recall_metrics, retrieval_ranks
+from eval.measures.caption_edits import (
+    drop_first_sentence,
+    first_sentences,
+    only_sentence,
+    shuffle_sentences,
+    split_sentences,
+)
+from eval.measures.recall import direction_metrics, recall_metrics, retrieval_ranks
+from eval.pages.long_caption_plots import plot_long_captions
 from eval.retrieval import EncodedSet, encode_retrieval_set
+from eval.towers.features import Encoding, encode_captions, evaluation_mode, model_device, show_track
+from eval.towers.models import ClipModel
+from eval.towers.open_clip_model import OpenClipModel
 from longclip_teacher.errors import InputError, run_command
 
 __all__ = ["long_caption_behaviour", "padding_cosines"]

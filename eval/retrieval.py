@@ -22,15 +22,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from eval.atomic_files import write_json
-from eval.checksums import SHA256SUMS, verify_sha256sums
+from eval.base.atomic_files import write_json
+from eval.base.processes import all_results, is_main_process, start
+from eval.benchmarks.checksums import SHA256SUMS, verify_sha256sums
+from eval.benchmarks.protocols import PROTOCOLS, TIES, RetrievalSet, load_retrieval_set
 from eval.command_line import EvaluationOptions
-from eval.features import Encoding, Unreadable, encode_captions, encode_images
-from eval.models import ClipModel
-from eval.processes import all_results, is_main_process, start
-from eval.protocols import PROTOCOLS, TIES, RetrievalSet, load_retrieval_set
-from eval.recall import recall_metrics
-from eval.retrieved_text import retrieved_text_quality
+from eval.measures.recall import recall_metrics
+from eval.measures.retrieved_text import retrieved_text_quality
+from eval.towers.features import Encoding, Unreadable, encode_captions, encode_images
+from eval.towers.models import ClipModel
 from longclip_teacher.errors import InputError, run_command
 
 __all__ = ["EncodedSet", "encode_retrieval_set", "evaluate_retrieval", "retrieval_figures"]

@@ -15,13 +15,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.annotation_files import read_text
-from eval.atomic_files import write_json
+from eval.base.atomic_files import write_json
+from eval.base.processes import start
+from eval.benchmarks.annotation_files import read_text
+from eval.benchmarks.labelled_images import DatasetName, find_labelled_images
 from eval.command_line import EvaluationOptions
-from eval.confusion import check_plot_path, draw_confusion
-from eval.labelled_images import DatasetName, find_labelled_images
-from eval.processes import start
-from eval.zeroshot import CIFAR_TEMPLATES, OPENAI_TEMPLATES, SIMPLE_TEMPLATES, classify, zeroshot_figures
+from eval.measures.confusion import check_plot_path, draw_confusion
+from eval.measures.zeroshot import CIFAR_TEMPLATES, OPENAI_TEMPLATES, SIMPLE_TEMPLATES, classify, zeroshot_figures
 from longclip_teacher.errors import InputError, run_command
 
 # Where the layout of the validation folder is described

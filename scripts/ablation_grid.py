@@ -31,10 +31,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.named_sets import is_plain_name
+from eval.benchmarks.named_sets import is_plain_name
 from longclip_teacher.errors import InputError
 from training.build import check_config
-from training.config import TrainConfig, parse_config
+from training.settings.tree import TrainConfig, parse_config
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,13 +18,13 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from ablation_grid import FACTS, Grid, Job, Variant
-from eval.figures import model_figures
-from eval.named_sets import parse_sets, set_digest
-from eval.protocols import load_retrieval_set
+from eval.benchmarks.named_sets import parse_sets, set_digest
+from eval.benchmarks.protocols import load_retrieval_set
+from eval.measures.figures import model_figures
 from longclip_teacher.errors import InputError
-from training.config import TrainConfig, config_to_toml
-from training.run_log import read_metrics
-from training.shard_index import ShardIndex, expand_patterns, is_remote
+from training.data.index import ShardIndex, expand_patterns, is_remote
+from training.record.run_log import read_metrics
+from training.settings.tree import TrainConfig, config_to_toml
 
 if sys.version_info >= (3, 11):
     import tomllib

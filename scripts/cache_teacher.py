@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from eval.features import Precision
-from eval.memory import keep_freed_memory
-from eval.models import load_model
-from eval.processes import Runtime, all_results, start
+from eval.base.memory import keep_freed_memory
+from eval.base.processes import Runtime, all_results, start
+from eval.towers.features import Precision
+from eval.towers.models import load_model
 from longclip_teacher import LongCLIP
 from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError, run_command
-from training.cache_manifest import (
+from training.cache.manifest import (
     CACHE_MANIFEST,
     CacheSettings,
     ShardFacts,
@@ -37,11 +37,11 @@ from training.cache_manifest import (
     sidecar_path,
     write_cache_manifest,
 )
-from training.cache_writer import SidecarWriter, cache_settings
-from training.shard_index import ShardIndex, expand_patterns, is_remote
-from training.shard_writer import file_sha256
-from training.sidecar import Sidecar
-from training.transforms import AugmentConfig
+from training.cache.sidecar import Sidecar
+from training.cache.writer import SidecarWriter, cache_settings
+from training.data.index import ShardIndex, expand_patterns, is_remote
+from training.data.transforms import AugmentConfig
+from training.data.writer import file_sha256
 
 _STDERR = Console(stderr=True)
 _MAY_DIFFER = ("teacher", "libraries")  # settings in which a cache's sidecars need not agree

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.annotation_files import first_json_rows, inside_root, one_line, read_json, read_text
-from eval.images import is_picture
-from eval.protocol_readers import SHAREGPT4V_TEST_ROWS
+from eval.base.images import is_picture
+from eval.benchmarks.annotation_files import first_json_rows, inside_root, one_line, read_json, read_text
+from eval.benchmarks.protocol_readers import SHAREGPT4V_TEST_ROWS
 from longclip_teacher.errors import InputError
 
 __all__ = ["Pair", "read_coco", "read_folder", "read_sharegpt4v", "read_table"]

@@ -17,10 +17,11 @@ from rich.progress import track
 
 from longclip_teacher.errors import InputError, run_command
 from longclip_teacher.text import CaptionTokenizer, first_sentence
-from training.cache_manifest import CacheSettings, read_cache, shard_facts, sidecar_path
-from training.datacompdr import write_datacompdr_sample
-from training.samples import BadSample, read_captions
-from training.shard_index import (
+from training.cache.datacompdr import write_datacompdr_sample
+from training.cache.manifest import CacheSettings, read_cache, shard_facts, sidecar_path
+from training.cache.reader import cache_facts, open_cache
+from training.cache.sidecar import Sidecar, StoredView
+from training.data.index import (
     MANIFEST_NAME,
     RawSample,
     ShardIndex,
@@ -29,10 +30,9 @@ from training.shard_index import (
     is_remote,
     read_manifest,
 )
-from training.shard_writer import write_manifest, write_shard
-from training.sidecar import Sidecar, StoredView
-from training.stored import TeacherFacts
-from training.teacher_cache import cache_facts, open_cache
+from training.data.samples import BadSample, read_captions
+from training.data.store import TeacherFacts
+from training.data.writer import write_manifest, write_shard
 
 _STDERR = Console(stderr=True)
 

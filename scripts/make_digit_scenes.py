@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from longclip_teacher.errors import InputError, run_command
-from training.digit_scenes import write_digit_scenes
+from training.data.digit_scenes import write_digit_scenes
 
 
 @dataclass

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import track
 
 from caption_sources import Pair, read_coco, read_folder, read_sharegpt4v, read_table
-from eval.images import IMAGE_SUFFIXES, open_image
+from eval.base.images import IMAGE_SUFFIXES, open_image
 from longclip_teacher.errors import InputError, run_command
-from training.shard_index import ShardRecord, expand_patterns, read_manifest
-from training.shard_writer import caption_member, index_shard, write_manifest, write_shard
+from training.data.index import ShardRecord, expand_patterns, read_manifest
+from training.data.writer import caption_member, index_shard, write_manifest, write_shard
 
 _STDERR = Console(stderr=True)
 _JPEG_QUALITY = 95

@@ -13,10 +13,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.atomic_files import write_json
+from eval.base.atomic_files import write_json
 from eval.cost import count_flops
-from eval.features import evaluation_mode
-from eval.models import ClipModel
+from eval.towers.features import evaluation_mode
+from eval.towers.models import ClipModel
 from longclip_teacher import create_teacher
 from longclip_teacher.config import TEACHERS
 from longclip_teacher.errors import InputError, run_command
@@ -140,7 +140,7 @@ class Plan:
 def sidecar_bytes_per_sample(
     embed_dim: int, views: int, captions: float, mean_tokens: float, num_ops: int = 0, key_bytes: float = _KEY_BYTES
 ) -> float:
-    """Bytes of a sample in a sidecar (training/sidecar.py), its header aside.
+    """Bytes of a sample in a sidecar (training/cache/sidecar.py), its header aside.
 
     A view has its features (float16), crop, flip, operations and checksum; a distinct caption its features, tokens,
     row numbers, offset and checksum; a sample its key, picture's size and checksum, two marks and two offsets.

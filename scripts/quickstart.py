@@ -20,20 +20,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.atomic_files import write_json
+from eval.base.atomic_files import write_json
 from eval.cost import measure_costs
-from eval.figures import Column, best_models, figure_columns, format_figure, model_figures
-from eval.models import ClipModel, load_model
-from eval.report import Report, model_colours, write_report
+from eval.measures.figures import Column, best_models, figure_columns, format_figure, model_figures
+from eval.pages.report import Report, model_colours, write_report
+from eval.pages.retrieval_examples import retrieval_examples
 from eval.retrieval import encode_retrieval_set
-from eval.retrieval_examples import retrieval_examples
+from eval.towers.models import ClipModel, load_model
 from longclip_teacher.errors import InputError, run_command
 from mobileclip_student import MobileCLIP, reparameterize, save_student
-from training.config import TrainConfig, parse_config
-from training.curves import run_facts, training_curves
-from training.digit_scenes import is_outdated, write_digit_scenes
-from training.evaluate import evaluate_tests, test_sets
-from training.options import EMBEDDED_DATA, EMBEDDED_TEACHER
+from training.data.digit_scenes import is_outdated, write_digit_scenes
+from training.record.curves import run_facts, training_curves
+from training.record.evaluate import evaluate_tests, test_sets
+from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER
+from training.settings.tree import TrainConfig, parse_config
 
 STUDENTS = {  # what sets each student apart; data, steps, seed and optimiser are the same
     "distilled": [],

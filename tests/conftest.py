@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from longclip_teacher import create_teacher, save_teacher
-from training.digit_scenes import write_digit_scenes
-from training.options import EMBEDDED_DATA, EMBEDDED_TEACHER
+from training.data.digit_scenes import write_digit_scenes
+from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import torch
 
 from longclip_teacher.errors import run_command
 from training.main import main
-from training.run_log import read_metrics
+from training.record.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_LOSSES = ("clip_long", "clip_short", "crd_long", "crd_short")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.labelled_images import find_labelled_images
-from eval.models import load_model
-from eval.zeroshot import OPENAI_TEMPLATES, zeroshot_classifier
+from eval.benchmarks.labelled_images import find_labelled_images
+from eval.measures.zeroshot import OPENAI_TEMPLATES, zeroshot_classifier
+from eval.towers.models import load_model
 from eval.zeroshot_imagenet import read_templates
 from longclip_teacher import LongCLIP, create_teacher, load_teacher
 from longclip_teacher.config import Activation
@@ -20,17 +20,17 @@ from mobileclip_student import MobileCLIP, create_student, load_student
 from mobileclip_student.inference import compile_towers
 from mobileclip_student.model import override, variant_config
 from mobileclip_student.start import TIMM, LongCLIPText, load_image_tower, load_text_tower, truncated_normal_
-from training.config import TrainConfig
-from training.datacompdr import DataCompDRStore, datacompdr_facts
+from training.cache.datacompdr import DataCompDRStore, datacompdr_facts
+from training.cache.reader import cache_facts, open_cache
+from training.data.index import ShardIndex, expand_patterns
+from training.data.loader import OpenStore, ShardLoader, build_loader
+from training.data.store import TeacherFacts, TeacherStore
 from training.distill import TOWERS, Distiller, Teachers
 from training.distributed import Runtime
-from training.evaluate import zeroshot_classnames
-from training.options import SpeedOptions
-from training.shard_index import ShardIndex, expand_patterns
-from training.shards import OpenStore, ShardLoader, build_loader
+from training.record.evaluate import zeroshot_classnames
+from training.settings.options import SpeedOptions
+from training.settings.tree import TrainConfig
 from training.step import seed_everything
-from training.stored import TeacherFacts, TeacherStore
-from training.teacher_cache import cache_facts, open_cache
 
 CLIP_CONTEXT_LENGTH = 77
 _SCALED_BY_TEACHER = {

@@ -18,10 +18,10 @@ from longclip_teacher import LongCLIP, save_teacher
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import load_strictly, torch_load
 from mobileclip_student import MobileCLIP, save_student
-from training.config import TrainConfig
 from training.distill import Distiller
 from training.ema import ModelEma
-from training.options import SpeedOptions
+from training.settings.options import SpeedOptions
+from training.settings.tree import TrainConfig
 
 __all__ = ["TrainState", "find_checkpoint", "load_checkpoint", "save_checkpoint", "save_weights"]
 

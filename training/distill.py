@@ -21,13 +21,13 @@ from longclip_teacher import LongCLIP
 from longclip_teacher.trace import Trace
 from mobileclip_student import MobileCLIP
 from mobileclip_student.vit_trace import trace_vit
+from training.data.pictures import normalized
+from training.data.samples import Batch
+from training.data.store import TeacherFacts
+from training.data.transforms import ViewSpec
 from training.layer_losses import LayerLosses, student_shape, teacher_shape
-from training.loss_options import LossOptions
 from training.objective import Features
-from training.pictures import normalized
-from training.samples import Batch
-from training.stored import TeacherFacts
-from training.transforms import ViewSpec
+from training.settings.losses import LossOptions
 
 __all__ = ["MAX_LOG_SCALE", "TOWERS", "Distiller", "Outputs", "Teachers", "Tower", "view_of"]
 

@@ -1,4 +1,4 @@
-"""The feature gather of the losses; start-up is eval/processes.py's.
+"""The feature gather of the losses; start-up is eval/base/processes.py's.
 
 Every rank computes the same loss on the same gathered features. The gradient of that one loss with respect to a
 rank's own rows is therefore known locally, and multiplying it by the number of ranks undoes DDP's mean: the result is
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from eval.processes import Runtime, start
+from eval.base.processes import Runtime, start
 
 __all__ = ["Runtime", "gather", "start"]
 

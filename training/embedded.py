@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 from training.build import build_distiller, build_training_loader, check_config, frozen_teacher
-from training.cache_manifest import CACHE_MANIFEST, shard_facts, write_cache_manifest
-from training.cache_writer import SidecarWriter, cache_settings
-from training.config import TrainConfig, parse_config
-from training.digit_scenes import is_outdated, write_digit_scenes
+from training.cache.manifest import CACHE_MANIFEST, shard_facts, write_cache_manifest
+from training.cache.writer import SidecarWriter, cache_settings
+from training.data.digit_scenes import is_outdated, write_digit_scenes
+from training.data.index import ShardIndex, expand_patterns
 from training.distributed import Runtime
 from training.loop import train
-from training.options import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER
-from training.shard_index import ShardIndex, expand_patterns
+from training.settings.options import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER
+from training.settings.tree import TrainConfig, parse_config
 
 __all__ = ["prepare_embedded"]
 

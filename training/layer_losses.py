@@ -20,7 +20,6 @@ from longclip_teacher import LongCLIP
 from longclip_teacher.errors import InputError
 from longclip_teacher.trace import Trace
 from mobileclip_student import MobileCLIP
-from training.loss_options import LAYER_LOSSES, LossOptions
 from training.losses.intermediate import (
     LossSum,
     attention_cells,
@@ -29,6 +28,7 @@ from training.losses.intermediate import (
     score_mse,
     token_mse,
 )
+from training.settings.losses import LAYER_LOSSES, LossOptions
 
 __all__ = ["LayerLosses", "TowerShape", "layer_pairs", "student_shape", "sum_parts", "teacher_shape"]
 

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eval.atomic_files import write_json
-from eval.memory import peak_memory_gb
+from eval.base.atomic_files import write_json
+from eval.base.memory import peak_memory_gb
 from longclip_teacher.errors import InputError
 from training.build import validation_teacher
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
-from training.config import TrainConfig
+from training.data.loader import Batch, ShardLoader
+from training.data.mixing import mix
 from training.distill import MAX_LOG_SCALE, Distiller
 from training.distributed import Runtime
 from training.ema import ModelEma
-from training.evaluate import validate
-from training.mixing import mix
 from training.optim import build_optimizer, learning_rate
-from training.run_log import RunLog
-from training.shards import Batch, ShardLoader
+from training.record.evaluate import validate
+from training.record.run_log import RunLog
+from training.settings.tree import TrainConfig
 from training.step import backward_step
 
 __all__ = ["train"]

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from eval.memory import keep_freed_memory
+from eval.base.memory import keep_freed_memory
 from longclip_teacher.errors import InputError, run_command
 from training.build import build_distiller, build_training_loader, check_config
-from training.config import parse_config
 from training.distributed import start
 from training.embedded import prepare_embedded
-from training.evaluate import check_sets
 from training.loop import train
-from training.run_report import report_run
+from training.record.evaluate import check_sets
+from training.record.run_report import report_run
+from training.settings.tree import parse_config
 
 
 def main() -> None:

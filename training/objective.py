@@ -22,8 +22,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from training.data.store import TeacherFacts
 from training.distributed import gather
-from training.loss_options import PAIR_LOSSES, LossOptions
 from training.losses import (
     Factors,
     afd_loss,
@@ -47,7 +47,7 @@ from training.losses import (
 )
 from training.losses.relational import split_teachers
 from training.pca import pca_factors
-from training.stored import TeacherFacts
+from training.settings.losses import PAIR_LOSSES, LossOptions
 
 __all__ = ["Features", "caption_groups", "compute_losses", "gather_features"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from training.options import OptimOptions
+from training.settings.options import OptimOptions
 
 __all__ = ["build_optimizer", "learning_rate"]
 

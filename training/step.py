@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training.data.samples import Batch
 from training.distill import Distiller, Outputs
 from training.objective import Features, caption_groups, compute_losses, gather_features
-from training.samples import Batch
 
 __all__ = ["backward_step", "seed_everything"]
 

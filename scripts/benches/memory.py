@@ -16,10 +16,10 @@ from benches.measure import BenchOptions, Row, in_own_process, peak_memory_gb
 from benches.step import Side, random_batch
 from longclip_teacher.trace import Trace
 from mobileclip_student import create_student
+from training.data.samples import Batch
+from training.data.store import TeacherFacts
 from training.distill import Distiller, Outputs, Teachers
-from training.loss_options import LossOptions
-from training.samples import Batch
-from training.stored import TeacherFacts
+from training.settings.losses import LossOptions
 
 __all__ = ["ChunkedDistiller", "bench_memory"]
 

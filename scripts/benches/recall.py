@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
-from eval.recall import retrieval_ranks
+from eval.measures.recall import retrieval_ranks
 
 __all__ = ["bench_recall"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from benches.measure import BenchOptions, Row
 from longclip_teacher.errors import InputError
-from training.config import parse_config
-from training.options import EMBEDDED_DATA, EMBEDDED_TEACHER, SpeedOptions
-from training.run_log import read_metrics
+from training.record.run_log import read_metrics
+from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER, SpeedOptions
+from training.settings.tree import parse_config
 
 __all__ = ["bench_run"]
 

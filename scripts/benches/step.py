@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
-from eval.memory import keep_freed_memory
+from eval.base.memory import keep_freed_memory
 from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT, trim
 from mobileclip_student import create_student
+from training.data.samples import Batch
+from training.data.store import TeacherFacts
 from training.distill import Distiller, Teachers
-from training.loss_options import LossOptions
 from training.optim import build_optimizer
-from training.options import OptimOptions
-from training.samples import Batch
+from training.settings.losses import LossOptions
+from training.settings.options import OptimOptions
 from training.step import backward_step
-from training.stored import TeacherFacts
 
 __all__ = ["Side", "bench_step", "random_batch", "step_case"]
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from eval import audit_parts, picture_hashes
-from eval.audit_parts import FileList, HashedPart, Shard, hash_parts, normalized
 from eval.leakage import Options, main, pair_sheet, run_audit
-from eval.picture_hashes import find_look_alikes, hash_picture
+from eval.leaks import audit_parts, picture_hashes
+from eval.leaks.audit_parts import FileList, HashedPart, Shard, hash_parts, normalized
+from eval.leaks.picture_hashes import find_look_alikes, hash_picture
 from longclip_teacher.errors import InputError
 
 NUM_PLANTED = 30

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from eval import long_captions as module
-from eval.features import Encoding
+from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
 from eval.long_captions import EXACT_COSINE, long_caption_behaviour, padding_cosines
-from eval.open_clip_model import OpenClipModel, OpenClipTokenizer
-from eval.protocols import RetrievalSet, load_retrieval_set
+from eval.towers.features import Encoding
+from eval.towers.open_clip_model import OpenClipModel, OpenClipTokenizer
 from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError, run_command
 from longclip_teacher.text import CaptionTokenizer

@@ -15,8 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 import eval.probes
-from eval.labelled_features import LabelledFeatures
-from eval.labelled_images import find_labelled_images
+from eval.benchmarks.labelled_features import LabelledFeatures
+from eval.benchmarks.labelled_images import find_labelled_images
 from eval.probes import (
     GRID,
     SweepStep,

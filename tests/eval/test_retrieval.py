@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 
 import eval.retrieval
-from eval.features import Encoding
-from eval.protocols import PROTOCOLS, load_retrieval_set
+from eval.benchmarks.protocols import PROTOCOLS, load_retrieval_set
 from eval.retrieval import evaluate_retrieval, print_table
+from eval.towers.features import Encoding
 from longclip_teacher.errors import InputError
 
 
@@ -47,7 +47,7 @@ def test_half_precision_finds_them_too(precision: str, colour_model: nn.Module, 
 def test_captions_of_an_unreadable_picture_leave_with_it(
     colour_model: nn.Module, colour_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eval.features.MAX_UNREADABLE_SHARE", 0.2)
+    monkeypatch.setattr("eval.towers.features.MAX_UNREADABLE_SHARE", 0.2)
     (colour_folder / "image" / "3.png").write_text("text in a picture's place")
     result = evaluate_retrieval(colour_model, load_retrieval_set("folder", colour_folder))
     assert (result["num_images"], result["num_texts"], result["num_unreadable"]) == (7, 7, 1)

@@ -22,10 +22,10 @@ import training.main
 from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
 from ablation_runs import comparison_facts, gather, paired_difference
 from ablation_table import write_table
-from eval.atomic_files import write_json, write_text
+from eval.base.atomic_files import write_json, write_text
 from longclip_teacher.errors import InputError
-from training.config import config_to_toml
-from training.loss_options import FEATURE_LOSSES, PAIR_LOSSES, LossOptions
+from training.settings.losses import FEATURE_LOSSES, PAIR_LOSSES, LossOptions
+from training.settings.tree import config_to_toml
 
 GRIDS = Path(__file__).resolve().parents[2] / "scripts" / "grids"
 HEAD = """

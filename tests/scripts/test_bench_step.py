@@ -11,9 +11,9 @@ from benches.memory import ChunkedDistiller, bench_memory, step_peak
 from benches.step import Side, random_batch, step_case
 from longclip_teacher.text import caption_lengths
 from mobileclip_student import create_student
+from training.data.store import TeacherFacts
 from training.distill import Teachers
-from training.loss_options import LossOptions
-from training.stored import TeacherFacts
+from training.settings.losses import LossOptions
 
 OPTIONS = BenchOptions(full=False, rounds=1, device=torch.device("cpu"), precision="fp32")
 

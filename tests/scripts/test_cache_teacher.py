@@ -20,11 +20,11 @@ from PIL import Image
 
 from longclip_teacher import create_teacher, save_teacher
 from mobileclip_student import create_student, save_student
-from training.shard_index import ShardIndex
-from training.shard_writer import caption_member, write_manifest, write_shard
-from training.sidecar import Sidecar
-from training.teacher_cache import open_cache
-from training.transforms import AugmentConfig
+from training.cache.reader import open_cache
+from training.cache.sidecar import Sidecar
+from training.data.index import ShardIndex
+from training.data.transforms import AugmentConfig
+from training.data.writer import caption_member, write_manifest, write_shard
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "cache_teacher.py"
 Run = Callable[..., int]

@@ -16,11 +16,11 @@ import export_datacompdr
 from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
-from training.datacompdr import DataCompDRStore, datacompdr_facts
-from training.shard_index import ShardIndex
-from training.shard_writer import caption_member, write_manifest, write_shard
-from training.teacher_cache import cache_facts, open_cache
-from training.transforms import AugmentConfig
+from training.cache.datacompdr import DataCompDRStore, datacompdr_facts
+from training.cache.reader import cache_facts, open_cache
+from training.data.index import ShardIndex
+from training.data.transforms import AugmentConfig
+from training.data.writer import caption_member, write_manifest, write_shard
 
 AUGMENT = AugmentConfig(rand_augment_ops=2, flip=0.5)
 

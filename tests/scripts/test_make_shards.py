@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from training.shard_index import ShardIndex
+from training.data.index import ShardIndex
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 Run = Callable[..., int]
@@ -140,7 +140,7 @@ def test_the_same_bytes_from_any_number_of_workers(run: Run, tmp_path: Path) -> 
 def test_an_interrupted_run_keeps_what_is_done(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import training.shard_writer as writer
+    import training.data.writer as writer
 
     root = make_sharegpt4v(tmp_path / "in", 20)
     arguments = [*sharegpt4v(root, tmp_path / "out"), "--split", "all", "--shard-size", 5]
@@ -200,7 +200,7 @@ def test_resize_shrinks_large_pictures_and_counts_what_it_cannot_decode(run: Run
 
 
 def test_validation_share_is_chosen_by_path_and_read_by_the_folder_protocol(run: Run, tmp_path: Path) -> None:
-    from eval.protocols import load_retrieval_set
+    from eval.benchmarks.protocols import load_retrieval_set
 
     root = make_sharegpt4v(tmp_path / "in", 60)
     assert run(*sharegpt4v(root, tmp_path / "out"), "--split", "all", "--val-share", 0.2) == 0

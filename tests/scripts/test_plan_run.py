@@ -13,8 +13,8 @@ import plan_run
 from longclip_teacher.config import TEACHERS
 from longclip_teacher.errors import InputError
 from plan_run import Options, Rate, Rates, break_even_epochs, find_rates, plan, sidecar_bytes_per_sample
-from training.sidecar import CaptionRows, SampleEntry, write_sidecar
-from training.transforms import Augmentation
+from training.cache.sidecar import CaptionRows, SampleEntry, write_sidecar
+from training.data.transforms import Augmentation
 
 RATES = Rates(Rate(100.0, ""), Rate(50.0, ""), Rate(10.0, ""))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import training.main
-from eval.models import load_model
+from eval.towers.models import load_model
 from longclip_teacher.errors import InputError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "quickstart.py"

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from longclip_teacher import create_teacher
 from mobileclip_student import create_student
+from training.data.loader import Batch
 from training.distill import Distiller, Teachers
 from training.distributed import start
-from training.loss_options import FEATURE_LOSSES, LAYER_LOSSES, PAIR_LOSSES, LossOptions
-from training.shards import Batch
+from training.settings.losses import FEATURE_LOSSES, LAYER_LOSSES, PAIR_LOSSES, LossOptions
 from training.step import backward_step
 
 GLOBAL_BATCH = 24

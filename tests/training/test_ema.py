@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from mobileclip_student import create_student
 from training import loop
 from training.checkpointing import TrainState
-from training.config import parse_config
+from training.data.mixing import mix
+from training.data.samples import Batch
 from training.distributed import start
 from training.ema import ModelEma
-from training.mixing import mix
 from training.optim import learning_rate
-from training.options import MixOptions
-from training.samples import Batch
+from training.settings.options import MixOptions
+from training.settings.tree import parse_config
 
 
 def wander(model: nn.Module) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from longclip_teacher.text import EOT, SOT
 from mobileclip_student import create_student
 from mobileclip_student.model import variant_config
+from training.data.samples import Batch
 from training.distill import Distiller
-from training.loss_options import LossOptions
 from training.objective import compute_losses, gather_features
-from training.samples import Batch
+from training.settings.losses import LossOptions
 from training.step import backward_step, seed_everything
 
 OPTIONS = LossOptions(pca_rank=4, crd_long=0, crd_short=0)

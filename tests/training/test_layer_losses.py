@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eval.processes import start
+from eval.base.processes import start
 from longclip_teacher import create_teacher
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import EOT
@@ -27,7 +27,6 @@ from longclip_teacher.trace import Trace
 from mobileclip_student import create_student
 from mobileclip_student.text_encoder import TextConfig, TextTransformer
 from training.layer_losses import LayerLosses, TowerShape, layer_pairs, student_shape, sum_parts, teacher_shape
-from training.loss_options import LAYER_LOSSES, LossOptions
 from training.losses.intermediate import (
     LossSum,
     attention_cells,
@@ -36,6 +35,7 @@ from training.losses.intermediate import (
     score_mse,
     token_mse,
 )
+from training.settings.losses import LAYER_LOSSES, LossOptions
 
 LENGTHS = (5, 1, 7, 3)
 STUDENT, TEACHER = TowerShape(layers=2, width=8, heads=4), TowerShape(layers=4, width=12, heads=4)

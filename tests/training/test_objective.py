@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from training.loss_options import LossOptions
+from training.data.store import TeacherFacts
 from training.losses import clip_loss, crd_loss, fd_loss, kl_loss
 from training.objective import Features, compute_losses, gather_features
 from training.pca import pca_project
-from training.stored import TeacherFacts
+from training.settings.losses import LossOptions
 
 ROWS = 12
 SCALE, TEACHER_SCALE = torch.tensor(11.0, dtype=torch.float64), 23.0

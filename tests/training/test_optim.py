@@ -13,7 +13,7 @@ from longclip_teacher import create_teacher
 from mobileclip_student import create_student
 from mobileclip_student.model import override, variant_config
 from training.optim import build_optimizer, learning_rate
-from training.options import OptimOptions
+from training.settings.options import OptimOptions
 
 
 def test_fused_steps_equal_separate_operations() -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from longclip_teacher.errors import InputError
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint
-from training.config import parse_config
-from training.run_log import read_metrics
+from training.record.run_log import read_metrics
+from training.settings.tree import parse_config
 
 MAIN = Path(__file__).resolve().parents[2] / "training" / "main.py"
 STEPS = 9  # of 7 an epoch: the resumed part crosses an epoch boundary

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from training.main import main
-from training.options import EMBEDDED_DATA, EMBEDDED_TEACHER, SpeedOptions
-from training.run_log import read_metrics
+from training.record.run_log import read_metrics
+from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER, SpeedOptions
 
 STEPS = 3
 # Adam's first steps are of one size whatever the gradient's: a small rate keeps rounding from growing into a difference

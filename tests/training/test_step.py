@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.loss_options import FEATURE_LOSSES, LAYER_LOSSES, PAIR_LOSSES
+from training.settings.losses import FEATURE_LOSSES, LAYER_LOSSES, PAIR_LOSSES
 
 ALL_LOSSES = {f"{name}_{length}" for name in PAIR_LOSSES for length in ("long", "short")}
 ALL_LOSSES |= {f"{name}_{tower}" for name in FEATURE_LOSSES for tower in ("image", "text")} | {"loss"}

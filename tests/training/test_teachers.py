@@ -15,13 +15,13 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.text import EOT, SOT
 from mobileclip_student import create_student, load_student, save_student
 from training.build import build_distiller, build_student, check_config
-from training.config import TrainConfig, parse_config
+from training.data.samples import Batch
 from training.distill import Distiller, Teachers, _masked
 from training.distributed import start
-from training.loss_options import PAIR_LOSSES, LossOptions
 from training.losses import crd_loss
 from training.pca import pca_project
-from training.samples import Batch
+from training.settings.losses import PAIR_LOSSES, LossOptions
+from training.settings.tree import TrainConfig, parse_config
 from training.step import backward_step
 
 BATCH = 8

@@ -14,20 +14,20 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from eval.images import open_image
-from eval.protocols import load_retrieval_set
+from eval.base.images import open_image
+from eval.benchmarks.protocols import load_retrieval_set
+from eval.measures.zeroshot import evaluate_zeroshot
 from eval.retrieval import evaluate_retrieval
-from eval.tower_pair import TowerPair
-from eval.zeroshot import evaluate_zeroshot
+from eval.towers.tower_pair import TowerPair
 from longclip_teacher import LongCLIP, create_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP, create_student, save_student
 from mobileclip_student.model import variant_config
-from training.config import TrainConfig
 from training.distributed import start
-from training.evaluate import judged_model, validate
-from training.options import DataOptions, RunOptions, StudentOptions, TeacherOptions
-from training.run_report import report_run
+from training.record.evaluate import judged_model, validate
+from training.record.run_report import report_run
+from training.settings.options import DataOptions, RunOptions, StudentOptions, TeacherOptions
+from training.settings.tree import TrainConfig
 
 TEMPLATES = ["a {} board", "a board that is {}"]
 

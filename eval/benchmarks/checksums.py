@@ -1,0 +1,76 @@
+"""Whether two people evaluate the same thing: a fingerprint of texts and pairing, and files against SHA256SUMS."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.benchmarks.annotation_files import inside_root, read_lines
+from eval.towers.features import show_track
+from longclip_teacher.errors import InputError
+
+__all__ = ["SHA256SUMS", "pairing_sha256", "verify_sha256sums"]
+
+SHA256SUMS = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")  # as sha256sum writes it, in text or binary mode
+_CHUNK = 1 << 20  # bytes read at a time
+
+
+def pairing_sha256(images: Sequence[Path], captions: Sequence[str], caption_image: Sequence[int]) -> str:
+    """SHA-256 (hex) of the pictures' file names and their captions, in order; of no pixels and of no folder names.
+
+    The order counts, because it decides between equal scores. Equal on every machine and under every root.
+    """
+    own: list[list[str]] = [[] for _ in images]
+    for caption, row in zip(captions, caption_image, strict=True):
+        own[row].append(caption)
+    digest = hashlib.sha256()
+    for image, texts in zip(images, own, strict=True):
+        digest.update(json.dumps([image.name, texts]).encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+def verify_sha256sums(root: str | Path, show_progress: bool = False) -> int:
+    """Check every file that root/SHA256SUMS names and return their number.
+
+    The file is what `sha256sum` writes, with paths relative to the root. Raises InputError with the number of files
+    that are missing or differ and the first of each, or if there is no such file, nothing in it, or a path in it that
+    leads out of the root.
+    """
+    sums = Path(root) / SHA256SUMS
+    if not sums.is_file():
+        raise InputError(f"no {SHA256SUMS} in {root}: it is what `sha256sum FILES > {SHA256SUMS}` writes")
+    expected: list[tuple[Path, str]] = []
+    for number, line in read_lines(sums):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise InputError(f"{sums}: line {number} is no line of sha256sum (64 hexadecimal digits, two spaces, path)")
+        expected.append((inside_root(Path(root), match[2], sums), match[1].lower()))
+    if not expected:
+        raise InputError(f"{sums} names no files")
+    missing, differing = [], []
+    for path, digest in show_track(expected, "sha256" if show_progress else None, len(expected)):
+        try:
+            if _file_sha256(path) != digest:
+                differing.append(path)
+        except OSError:
+            missing.append(path)
+    problems = [
+        f"{len(paths)} of {len(expected)} files {what}, the first: {paths[0]}"
+        for paths, what in ((differing, "differ from it"), (missing, "are missing or unreadable"))
+        if paths
+    ]
+    if problems:
+        raise InputError(f"{sums}: {'; '.join(problems)}")
+    return len(expected)
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""Features of pictures with classes, which zero-shot classification and the probes share.
+
+Shapes: N pictures, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from eval.benchmarks.labelled_images import LabelledImages
+from eval.towers.features import (
+    Encoding,
+    Unreadable,
+    encode_images,
+    evaluation_mode,
+    image_batches,
+    model_device,
+    refuse_many_unreadable,
+)
+from eval.towers.models import ClipModel
+from longclip_teacher.errors import InputError
+
+__all__ = ["LabelledFeatures", "encode_labelled"]
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Unit-norm `features` [N,D] of the pictures that could be read, and the class `targets` [N] of each."""
+
+    features: Float[Tensor, "N D"]
+    targets: Int64[Tensor, " N"]
+    unreadable: list[Unreadable]
+
+    @property
+    def num_found(self) -> int:
+        """Pictures that were there, the unreadable ones too."""
+        return len(self.targets) + len(self.unreadable)
+
+
+def encode_labelled(model: ClipModel, labelled: LabelledImages, encoding: Encoding = Encoding()) -> LabelledFeatures:
+    """Features and classes of labelled pictures, on the model's device; the model keeps the training mode it was in.
+
+    Unreadable pictures are left out and named; more than 1% of them is an InputError, as are NaN features.
+    """
+    if labelled.files is None:
+        return _encode_stream(model, labelled, encoding)
+    pictures = encode_images(model, [path for path, _ in labelled.files], encoding)
+    targets = torch.tensor([number for _, number in labelled.files])
+    return LabelledFeatures(
+        pictures.features, targets[pictures.rows.cpu()].to(pictures.features.device), pictures.unreadable
+    )
+
+
+def _encode_stream(model: ClipModel, labelled: LabelledImages, encoding: Encoding) -> LabelledFeatures:
+    features, targets, unreadable = [], [], list[Unreadable]()
+    with evaluation_mode(model, encoding.precision):
+        for batch in image_batches(labelled.dataset(model.preprocess), encoding, model_device(model)):
+            unreadable += batch.unreadable
+            if len(batch.images):
+                features.append(F.normalize(model.encode_image(batch.images).float(), dim=-1))
+                targets.append(batch.targets)
+    num_found = sum(len(part) for part in targets) + len(unreadable)
+    refuse_many_unreadable(unreadable, num_found)
+    if not features:
+        raise InputError(f"no pictures with classes at {labelled.source}")
+    stacked = torch.cat(features)
+    if not torch.isfinite(stacked).all():
+        raise InputError(
+            f"NaN or infinity in the features of {labelled.source}: check the weights, or use precision fp32"
+        )
+    return LabelledFeatures(stacked, torch.cat(targets).to(stacked.device), unreadable)

@@ -1,0 +1,206 @@
+"""Pictures with classes: known test sets, any folder of class folders (ImageFolder), shards of .jpg + .cls pairs.
+
+Left to find out by itself (`auto`), ImageNet is known by its folders' names (synsets such as n01440764, of which some
+are enough), and ImageNet-V2 by its thousand folders 0 to 999. A data set asked for by name must be whole: a folder that
+does not fit it is refused with what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.data import Dataset
+
+from eval.base.images import is_picture
+from eval.benchmarks.cifar import CIFAR_VERSIONS, CifarImages, CifarPictures, read_cifar
+from eval.benchmarks.imagenet_classes import IMAGENET_SETS, imagenet_synsets
+from eval.benchmarks.labelled_shards import ShardImages
+from eval.towers.features import ImageFiles
+from longclip_teacher.errors import InputError
+
+__all__ = ["DatasetName", "LabelledImages", "Split", "find_labelled_images"]
+
+DatasetName = Literal[
+    "auto",
+    "folder",
+    "imagenet",
+    "imagenet_v2",
+    "imagenet_a",
+    "imagenet_r",
+    "imagenet_sketch",
+    "cifar10",
+    "cifar100",
+]
+Split = Literal["test", "train"]
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Pictures for classification: class c is called `classnames[c]`; they are `files`, or in `shards`, or `cifar`."""
+
+    name: str
+    source: str
+    """Where they were found."""
+    classnames: list[str]
+    files: list[tuple[Path, int]] | None = None
+    """(picture, class)."""
+    shards: list[Path] | None = None
+    cifar: CifarPictures | None = None
+    title: str = ""
+    num_expected: int | None = None
+    """How many pictures the benchmark `title` has, where it is a known one."""
+
+    def dataset(self, preprocess: Any) -> Dataset:
+        """(class, picture) by index, but as a stream for shards."""
+        if self.files is not None:
+            return ImageFiles(self.files, preprocess)
+        if self.cifar is not None:
+            return CifarImages(self.cifar, preprocess)
+        assert self.shards is not None
+        return ShardImages(self.shards, len(self.classnames), preprocess)
+
+    def count_mismatch(self, num_found: int) -> str | None:
+        """What to say if a known benchmark has another number of pictures than were found."""
+        if self.num_expected is None or num_found == self.num_expected:
+            return None
+        return f"{self.title} has {self.num_expected} pictures, here are {num_found}: not a figure to compare"
+
+
+def find_labelled_images(
+    source: str | Path,
+    classnames: Sequence[str] | None = None,
+    dataset: DatasetName = "auto",
+    split: Split = "test",
+) -> LabelledImages:
+    """The pictures of a folder of class folders, of shards (`DIR/*.tar`, or a folder of them), or of a known set.
+
+    `classnames` replace a known set's own, in the order of its class numbers; otherwise they are in the sorted order of
+    the folders, or of the shards' class numbers. Left out, they are ImageNet's for synset folders and for shards, and
+    otherwise the folders' names with `_` and `-` as spaces. `folder` takes folder names as they are, synsets too.
+    `split` matters to CIFAR, whose two splits lie in one folder; of the other sets, only the test split has a known
+    number of pictures. Raises InputError with what is missing.
+    """
+    if dataset in CIFAR_VERSIONS:
+        return _from_cifar(Path(source), classnames, dataset, split)
+    root = Path(source)
+    if not root.is_dir():
+        return _from_shards(sorted(root.parent.glob(root.name)), source, classnames, dataset, split)
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders and any(is_picture(path) for path in root.iterdir()):
+        raise InputError(
+            f"{root} holds pictures but no class folders: move them into one folder a class (n01440764/...)"
+        )
+    if not folders:
+        return _from_shards(sorted(root.glob("*.tar")), source, classnames, dataset, split)
+    if dataset == "auto" and classnames is None:
+        names = {folder.name for folder in folders}
+        if names == set(IMAGENET_SETS["imagenet_v2"].folders()):
+            dataset = "imagenet_v2"
+        elif names == set(imagenet_synsets()):
+            dataset = "imagenet"
+        elif names < set(imagenet_synsets()):
+            return _from_some_synsets(root, folders)
+    if dataset in IMAGENET_SETS:
+        return _from_imagenet_set(root, folders, classnames, dataset, split)
+    return _from_folders(root, folders, classnames)
+
+
+def _from_folders(root: Path, folders: list[Path], classnames: Sequence[str] | None) -> LabelledImages:
+    if classnames is None:
+        classnames = [folder.name.replace("_", " ").replace("-", " ") for folder in folders]
+    elif len(classnames) != len(folders):
+        raise InputError(f"{len(classnames)} class names for the {len(folders)} class folders of {root}: give one each")
+    return LabelledImages(str(root), str(root), list(classnames), files=_class_files(folders, range(len(folders))))
+
+
+def _from_some_synsets(root: Path, folders: list[Path]) -> LabelledImages:
+    synsets = imagenet_synsets()
+    return LabelledImages(
+        name=f"imagenet ({len(folders)} of {len(synsets)} classes' pictures)",
+        source=str(root),
+        classnames=IMAGENET_SETS["imagenet"].classnames(),
+        files=_class_files(folders, [synsets.index(folder.name) for folder in folders]),
+    )
+
+
+def _from_imagenet_set(
+    root: Path, folders: list[Path], classnames: Sequence[str] | None, dataset: str, split: Split
+) -> LabelledImages:
+    entry = IMAGENET_SETS[dataset]
+    wanted, found = entry.folders(), {folder.name for folder in folders}
+    missing = [number for number, name in enumerate(wanted) if name not in found]
+    foreign = sorted(found - set(wanted))
+    if missing:
+        raise InputError(
+            f"{root} is not {entry.title}: {len(missing)} of its {len(wanted)} class folders are missing, the first: "
+            f"{wanted[missing[0]]} ({entry.classnames()[missing[0]]})"
+        )
+    if foreign:
+        raise InputError(
+            f"{root} is not {entry.title}: {len(foreign)} folders are none of its {len(wanted)} classes, "
+            f"the first: {foreign[0]}"
+        )
+    return LabelledImages(
+        name=dataset,
+        source=str(root),
+        classnames=_own_names(classnames, entry.classnames(), entry.title),
+        files=_class_files([root / name for name in wanted], range(len(wanted))),
+        title=entry.title,
+        num_expected=entry.num_images if split == "test" else None,
+    )
+
+
+def _from_shards(
+    paths: list[Path], source: str | Path, classnames: Sequence[str] | None, dataset: str, split: Split
+) -> LabelledImages:
+    shards = [path for path in paths if path.suffix == ".tar"]
+    if not shards:
+        raise InputError(f"no class folders and no .tar shards at {source}")
+    if dataset not in IMAGENET_SETS and classnames is not None:
+        return LabelledImages(str(source), str(source), list(classnames), shards=shards)
+    if dataset == "folder":
+        raise InputError(f"the classes of shards have numbers alone: name those of {source} with --classnames FILE")
+    name = "imagenet" if dataset == "auto" else dataset
+    entry = IMAGENET_SETS[name]
+    return LabelledImages(
+        name=name,
+        source=str(source),
+        classnames=_own_names(classnames, entry.classnames(), entry.title),
+        shards=shards,
+        title=entry.title,
+        num_expected=entry.num_images if split == "test" else None,
+    )
+
+
+def _from_cifar(root: Path, classnames: Sequence[str] | None, dataset: str, split: Split) -> LabelledImages:
+    version = CIFAR_VERSIONS[dataset]
+    pictures = read_cifar(root, version, split)
+    return LabelledImages(
+        name=dataset,
+        source=str(root),
+        classnames=_own_names(classnames, pictures.classnames, version.title),
+        cifar=pictures,
+        title=f"{version.title}'s {split} split",
+        num_expected=version.num_images[split],
+    )
+
+
+def _own_names(given: Sequence[str] | None, own: list[str], title: str) -> list[str]:
+    if given is None:
+        return own
+    if len(given) != len(own):
+        raise InputError(f"{len(given)} class names for the {len(own)} classes of {title}: give one each")
+    return list(given)
+
+
+def _class_files(folders: Sequence[Path], numbers: Sequence[int]) -> list[tuple[Path, int]]:
+    files: list[tuple[Path, int]] = []
+    for folder, number in zip(folders, numbers, strict=True):
+        pictures = sorted(path for path in folder.rglob("*") if is_picture(path))
+        if not pictures:
+            raise InputError(f"class folder {folder} holds no picture")
+        files += [(picture, number) for picture in pictures]
+    return files

@@ -1,0 +1,294 @@
+"""The page of a comparison: tables, recall by caption length, latency against recall, the worst failures.
+
+Shapes: Q queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from eval.base.environment import environment_facts
+from eval.measures.bootstrap import Estimate, bootstrap_recalls
+from eval.measures.compare_measures import examples_of
+from eval.measures.figures import Column, best_models, format_figure
+from eval.measures.recall import RECALL_AT
+from eval.pages.charts import line_chart, scatter_chart
+from eval.pages.compare_tables import INTERVAL_METHOD, WAYS, Comparison, Summary, queries_of
+from eval.pages.report import Chart, PlainTable, Report, model_colours
+
+__all__ = ["comparison_report", "length_bins"]
+
+_MOST_BINS, _QUERIES_PER_BIN = 8, 40  # fewer queries than that in a bin say little: its interval is 30 points wide
+
+
+def comparison_report(comparison: Comparison, summary: Summary) -> Report:
+    """The page's content."""
+    names = list(summary.figures)
+    colours = model_colours(names)
+    sections = {
+        "Recall against caption length": _length_charts(comparison, colours),
+        "Recall against number of sentences": _sentence_charts(comparison, colours),
+        "Recall against time": _time_charts(comparison, summary, colours),
+    }
+    tables = {
+        **{f"{test}: R@1, R@5, R@10": _recall_table(comparison, summary, test) for test in comparison.sets},
+        **_difference_tables(comparison, summary),
+        **_agreement_tables(comparison),
+    }
+    return Report(
+        title=f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0],
+        paragraphs=_paragraphs(comparison),
+        warnings=comparison.warnings(),
+        columns=summary.columns,
+        models=summary.figures,
+        spreads=summary.spreads,
+        intervals={
+            name: {key: (found.low, found.high) for key, found in intervals.items()}
+            for name, intervals in summary.intervals.items()
+        },
+        tables=tables,
+        sections=sections,
+        examples={
+            f"Worst failures of {name} on {test}": examples_of(comparison.retrieval(name, test)[0])
+            for test in comparison.sets
+            for name in names
+        },
+        facts=_facts(comparison),
+    )
+
+
+def _paragraphs(comparison: Comparison) -> list[str]:
+    seeds = [name for name, checkpoints in comparison.checkpoints.items() if len(checkpoints) > 1]
+    tests = [
+        f"{name} is {len(found.images)} pictures and {len(found.captions)} captions. {found.description}"
+        for name, found in comparison.sets.items()
+    ]
+    several = (
+        [f"Several seeds were trained of {', '.join(seeds)}; pictures of failures are of the first seed."]
+        if seeds
+        else []
+    )
+    return [
+        "Every model was given the same pictures and captions. Recall (R@1) counts how often a right answer is ranked "
+        "first among all of the test.",
+        *tests,
+        *several,
+        INTERVAL_METHOD,
+    ]
+
+
+# --- tables ---
+
+
+def _recall_table(comparison: Comparison, summary: Summary, test: str) -> PlainTable:
+    keys = [(way, k, f"{test}_{way}_r{k}") for way in WAYS for k in RECALL_AT]
+    rows, best = [], set()
+    for row, (name, figures) in enumerate(summary.figures.items()):
+        cells = [name]
+        for _, _, key in keys:
+            found = summary.intervals[name][key]
+            cells.append(f"{format_figure(figures[key], '%')}\n{_span(found)}")
+            if name in best_models(Column(key, key, "%", ""), summary.figures):
+                best.add((row, len(cells) - 1))
+        rows.append(cells)
+    figures = comparison.retrieval(comparison.first, test)[0]["figures"]
+    cut = {name: comparison.retrieval(name, test)[0]["figures"]["num_truncated"] for name in summary.figures}
+    told = ", ".join(f"{name} {count}" for name, count in cut.items())
+    return PlainTable(
+        f"Percent of the queries with a right answer among the first 1, 5 and 10 of {figures['num_texts']} captions or "
+        f"{figures['num_images']} pictures, with 95% intervals. Captions longer than what the model reads: {told}.",
+        ["model", *(f"{WAYS[way]} R@{k}" for way, k, _ in keys)],
+        rows,
+        best,
+    )
+
+
+def _difference_tables(comparison: Comparison, summary: Summary) -> dict[str, PlainTable]:
+    others = [name for name in summary.figures if name != comparison.first]
+    if not others or not comparison.sets:
+        return {}
+    keys = [(test, way, f"{test}_{way}_r1") for test in comparison.sets for way in WAYS]
+    rows, sure = [], set()
+    for row, name in enumerate(others):
+        cells = [name]
+        for _, _, key in keys:
+            found = summary.differences[name][key]
+            cells.append(f"{_signed(found.value)}\n{_signed(found.low)} to {_signed(found.high)}")
+            if found.low > 0 or found.high < 0:
+                sure.add((row, len(cells) - 1))
+        rows.append(cells)
+    meaning = (
+        f"R@1 minus that of {comparison.first}, in points, with the 95% interval of the difference. Both saw the same "
+        "pictures, so this is sharper than to compare two intervals. Bold: the interval leaves 0 out, for the "
+        "weights compared here."
+    )
+    header = ["model", *(f"{test} {WAYS[way]}" for test, way, _ in keys)]
+    return {f"Difference from {comparison.first}": PlainTable(meaning, header, rows, sure)}
+
+
+def _agreement_tables(comparison: Comparison) -> dict[str, PlainTable]:
+    """A table a test; of several seeds the mean."""
+    meaning = (
+        f"How far a model's features agree with those of {comparison.teacher}. Cosine: after the linear map that fits "
+        "best, measured on pictures that it was not fitted on; in brackets what a constant would reach. CKA: 1 where "
+        "the features differ only by rotation and scale. Neighbours: the share of the ten nearest that both name, %. "
+        "Kept: R@1 in % of the teacher's."
+    )
+    header = [
+        "model",
+        *("cosine, pictures", "cosine, captions", "CKA, pictures", "CKA, captions"),
+        *("neighbours: picture, pictures", "caption, captions", "picture, captions"),
+        *(f"kept: {words}" for words in WAYS.values()),
+    ]
+    tables = {}
+    for test in comparison.sets:
+        rows = []
+        for name, seeds in comparison.measured.items():
+            found = [seed["agreement"][test] for seed in seeds if test in seed["agreement"]]
+            if found:
+                rows.append([name, *_agreement_cells(found)])
+        if rows:
+            tables[f"Agreement with {comparison.teacher} on {test}"] = PlainTable(meaning, header, rows)
+    return tables
+
+
+def _agreement_cells(seeds: list[Mapping[str, Any]]) -> list[str]:
+    def shown(digits: int, *path: str) -> str:
+        """The mean over the seeds of what stands at `path`; a dash where a seed has nothing there."""
+        values = [_at(seed, path) for seed in seeds]
+        return "–" if None in values else f"{np.mean([value for value in values if value is not None]):.{digits}f}"
+
+    return [
+        *(f"{shown(3, kind, 'mapped_cosine', 'mean')}\n({shown(3, kind, 'mapped_cosine', 'of_constant')})"
+          for kind in ("image", "text")),
+        *(shown(3, kind, "linear_cka") for kind in ("image", "text")),
+        *(shown(1, "neighbour_overlap", pair) for pair in ("image_image", "text_text", "image_text")),
+        *(shown(1, "retention", "overall", way, "retention") for way in WAYS),
+    ]  # fmt: skip
+
+
+def _at(content: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    for key in path[:-1]:
+        content = content[key]
+    return content[path[-1]]
+
+
+# --- charts ---
+
+
+def length_bins(num_tokens: Float[np.ndarray, " Q"]) -> list[Int[np.ndarray, " B"]]:
+    """Queries grouped by length: groups of about equal size, at most 8, each of 40 queries or more; equal lengths stay
+    together. One group, or none, where there are too few queries."""
+    order = np.argsort(num_tokens, kind="stable")
+    size = max(_QUERIES_PER_BIN, -(-len(order) // _MOST_BINS))
+    bins: list[Int[np.ndarray, " B"]] = []
+    start = 0
+    while len(order) - start >= _QUERIES_PER_BIN:
+        end = min(start + size, len(order))
+        while end < len(order) and num_tokens[order[end]] == num_tokens[order[end - 1]]:
+            end += 1
+        if len(order) - end < _QUERIES_PER_BIN:
+            end = len(order)
+        bins.append(order[start:end])
+        start = end
+    return bins
+
+
+def _length_charts(comparison: Comparison, colours: Mapping[str, int]) -> list[Chart]:
+    charts = []
+    for test in comparison.sets:
+        for way, words in WAYS.items():
+            ranks, picture = queries_of(comparison, test, way)
+            first = comparison.retrieval(comparison.first, test)[0]
+            num_tokens, owner = np.array(first["num_tokens"], dtype=float), np.array(first["caption_image"])
+            if way == "i2t":
+                num_tokens = np.bincount(owner, num_tokens) / np.bincount(owner)
+            bins = length_bins(num_tokens)
+            if len(bins) < 2:
+                continue
+            lines: dict[str, list[tuple[float, float]]] = {name: [] for name in ranks}
+            bands: dict[str, list[tuple[float, float]]] = {name: [] for name in ranks}
+            for queries in bins:
+                hits = {name: (found[:, queries] == 1).mean(axis=0) for name, found in ranks.items()}
+                for name, found in bootstrap_recalls(hits, picture[queries]).recalls.items():
+                    lines[name].append((float(num_tokens[queries].mean()), found.value))
+                    bands[name].append((found.low, found.high))
+            title = f"{test}, {words}"
+            sizes = sorted({len(queries) for queries in bins})
+            span = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+            meaning = (
+                f"R@1 of the queries in groups of {span} by the length of the caption"
+                f"{' (the mean of a picture’s captions)' if way == 'i2t' else ''}, "
+                f"in tokens of {comparison.first}; shaded: 95% intervals."
+            )
+            svg = line_chart(lines, colours, title, x_label="tokens", y_label="R@1 %", bands=bands)
+            charts.append(Chart(title, meaning, svg, list(lines)))
+    return charts
+
+
+def _sentence_charts(comparison: Comparison, colours: Mapping[str, int]) -> list[Chart]:
+    charts = []
+    for test in comparison.sets:
+        for way, words in WAYS.items():
+            lines = {}
+            for name, seeds in comparison.measured.items():
+                steps = [seed["behaviour"][test]["first_sentences"] for seed in seeds if test in seed["behaviour"]]
+                if steps:
+                    lines[name] = [
+                        (same[0]["k"], float(np.mean([step[way]["r1"] for step in same])))
+                        for same in zip(*steps, strict=True)
+                    ]
+            if lines:
+                title = f"{test}, {words}, first sentences"
+                meaning = "R@1 when every caption is cut to its first sentences."
+                svg = line_chart(lines, colours, title, x_label="sentences", y_label="R@1 %")
+                charts.append(Chart(f"{test}, {words}", meaning, svg, list(lines)))
+    return charts
+
+
+def _time_charts(comparison: Comparison, summary: Summary, colours: Mapping[str, int]) -> list[Chart]:
+    charts = []
+    for test in comparison.sets:
+        points = {
+            name: (
+                figures["image_ms"] + figures["text_ms"],
+                float(np.mean([figures[f"{test}_{way}_r1"] for way in WAYS])),
+            )
+            for name, figures in summary.figures.items()
+        }
+        meaning = (
+            "Further up is better, further left is faster: the mean R@1 of both directions against the milliseconds to "
+            "encode one picture and one caption of 100 tokens."
+        )
+        title = f"{test}, latency"
+        svg = scatter_chart(points, colours, title, x_label="ms for a picture and a caption", y_label="R@1 %")
+        charts.append(Chart(test, meaning, svg, list(points)))
+    return charts
+
+
+# --- how it was made ---
+
+
+def _facts(comparison: Comparison) -> dict[str, str]:
+    facts = environment_facts(comparison.environment)
+    for name, checkpoints in comparison.checkpoints.items():
+        facts[name] = ", ".join(checkpoints)
+    for name, found in comparison.sets.items():
+        facts[f"test {name}"] = (
+            f"{found.name}: {found.description} Pictures and captions have the sha256 {comparison.set_digests[name]}"
+        )
+    facts["precision"] = comparison.precision
+    return facts
+
+
+def _span(found: Estimate) -> str:
+    return f"{format_figure(found.low, '%')}–{format_figure(found.high, '%')}"
+
+
+def _signed(value: float) -> str:
+    """With its sign; what rounds to zero has none."""
+    return f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"

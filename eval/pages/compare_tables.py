@@ -1,0 +1,248 @@
+"""What a comparison came to: figures with their intervals, as JSON and as a Markdown table.
+
+Shapes: N pictures, M captions, Q queries (N pictures or M captions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from eval.benchmarks.protocols import RetrievalSet
+from eval.measures.bootstrap import NUM_RESAMPLES, Estimate, bootstrap_recalls
+from eval.measures.figures import COST_COLUMNS, Column, best_models, figure_columns, format_figure
+from eval.measures.recall import RECALL_AT
+
+__all__ = ["WAYS", "Comparison", "Summary", "comparison_json", "comparison_markdown", "queries_of", "summarise"]
+
+WAYS = {"i2t": "picture → caption", "t2i": "caption → picture"}
+INTERVAL_METHOD = (
+    f"95% confidence intervals by bootstrap: {NUM_RESAMPLES} draws of the pictures with replacement, each with all its "
+    "captions, and the middle 95% of what they give. They say what other pictures of the same kind would change. Where "
+    "a model has several seeds, the interval is that of their mean, and ± is the standard deviation between the seeds: "
+    "what another training would change stands in ± alone."
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that was measured."""
+
+    checkpoints: Mapping[str, Sequence[str]]
+    """Of each model, one or, with several seeds, more."""
+    measured: Mapping[str, Sequence[Mapping[str, Any]]]
+    """Of each model and seed: `retrieval`, `zeroshot`, `agreement`, `behaviour`, each by the test's name."""
+    sets: Mapping[str, RetrievalSet]
+    set_digests: Mapping[str, str]
+    zeroshot: Sequence[str]
+    costs: Mapping[str, Mapping[str, Any]]
+    teacher: str | None
+    precision: str
+    environment: Mapping[str, Any]
+
+    @property
+    def first(self) -> str:
+        """The model that the others are compared with."""
+        return next(iter(self.measured))
+
+    def retrieval(self, model: str, test: str) -> list[Mapping[str, Any]]:
+        """What eval.measures.compare_measures.measure_retrieval gave, a seed."""
+        return [seed["retrieval"][test] for seed in self.measured[model]]
+
+    def warnings(self) -> list[str]:
+        """What makes figures doubtful: other counts than the protocol's, pictures that were lost."""
+        found: dict[str, None] = {}
+        for seeds in self.measured.values():
+            for seed in seeds:
+                for kind in ("retrieval", "zeroshot"):
+                    for test, measured in seed[kind].items():
+                        figures = measured["figures"] if kind == "retrieval" else measured
+                        if figures["count_mismatch"]:
+                            found[f"{test}: {figures['count_mismatch']}."] = None
+                        if figures["num_unreadable"]:
+                            lost = f"{figures['num_unreadable']} pictures unreadable and left out"
+                            found[f"{test}: {lost}, the first: {figures['unreadable'][0]}."] = None
+        return list(found)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures by model and key (such as urban_i2t_r1), with what is known of how sure they are."""
+
+    columns: list[Column]
+    """Those of the table; `figures` has R@5 and R@10 too."""
+    figures: dict[str, dict[str, Any]]
+    spreads: dict[str, dict[str, float]]
+    """Standard deviations between seeds."""
+    intervals: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Estimate]]
+    """Paired differences of retrieval figures from the first model's."""
+
+
+def queries_of(
+    comparison: Comparison, test: str, way: str
+) -> tuple[dict[str, Float[np.ndarray, "S Q"]], Int[np.ndarray, " Q"]]:
+    """The ranks [S,Q] of each model's S seeds, and each query's picture."""
+    ranks = {
+        name: np.array([measured["ranks"][way] for measured in comparison.retrieval(name, test)])
+        for name in comparison.measured
+    }
+    owner = np.array(comparison.retrieval(comparison.first, test)[0]["caption_image"])
+    return ranks, (owner if way == "t2i" else np.arange(owner.max() + 1))
+
+
+def summarise(comparison: Comparison) -> Summary:
+    """Means over the seeds, their spread, and the intervals."""
+    names = list(comparison.measured)
+    figures: dict[str, dict[str, Any]] = {name: {} for name in names}
+    spreads: dict[str, dict[str, float]] = {name: {} for name in names}
+    intervals: dict[str, dict[str, Estimate]] = {name: {} for name in names}
+    differences: dict[str, dict[str, Estimate]] = {name: {} for name in names}
+    for test in comparison.sets:
+        for way in WAYS:
+            ranks, picture = queries_of(comparison, test, way)
+            for k in RECALL_AT:
+                key = f"{test}_{way}_r{k}"
+                estimates = bootstrap_recalls(
+                    {name: (found <= k).mean(axis=0) for name, found in ranks.items()}, picture
+                )
+                for name in names:
+                    figures[name][key] = estimates.recalls[name].value
+                    intervals[name][key] = estimates.recalls[name]
+                    differences[name][key] = estimates.differences[name]
+                    if len(ranks[name]) > 1:
+                        spreads[name][key] = stdev(100 * (found <= k).mean() for found in ranks[name])
+    for test in comparison.zeroshot:
+        for name in names:
+            _add_zeroshot(test, [seed["zeroshot"][test] for seed in comparison.measured[name]], figures[name],
+                          spreads[name], intervals[name])  # fmt: skip
+    for name in names:
+        figures[name] |= comparison.costs[name]
+    return Summary(_columns(comparison), figures, spreads, intervals, differences)
+
+
+def _add_zeroshot(
+    test: str,
+    seeds: Sequence[Mapping[str, Any]],
+    figures: dict[str, Any],
+    spreads: dict[str, float],
+    intervals: dict[str, Estimate],
+) -> None:
+    """Accuracy counts pictures alone, so that its interval follows from how many were right; with seeds, ± must do."""
+    for kind in ("top1", "top5"):
+        key, values = f"{test}_{kind}", [float(seed[kind]) for seed in seeds]
+        figures[key] = mean(values)
+        if len(values) > 1:
+            spreads[key] = stdev(values)
+            continue
+        num_images = seeds[0]["num_images"]
+        hits = np.arange(num_images) < round(values[0] * num_images / 100)
+        intervals[key] = bootstrap_recalls({key: hits.astype(float)}, np.arange(num_images)).recalls[key]
+
+
+def _columns(comparison: Comparison) -> list[Column]:
+    meaning = "Share of pictures put into the right class by comparing them with sentences that name the classes."
+    return [
+        *figure_columns(comparison.sets, zeroshot=False, cost=False),
+        *(Column(f"{test}_top1", f"{test} zero-shot", "%", meaning) for test in comparison.zeroshot),
+        *COST_COLUMNS,
+    ]
+
+
+# --- JSON ---
+
+
+def comparison_json(comparison: Comparison, summary: Summary) -> dict[str, Any]:
+    """results.json: for each model its checkpoints, the figures (percent) with intervals, and the seeds' own JSON."""
+    models = {}
+    for name, seeds in comparison.measured.items():
+        models[name] = {
+            "checkpoints": list(comparison.checkpoints[name]),
+            "figures": {
+                key: {
+                    "value": value,
+                    "interval": _ends(summary.intervals[name].get(key)),
+                    "standard_deviation": summary.spreads[name].get(key),
+                }
+                for key, value in summary.figures[name].items()
+                if key not in comparison.costs[name]
+            },
+            "difference_to_first": {
+                key: {"value": found.value, "interval": _ends(found)}
+                for key, found in summary.differences[name].items()
+            },
+            "cost": dict(comparison.costs[name]),
+            "seeds": [
+                {kind: {test: found.get("figures", found) for test, found in seed[kind].items()} for kind in seed}
+                for seed in seeds
+            ],
+        }
+    return {
+        "first": comparison.first,
+        "teacher": comparison.teacher,
+        "precision": comparison.precision,
+        "intervals": INTERVAL_METHOD,
+        "sets": {
+            name: {
+                "protocol": found.name,
+                "definition": found.description,
+                "num_images": len(found.images),
+                "num_texts": len(found.captions),
+                "sha256": comparison.set_digests[name],
+                "count_mismatch": found.count_mismatch,
+            }
+            for name, found in comparison.sets.items()
+        },
+        "warnings": comparison.warnings(),
+        "models": models,
+        "environment": dict(comparison.environment),
+    }
+
+
+def _ends(estimate: Estimate | None) -> list[float] | None:
+    return None if estimate is None else [estimate.low, estimate.high]
+
+
+# --- Markdown ---
+
+
+def comparison_markdown(comparison: Comparison, summary: Summary) -> str:
+    """table.md: a row a model, the best of a column in bold, intervals in brackets."""
+    best = {column.key: best_models(column, summary.figures) for column in summary.columns}
+    header = ["model", *(_heading(column) for column in summary.columns)]
+    lines = [_row(header), _row(["---", *("---:" for _ in summary.columns)])]
+    for name, figures in summary.figures.items():
+        cells = [name]
+        for column in summary.columns:
+            text = format_figure(figures.get(column.key), column.unit)
+            text = f"**{text}**" if name in best[column.key] else text
+            if (spread := summary.spreads[name].get(column.key)) is not None:
+                text += f" ± {format_figure(spread, column.unit)}"
+            if (found := summary.intervals[name].get(column.key)) is not None:
+                text += f" [{format_figure(found.low, column.unit)}, {format_figure(found.high, column.unit)}]"
+            cells.append(text)
+        lines.append(_row(cells))
+    notes = [
+        f"In brackets: {INTERVAL_METHOD}",
+        *(
+            f"{name}: {found.name}, {len(found.images)} pictures, {len(found.captions)} captions, "
+            f"sha256 {comparison.set_digests[name][:12]}."
+            for name, found in comparison.sets.items()
+        ),
+        *(f"Warning: {warning}" for warning in comparison.warnings()),
+    ]
+    return "\n".join([*lines, "", *(f"{note}  " for note in notes)]) + "\n"
+
+
+def _heading(column: Column) -> str:
+    title = column.title + (", R@1" if column.key.endswith("_r1") else "")
+    return f"{title}, {column.unit}" if column.unit in ("%", "ms") else title
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -1,0 +1,329 @@
+"""Features of pictures and captions, computed once: pictures decoded in worker processes, captions sorted by length.
+
+Shapes: N pictures, M captions, B batch, D embedding width. Features are float32, unit norm, on the model's device.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from eval.base.images import open_image
+from eval.base.processes import all_results, is_main_process, my_share
+from eval.towers.feature_cache import FeatureCache
+from eval.towers.models import ClipModel
+from longclip_teacher.errors import InputError
+
+__all__ = [
+    "MAX_UNREADABLE_SHARE",
+    "Encoding",
+    "ImageBatch",
+    "ImageFeatures",
+    "ImageFiles",
+    "Precision",
+    "Unreadable",
+    "encode_captions",
+    "encode_images",
+    "evaluation_mode",
+    "image_batches",
+    "model_device",
+    "refuse_many_unreadable",
+    "show_track",
+]
+
+Precision = Literal["fp32", "bf16", "fp16"]
+MAX_UNREADABLE_SHARE = 0.01
+_AUTOCAST_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pictures and captions are encoded; what it says does not belong to the figures, but for `precision`."""
+
+    batch_size: int = 64
+    """Pictures, or captions, encoded at a time."""
+    precision: Precision = "fp32"
+    """The arithmetic of the towers; features are float32 in any case."""
+    num_workers: int = 0
+    """Processes that decode pictures; 0 decodes in the main process."""
+    show_progress: bool = False
+    shared: bool = False
+    """Share the work among torchrun's processes, each of which must make the same calls and gets all features. Without
+    it a process encodes alone, as rank 0 does between two training steps."""
+    cache: FeatureCache | None = None
+    """Where features are kept from one evaluation to the next; None computes them each time."""
+
+
+class Unreadable(NamedTuple):
+    """A picture that could not be decoded; `fatal` where what follows it is lost too (a broken shard)."""
+
+    name: str
+    reason: str
+    fatal: bool = False
+
+
+class ImageBatch(NamedTuple):
+    """`targets` [B] (row numbers or classes) of the `images` [B,3,H,W], and the pictures that could not be read."""
+
+    targets: Tensor
+    images: Tensor
+    unreadable: list[Unreadable]
+
+
+class ImageFiles(Dataset):
+    """Pictures by path, decoded and preprocessed where the item is asked for: in the DataLoader's workers."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], preprocess: Any) -> None:
+        self.files, self.preprocess = files, preprocess
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | Unreadable]:
+        path, target = self.files[index]
+        try:
+            return target, self.preprocess(open_image(path))
+        except InputError as error:
+            return target, Unreadable(str(path), str(error))
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """`features` [N',D] of the pictures that could be read; `rows` [N'] says which of the N paths each one is."""
+
+    features: Float[Tensor, "N D"]
+    rows: Tensor
+    unreadable: list[Unreadable]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """Eval mode, no gradients, autocast. Afterwards every module is in the mode it had, frozen parts included.
+
+    `no_grad` and not `inference_mode`: what a model caches here must still serve its next training step.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    autocast = torch.autocast(model_device(model).type, _AUTOCAST_DTYPE[precision], enabled=precision != "fp32")
+    model.eval()
+    try:
+        with torch.no_grad(), autocast:
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
+    return next(model.parameters()).device
+
+
+def image_batches(dataset: Dataset, encoding: Encoding, device: torch.device) -> Iterator[ImageBatch]:
+    """Batches of a dataset of (target, picture | Unreadable), in order, on `device`; raises InputError on a fatal one.
+
+    The loader has a generator of its own: evaluating between two training steps leaves torch's random state alone.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=encoding.batch_size,
+        num_workers=encoding.num_workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),
+    )
+    total = None if isinstance(dataset, IterableDataset) else len(loader)
+    for batch in show_track(loader, "pictures" if encoding.show_progress else None, total):
+        for lost in batch.unreadable:
+            if lost.fatal:
+                raise InputError(lost.reason)
+        yield batch._replace(images=batch.images.to(device, non_blocking=True))
+
+
+def encode_images(model: ClipModel, paths: Sequence[Path], encoding: Encoding = Encoding()) -> ImageFeatures:
+    """Unit-norm features of pictures. Unreadable ones are left out and named; more than 1% of them is an InputError."""
+    if not paths:
+        raise InputError("no pictures to encode")
+    found = _kept_or_computed(
+        encoding,
+        "pictures",
+        lambda cache: cache.image_key(model, paths, encoding.precision),
+        lambda: _encode_pictures(model, paths, encoding),
+    )
+    features, rows = found["features"].to(model_device(model)), found["rows"]
+    lost, reasons = found["lost"].tolist(), json.loads(bytes(found["reasons"].tolist()))
+    unreadable = [Unreadable(str(paths[row]), reason) for row, reason in zip(lost, reasons, strict=True)]
+    return ImageFeatures(features, rows, unreadable)
+
+
+def _encode_pictures(model: ClipModel, paths: Sequence[Path], encoding: Encoding) -> dict[str, Tensor]:
+    """`features` [N',D] of the `rows` [N'] that could be read, the `lost` rows, and the `reasons` as JSON bytes."""
+    starts = range(0, len(paths), encoding.batch_size)
+    parts = _parts(encoding, starts, lambda share: _encode_share_of_pictures(model, paths, share, encoding))
+    rows, order = torch.cat([part["rows"] for part in parts]).sort()
+    lost, order_lost = torch.cat([part["lost"] for part in parts]).sort()
+    reasons = [reason for part in parts for reason in json.loads(bytes(part["reasons"].tolist()))]
+    reasons = [reasons[index] for index in order_lost.tolist()]
+    unreadable = [Unreadable(str(paths[row]), why) for row, why in zip(lost.tolist(), reasons, strict=True)]
+    refuse_many_unreadable(unreadable, len(paths))
+    if not len(rows):
+        raise InputError("no pictures to encode")
+    features = torch.cat([part["features"] for part in parts])
+    features = features[order.to(features.device)]
+    _require_finite(features, lambda index: f"picture {paths[int(rows[index])]}")
+    return {"features": features, "rows": rows, "lost": lost, "reasons": _json_bytes(reasons)}
+
+
+def _encode_share_of_pictures(
+    model: ClipModel, paths: Sequence[Path], starts: Sequence[int], encoding: Encoding
+) -> dict[str, Tensor]:
+    """`_encode_pictures` of the batches that begin at `starts`, in this process."""
+    mine = [row for start in starts for row in range(start, min(start + encoding.batch_size, len(paths)))]
+    dataset = ImageFiles([(paths[row], row) for row in mine], model.preprocess)
+    features = [torch.empty(0, model.embed_dim, device=model_device(model))]
+    rows, unreadable = list[int](), list[Unreadable]()
+    with evaluation_mode(model, encoding.precision):
+        for batch in image_batches(dataset, encoding, model_device(model)):
+            unreadable += batch.unreadable
+            refuse_many_unreadable(unreadable, len(paths))
+            if len(batch.images):
+                features.append(_unit(model.encode_image(batch.images)))
+                rows += batch.targets.tolist()
+    read = set(rows)
+    return {
+        "features": torch.cat(features),
+        "rows": torch.tensor(rows, dtype=torch.int64),
+        "lost": torch.tensor([row for row in mine if row not in read], dtype=torch.int64),
+        "reasons": _json_bytes([lost.reason for lost in unreadable]),
+    }
+
+
+def encode_captions(
+    model: ClipModel, captions: Sequence[str], encoding: Encoding = Encoding()
+) -> tuple[Float[Tensor, "M D"], int]:
+    """Unit-norm features of captions, and how many captions are longer than the model's context and were cut.
+
+    Equal captions are encoded once. Captions of like length share a batch, longest first: little is spent on padding,
+    and running out of memory happens at once or not at all.
+    """
+    if not captions:
+        raise InputError("no captions to encode")
+    found = _kept_or_computed(
+        encoding,
+        "captions",
+        lambda cache: cache.caption_key(model, captions, encoding.precision),
+        lambda: _encode_captions(model, captions, encoding),
+    )
+    return found["features"].to(model_device(model)), int(found["num_truncated"])
+
+
+def _encode_captions(model: ClipModel, captions: Sequence[str], encoding: Encoding) -> dict[str, Tensor]:
+    """`features` [M,D] and `num_truncated` []."""
+    num_tokens = {caption: model.tokenizer.count_tokens(caption) for caption in dict.fromkeys(captions)}
+    ordered = sorted(num_tokens, key=num_tokens.__getitem__, reverse=True)
+    size = encoding.batch_size
+    batches = [range(start, min(start + size, len(ordered))) for start in range(0, len(ordered), size)]
+    parts = _parts(encoding, batches, lambda share: _encode_share_of_captions(model, ordered, share, encoding))
+    features = torch.cat([part["features"] for part in parts])
+    place = torch.cat([part["rows"] for part in parts]).argsort().to(features.device)
+    distinct = features[place]
+    _require_finite(distinct, lambda index: f"caption {ordered[index][:80]!r}")
+    row_of = {caption: row for row, caption in enumerate(ordered)}
+    rows = torch.tensor([row_of[caption] for caption in captions], device=distinct.device)
+    num_truncated = sum(num_tokens[caption] > model.context_length for caption in captions)
+    return {"features": distinct[rows], "num_truncated": torch.tensor(num_truncated)}
+
+
+def _encode_share_of_captions(
+    model: ClipModel, ordered: Sequence[str], batches: Sequence[range], encoding: Encoding
+) -> dict[str, Tensor]:
+    """`features` of the captions in `batches`, and the `rows` of `ordered` where they stand."""
+    features = [torch.empty(0, model.embed_dim, device=model_device(model))]
+    with evaluation_mode(model, encoding.precision):
+        for batch in show_track(batches, "captions" if encoding.show_progress else None, len(batches)):
+            tokens = model.tokenizer([ordered[row] for row in batch], model.context_length).to(model_device(model))
+            features.append(_unit(model.encode_text(tokens)))
+    rows = [row for batch in batches for row in batch]
+    return {"features": torch.cat(features), "rows": torch.tensor(rows, dtype=torch.int64)}
+
+
+def _parts(
+    encoding: Encoding, batches: Sequence[Item], compute: Callable[[Sequence[Item]], dict[str, Tensor]]
+) -> list[dict[str, Tensor]]:
+    """What `compute` gives of the batches: in one part, or in a part for each process."""
+    return all_results(lambda: compute(my_share(batches))) if encoding.shared else [compute(batches)]
+
+
+def _kept_or_computed(
+    encoding: Encoding, what: str, key_of: Callable[[FeatureCache], str], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors from the cache if it has them, else computed and kept; of several processes rank 0 does that."""
+    cache = encoding.cache
+    if cache is None:
+        return compute()
+    reads = not encoding.shared or is_main_process()
+    key = key_of(cache) if reads else ""
+    found = _parts(encoding, [key], lambda _: (cache.load(key) if reads else None) or {})[0]
+    if found:
+        if encoding.show_progress and is_main_process():
+            print(f"{what}: features from the cache", file=sys.stderr)
+        return found
+    found = compute()
+    if reads:
+        cache.save(key, found)
+    return found
+
+
+def refuse_many_unreadable(unreadable: Sequence[Unreadable], total: int) -> None:
+    """InputError if more than 1% of `total` pictures are unreadable: the figures would be those of another test."""
+    if len(unreadable) > MAX_UNREADABLE_SHARE * total:
+        raise InputError(
+            f"unreadable pictures: {len(unreadable)} by now of {total}, where {MAX_UNREADABLE_SHARE:.0%} is allowed; "
+            f"the first: {unreadable[0].reason}"
+        )
+
+
+def show_track(items: Iterable[Item], description: str | None, total: int | None) -> Iterable[Item]:
+    """`items`, with a progress bar on stderr if there is a description and a terminal to show it on."""
+    if description is None or not sys.stderr.isatty() or not is_main_process():
+        return items
+    return track(items, description, total=total, console=Console(stderr=True))
+
+
+def _collate(items: Sequence[tuple[int, Tensor | Unreadable]]) -> ImageBatch:
+    read = [(target, image) for target, image in items if isinstance(image, Tensor)]
+    images = torch.stack([image for _, image in read]) if read else torch.empty(0)
+    unreadable = [image for _, image in items if isinstance(image, Unreadable)]
+    return ImageBatch(torch.tensor([target for target, _ in read], dtype=torch.int64), images, unreadable)
+
+
+def _json_bytes(content: list[str]) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def _unit(features: Tensor) -> Float[Tensor, "B D"]:
+    return F.normalize(features.float(), dim=-1)
+
+
+def _require_finite(features: Float[Tensor, "N D"], name: Any) -> None:
+    """One look after the last batch: a look at each batch would make a GPU wait for the CPU."""
+    finite = torch.isfinite(features).all(dim=1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise InputError(
+            f"NaN or infinity in the features of {int((~finite).sum())} of {len(finite)} samples, "
+            f"first in {name(first)}: check the weights, or use precision fp32"
+        )

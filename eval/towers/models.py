@@ -1,0 +1,135 @@
+"""Any checkpoint to a model: students and teachers, ours and published, anyone's CLIP through open_clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from safetensors import SafetensorError, safe_open
+
+from eval.towers.open_clip_model import (
+    OPEN_CLIP_CONFIG,
+    OpenClipModel,
+    is_open_clip_name,
+    load_open_clip,
+    open_clip_weights_file,
+)
+from eval.towers.tower_pair import TowerPair
+from longclip_teacher import LongCLIP, load_teacher
+from longclip_teacher.checkpoint import HUB_NAMES as TEACHER_HUB_NAMES
+from longclip_teacher.config import Activation
+from longclip_teacher.errors import InputError
+from longclip_teacher.weights_file import read_weights
+from mobileclip_student import MobileCLIP, load_student
+
+__all__ = ["ClipModel", "load_model", "weights_file"]
+
+ClipModel: TypeAlias = LongCLIP | MobileCLIP | OpenClipModel | TowerPair
+Kind = Literal["student", "teacher"]
+BEST_WEIGHTS = "best.safetensors"  # what the training loop keeps in a run directory
+_OUR_FORMAT = "compact-longclip"
+# A key that starts like this is found in every file of its layout, and in no other's
+_STUDENT_KEYS = ("image_encoder.", "visual.trunk.")  # ml-mobileclip, open_clip's MobileCLIP
+_TEACHER_KEYS = (
+    "visual.conv1.",
+    "visual.class_embedding",
+    "vision_model.",
+)  # OpenAI / Long-CLIP / open_clip, transformers
+
+
+def load_model(
+    checkpoint: str | Path,
+    *,
+    variant: str | None = None,
+    context_length: int | None = None,
+    pad_mask: bool | None = None,
+    activation: Activation | None = None,
+    device: str = "cpu",
+) -> ClipModel:
+    """A model in eval mode from a file, a run directory (its best weights), a hub name, or a name of open_clip's.
+
+    Unless `context_length` or `pad_mask` say otherwise, published students are evaluated as published (77 tokens,
+    padding attended), our own files as they were saved, teachers at 248 tokens. Where the file does not tell, `variant`
+    names a published student's architecture and `activation` a CLIP teacher's. `open_clip:ARCHITECTURE/WEIGHTS`,
+    `hf-hub:ORGANISATION/NAME`, `local-dir:FOLDER` and a folder with open_clip_config.json are open_clip's models,
+    evaluated as open_clip does and without options. Raises InputError for anything else.
+    """
+    name = _open_clip_name(checkpoint)
+    if name is not None:
+        if (variant, context_length, pad_mask, activation) != (None,) * 4:
+            raise InputError(
+                f"{checkpoint} is an open_clip model, which is what its configuration says: "
+                "leave --variant, --context-length, --pad-mask and --activation out"
+            )
+        return load_open_clip(name, device)
+    source = _file_of_run(Path(checkpoint))
+    kind = _kind_of_file(source) if source.is_file() else _kind_of_name(str(checkpoint))
+    if kind == "student":
+        if activation is not None:
+            raise InputError(f"{checkpoint} is a student: --activation is for teachers, leave it out")
+        return load_student(source, variant, context_length, pad_mask, device)
+    if variant is not None or pad_mask is not None:
+        raise InputError(f"{checkpoint} is a teacher: --variant and --pad-mask are for students, leave them out")
+    return load_teacher(source, device, context_length=context_length, activation=activation)
+
+
+def weights_file(checkpoint: str | Path) -> Path | None:
+    """The weight file on this machine that `load_model` reads for `checkpoint`; None for what the hub gives."""
+    name = _open_clip_name(checkpoint)
+    if name is not None:
+        return open_clip_weights_file(name)
+    source = _file_of_run(Path(checkpoint))
+    return source if source.is_file() else None
+
+
+def _open_clip_name(checkpoint: str | Path) -> str | None:
+    """The name to give to open_clip, if `checkpoint` is a model of its."""
+    if is_open_clip_name(str(checkpoint)):
+        return str(checkpoint)
+    return f"local-dir:{checkpoint}" if (Path(checkpoint) / OPEN_CLIP_CONFIG).is_file() else None
+
+
+def _file_of_run(source: Path) -> Path:
+    if not source.is_dir():
+        return source
+    if not (source / BEST_WEIGHTS).is_file():
+        raise InputError(
+            f"{source} is a folder without {BEST_WEIGHTS} or {OPEN_CLIP_CONFIG}: give a weight file or a run's folder"
+        )
+    return source / BEST_WEIGHTS
+
+
+def _kind_of_file(path: Path) -> Kind:
+    keys, metadata = _keys_and_metadata(path)
+    if metadata.get("format") == _OUR_FORMAT:
+        return "teacher" if metadata.get("kind") == "teacher" else "student"
+    if any(key.startswith(_STUDENT_KEYS) for key in keys):
+        return "student"
+    if any(key.startswith(_TEACHER_KEYS) for key in keys):
+        return "teacher"
+    raise InputError(
+        f"{path} holds neither a MobileCLIP student nor a CLIP teacher: it begins with {next(iter(keys), 'nothing')!r}"
+    )
+
+
+def _kind_of_name(name: str) -> Kind:
+    """Which model a hub name means. A name that is no file and no model ends in one line."""
+    if name in TEACHER_HUB_NAMES:
+        return "teacher"
+    if "mobileclip" in name.lower() and not Path(name).suffix and not name.startswith((".", "/", "~")):
+        return "student"
+    raise InputError(
+        f"no checkpoint at {name}: give a weight file, a run's folder, or a hub name "
+        f"({', '.join(TEACHER_HUB_NAMES)}, apple/MobileCLIP-S1-OpenCLIP, open_clip:ViT-B-16/openai, ...)"
+    )
+
+
+def _keys_and_metadata(path: Path) -> tuple[list[str], dict[str, str]]:
+    if path.suffix != ".safetensors":
+        return list(read_weights(path).tensors), {}
+    try:
+        with safe_open(path, framework="pt") as file:  # reads the header alone
+            return list(file.keys()), file.metadata() or {}
+    except (SafetensorError, OSError):
+        weights = read_weights(path)  # words the error
+        return list(weights.tensors), weights.metadata

@@ -1,0 +1,160 @@
+"""Two processes give what one gives. Run as a program, this file is one of the processes: OUT FOLDER."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from eval.base.processes import all_results, my_share, start
+from eval.towers.feature_cache import FeatureCache
+from eval.towers.features import Encoding, encode_captions, encode_images
+from longclip_teacher import create_teacher, save_teacher
+from longclip_teacher.errors import InputError, run_command
+
+ROOT = Path(__file__).parents[3]
+CAPTIONS = [f"a {name} board and a {other} board" for name in ("red", "green", "blue") for other in ("aqua", "white")]
+
+
+def run(command: list[str], world_size: int) -> list[subprocess.CompletedProcess[str]]:
+    """`command` in so many processes that know of each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        ends = [process.communicate(timeout=100) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *end)
+        for process, end in zip(processes, ends, strict=True)
+    ]
+
+
+@pytest.fixture
+def boards(tmp_path: Path) -> Path:
+    """101 pictures, of which one cannot be read."""
+    folder = tmp_path / "boards"
+    folder.mkdir()
+    for number in range(101):
+        Image.new("RGB", (8, 8), (number, 255 - number, 40)).save(folder / f"{number:03d}.png")
+    (folder / "033.png").write_text("no picture")
+    return folder
+
+
+def encode(model: nn.Module, folder: Path, encoding: Encoding) -> dict[str, torch.Tensor]:
+    """Everything that encoding returns, as tensors."""
+    images = encode_images(model, sorted(folder.glob("*.png")), encoding)
+    texts, num_truncated = encode_captions(model, CAPTIONS, encoding)
+    names = json.dumps(images.unreadable).encode()
+    return {
+        "images": images.features,
+        "rows": images.rows,
+        "texts": texts,
+        "num_truncated": torch.tensor(num_truncated),
+        "unreadable": torch.frombuffer(bytearray(names), dtype=torch.uint8),
+    }
+
+
+def test_two_processes_give_the_features_of_one_and_share_the_cache(
+    colour_model: nn.Module, boards: Path, tmp_path: Path
+) -> None:
+    """Three batches of captions and eleven of pictures for two processes, then both from the cache."""
+    alone = encode(colour_model, boards, Encoding(batch_size=10))
+    ends = run([__file__, str(tmp_path / "out"), str(boards)], world_size=2)
+    assert [end.returncode for end in ends] == [0, 0], ends
+    for name in ("rank0", "rank1", "rank0_again", "rank1_again", "rank0_alone"):
+        theirs = load_file(tmp_path / "out" / name)
+        assert set(theirs) == set(alone)
+        assert all(torch.equal(theirs[key], alone[key]) for key in alone), name
+    work = [end.stdout.split() for end in ends]
+    assert work[0][0] != "0" and work[1][0] != "0", "both had pictures to encode"
+    assert int(work[0][0]) + int(work[1][0]) == 11
+    assert [line[1] for line in work] == ["0", "0"], "the second time neither had any"
+
+
+def test_an_error_on_one_process_ends_all_with_one_line(boards: Path, tmp_path: Path) -> None:
+    for number in (1, 2, 3):  # with 033 the four: 1% of 101 is one, and no process may wait for another
+        (boards / f"00{number}.png").write_text("no picture")
+    ends = run([__file__, str(tmp_path / "out"), str(boards)], world_size=2)
+    for end in ends:
+        assert end.returncode == 2
+        assert end.stderr.splitlines()[-1].startswith("error: unreadable pictures: ")
+        assert "Traceback" not in end.stderr
+
+
+def test_the_command_on_two_processes_writes_what_it_writes_on_one(colour_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_teacher(create_teacher("tiny"), tmp_path / "tiny.safetensors")
+    written, ends = [], []
+    for world_size in (1, 2):
+        out = tmp_path / f"{world_size}.json"
+        command = ["eval/retrieval.py", "--checkpoint", str(tmp_path / "tiny.safetensors"), "--protocol", "folder"]
+        command += ["--root", str(colour_folder), "--batch-size", "3", "--num-workers", "0", "--device", "cpu"]
+        ends = run([*command, "--json", str(out)], world_size)
+        assert [end.returncode for end in ends] == [0] * world_size, ends
+        written.append(json.loads(out.read_text()))
+    assert written[0] == written[1] and written[0]["num_images"] == 8
+    assert "image to text" in ends[0].stdout and not ends[1].stdout, "rank 0 alone prints"
+
+
+def test_one_process_alone_needs_no_group() -> None:
+    assert my_share([1, 2, 3]) == [1, 2, 3]
+    (only,) = all_results(lambda: {"rows": torch.arange(3)})
+    assert torch.equal(only["rows"], torch.arange(3))
+    with start("cpu") as runtime:
+        assert (runtime.rank, runtime.world_size, runtime.is_main) == (0, 1, True)
+    with pytest.raises(InputError, match="device nonsense: give auto, cpu, cuda or cuda:N"), start("nonsense"):
+        pass
+
+
+def main() -> None:
+    """One process: encode twice, the second time from the cache, and print how many batches each time took."""
+    from conftest import ColourClip
+
+    out, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    with start("cpu") as runtime:
+        model = ColourClip()
+        encode_image, calls = model.encode_image, list[int]()
+
+        def counted(images: torch.Tensor) -> torch.Tensor:
+            calls.append(len(images))
+            return encode_image(images)
+
+        model.encode_image = counted
+        encoding = Encoding(batch_size=10, cache=FeatureCache(out / "cache"), shared=True)
+        first = encode(model, folder, encoding)
+        num_first = len(calls)
+        second = encode(model, folder, encoding)
+        print(num_first, len(calls) - num_first)
+        save_file(first, out / f"rank{runtime.rank}")
+        save_file(second, out / f"rank{runtime.rank}_again")
+        if runtime.is_main:  # as rank 0 evaluates between two training steps: nobody else answers
+            save_file(encode(model, folder, Encoding(batch_size=10)), out / "rank0_alone")
+        runtime.barrier()
+
+
+if __name__ == "__main__":
+    run_command(main)

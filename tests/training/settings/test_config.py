@@ -1,0 +1,106 @@
+"""Presets, overrides and the one-line errors of the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longclip_teacher.errors import InputError
+from training.build import check_config
+from training.settings.tree import PRESETS, config_from_toml, config_to_toml, parse_config
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
+def test_every_preset_parses_checks_and_survives_its_own_toml(preset: str, tmp_path: Path) -> None:
+    config = parse_config([preset])
+    check_config(config, world_size=1)
+    path = tmp_path / "config.toml"
+    path.write_text(config_to_toml(config))
+    assert config_from_toml(path) == config
+    header = (PRESETS / f"{preset}.toml").read_text().split("[run]")[0]
+    assert "Command:" in header
+    assert "Cost:" in header
+
+
+def test_the_command_line_wins_over_the_preset(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.toml"
+    preset.write_text(
+        '[run]\nmax_steps = 7\nseed = 3\n[data]\nshards = ["a.tar", "b.tar"]\nval = "None"\n[optim]\nbetas = [0.8, '
+        "0.9]\n"
+    )
+    config = parse_config(
+        [str(preset), "--run.max_steps", "9", "--loss.clip-long=0.25", "--teacher.checkpoint", "None"]
+    )
+    assert (config.run.max_steps, config.run.seed) == (9, 3)
+    assert config.data.shards == ("a.tar", "b.tar")
+    assert config.data.val is None
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.loss.clip_long == 0.25
+    assert not config.distils
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["tiny_techer"], "did you mean tiny_teacher"),
+        (["--run.max_step", "3"], "there is no run.max_step; did you mean run.max_steps"),
+        (["--lr", "3"], "there is no lr; did you mean optim.lr"),
+        (["--run.max_steps", "three"], "max_steps"),
+        (["--run.max_steps", "0"], "max_steps must be at least 1"),
+        (["--run.train", "both"], "invalid choice 'both'"),
+        (["--optim.lr", "-1"], "lr must be positive"),
+        (["--loss.pca_rank", "0"], "pca_rank must be at least 1"),
+        (["--augment.scale", "0.9", "1.5"], "augment scale"),
+        (["digit_scenes", "stray"], "stray"),
+    ],
+)
+def test_bad_arguments_are_one_line(args: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        parse_config(args)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run]\nmax_step = 3\n", "there is no run.max_step; did you mean run.max_steps"),
+        ("[runn]\nmax_steps = 3\n", "did you mean run.max_steps"),
+        ("[run\n", "is not TOML"),
+        ("run = 3\n", "there is no run"),
+    ],
+)
+def test_bad_preset_files_are_one_line(text: str, message: str, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.toml"
+    preset.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        parse_config([str(preset)])
+    assert str(preset) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "world_size", "message"),
+    [
+        (["--run.global_batch_size", "30"], 4, "does not divide by 4 processes"),
+        (["--run.global_batch_size", "32"], 1, "PCA of rank 32 does nothing on 32 samples"),
+        (["--run.global_batch_size", "64", "--loss.pca_scope", "rank"], 2, "PCA of rank 32 does nothing on 32 samples"),
+        (["--run.accumulation", "64"], 4, "more than the 32 samples of a process"),
+        (
+            ["--teacher.checkpoint", "None", "--loss.clip_long", "0", "--loss.clip_short", "0"],
+            1,
+            "nothing is left to learn from",
+        ),
+        (["--teacher.init", "x.safetensors"], 1, "belongs to --run.train teacher"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_any_work(
+    args: list[str], world_size: int, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        check_config(parse_config(args), world_size)
+
+
+def test_a_batch_just_above_the_rank_is_allowed() -> None:
+    check_config(parse_config(["--run.global_batch_size", "33"]), 1)
+    check_config(parse_config(["--run.global_batch_size", "32", "--loss.pca_scope", "off"]), 1)

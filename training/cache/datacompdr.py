@@ -1,0 +1,409 @@
+"""DataCompDR's shards: a sample's teacher features, augmentations and synthetic captions stand beside its picture.
+
+Layout: "MobileCLIP" (Vasu et al., CVPR 2024, section 3) and Apple's public generator of the data. Of sample KEY:
+
+    KEY.syn.json    {"syn_text": [n captions]}, more lists under keys that begin with syn_text
+    KEY.paug.json   {"param_aug": [A augmentations]}, or the same list as a JSON string (so on the hub)
+    KEY.npz         image_emb [A, D] and text_emb [1 + n, D], row 0 the ground truth's; in newer shards text_emb [1, D]
+                    and syn_text_emb [n, D]. Two teachers' features stand side by side in D
+    KEY.pth.gz      the same as bfloat16 tensors, gzipped; the npz is preferred where both are there
+    KEY.txt         the ground-truth caption
+
+One augmentation is [crop, flip?, ops?]: crop [top, left, height, width], flip true or false where the recipe has it,
+ops [[op, magnitude], ...] with op counting RandAugment's operations, or null for none.
+
+All of it is data from strangers: sizes are bounded before anything is unpacked, nothing is unpickled but tensors.
+Shapes: A augmentations, n captions, D width of the features.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longclip_teacher.errors import InputError
+from training.data.index import RawSample, ShardIndex, is_remote
+from training.data.samples import BadSample
+from training.data.store import StoredDraw, TeacherFacts, choose_captions, choose_view
+from training.data.stream import read_remote_shard
+from training.data.transforms import RAND_AUGMENT_OPS, Augmentation
+
+__all__ = ["DataCompDRStore", "datacompdr_facts", "write_datacompdr_sample"]
+
+OPS_SIZE = 224  # pixels of the pictures whose RandAugment magnitudes are stored
+CONTEXT_LENGTH = 77  # tokens that CLIP, DataCompDR's teacher, reads
+_MAX_UNPACKED_BYTES = 16 << 20
+_MAX_PIXELS = 1 << 20  # of a crop's side
+_MAX_OPS = 16
+_FIRST_SAMPLES = 100  # of which one must be usable
+
+
+class DataCompDRStore:
+    """Draws of samples whose shard holds the teacher's features (`RawSample.extra`); a `TeacherStore`.
+
+    The long caption is one of the synthetic captions, drawn anew each epoch; the short one is the ground-truth caption
+    (txt). A sample without txt takes a synthetic caption for the short one too, drawn on its own. Features are float32
+    and divided by the norm of each teacher's part: DataCompDR stores them with unit norm, but in bfloat16 that is off
+    by up to 2e-3.
+    """
+
+    def __init__(self, facts: TeacherFacts) -> None:
+        """`facts` as `datacompdr_facts` tells them."""
+        self.facts = facts
+
+    def draw(self, raw: RawSample, seed: int, key: tuple[int, ...]) -> StoredDraw:
+        """The draw of `raw` that (seed, key) decides, see `TeacherStore`. Raises BadSample with the cause."""
+        arrays = _features(raw)
+        image_rows, augmentations = _rows(arrays, "image_emb"), _augmentations(raw)
+        if not len(augmentations) or len(augmentations) != len(image_rows):
+            raise BadSample("paug.json and image_emb have different lengths, or none")
+        long_captions, long_rows = _synthetic(raw, arrays)
+        short_captions, short_rows = _ground_truth(raw, arrays)
+        if not short_captions:
+            short_captions, short_rows = long_captions, long_rows
+        view = choose_view(len(augmentations), seed, key)
+        long, short = choose_captions(len(long_captions), len(short_captions), seed, key)
+        return StoredDraw(
+            augmentation=_augmentation(augmentations[view]),
+            caption_long=long_captions[long],
+            caption_short=short_captions[short],
+            image=self._unit(image_rows[view]),
+            long=self._unit(long_rows[long]),
+            short=self._unit(short_rows[short]),
+        )
+
+    def _unit(self, row: np.ndarray) -> np.ndarray:
+        """`row` [D] as float32, each teacher's part divided by its norm."""
+        if len(row) != self.facts.embed_dim:
+            raise BadSample("features of another width than the first sample's")
+        row = row.astype(np.float32)
+        if not np.isfinite(row).all():
+            raise BadSample("features are not finite")
+        parts = np.split(row, np.cumsum(self.facts.widths)[:-1])
+        norms = [float(np.linalg.norm(part.astype(np.float64))) for part in parts]
+        if min(norms) == 0:
+            raise BadSample("features are zero")
+        return np.concatenate([part / np.float32(norm) for part, norm in zip(parts, norms, strict=True)])
+
+
+def datacompdr_facts(shards: Sequence[str | Path], widths: Sequence[int] | None = None) -> TeacherFacts:
+    """The teacher of `shards` (paths or URLs, see `expand_patterns`), as the first usable sample of the first tells it.
+
+    widths    of the teachers side by side; None: as our own exports tell them, else two of 768 in 1536, else one
+
+    The logit scale is None unless our own export tells it: DataCompDR's shards do not. Raises InputError in one line
+    where the shards hold no such members or their features do not fit `widths`.
+    """
+    shard = str(shards[0])
+    causes: list[InputError] = []
+    for raw in islice(_samples(shard), _FIRST_SAMPLES):
+        try:
+            return _facts(raw, shard, widths)
+        except InputError as error:
+            causes.append(error)
+    raise causes[0] if causes else InputError(f"{shard} is an empty shard: remove it or make it again")
+
+
+def _samples(shard: str) -> Iterator[RawSample]:
+    if not is_remote(shard):
+        index = ShardIndex([shard])
+        yield from map(index.read, range(index.num_samples))
+        return
+    try:
+        yield from read_remote_shard(shard)
+    except Exception as error:  # each network library has its own
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"cannot read {shard} ({reason})") from None
+
+
+def _facts(raw: RawSample, shard: str, widths: Sequence[int] | None) -> TeacherFacts:
+    members = {"syn.json": {"syn.json"}, "paug.json": {"paug.json"}, "npz or pth.gz": {"npz", "pth.gz"}}
+    missing = [name for name, any_of in members.items() if not any_of & raw.extra.keys()]
+    if missing:
+        raise InputError(
+            f"{shard}: sample {raw.key} has no {', no '.join(missing)}; --teacher.cache datacompdr needs DataCompDR's "
+            "shards (if it has them, its index is older: run make_shards.py index again or delete NAME.tar.index.json)"
+        )
+    try:
+        width = _rows(_features(raw), "image_emb").shape[1]
+        told = _told(raw)
+        widths = tuple(widths or told.get("widths") or ((768, 768) if width == 1536 else (width,)))
+        if sum(widths) != width or min(widths) < 1:
+            raise InputError(
+                f"{shard}: sample {raw.key} has features of width {width}, not of {' + '.join(map(str, widths))}: "
+                "set --teacher.stored_widths to the widths of the teachers side by side"
+            )
+        facts = TeacherFacts(widths, told.get("logit_scale"), told.get("context_length", CONTEXT_LENGTH))
+        DataCompDRStore(facts).draw(raw, 0, (0, 0))
+    except BadSample as error:
+        raise InputError(f"{shard}: sample {raw.key} holds no usable teacher features: {error}") from None
+    return facts
+
+
+def _told(raw: RawSample) -> dict[str, Any]:
+    """What `write_datacompdr_sample` wrote of the teacher into the json member; empty for others' shards."""
+    try:
+        told = json.loads(raw.json or b"{}")["stored_teacher"]
+        scale = None if told["logit_scale"] is None else float(told["logit_scale"])
+        widths = tuple(int(width) for width in told["widths"])
+        return {"widths": widths, "logit_scale": scale, "context_length": int(told["context_length"])}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return {}
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+def _synthetic(raw: RawSample, arrays: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
+    """The synthetic captions and their features [n, D], of all lists whose key begins with syn_text."""
+    by_key = {key: _texts(value) for key, value in _object(raw, "syn.json").items() if key.startswith("syn_text")}
+    with_own = [key for key in by_key if f"{key}_emb" in arrays]
+    if with_own:
+        rows = [_rows(arrays, f"{key}_emb") for key in with_own]
+        fits = all(len(by_key[key]) == len(part) for key, part in zip(with_own, rows, strict=True))
+        fits = fits and len({part.shape[1] for part in rows}) == 1
+    else:  # all captions in text_emb, the ground truth's first
+        rows = [_rows(arrays, "text_emb")[1:]]
+        fits = sum(map(len, by_key.values())) == len(rows[0])
+    texts = [text for key in with_own or by_key for text in by_key[key]]
+    if not fits:
+        raise BadSample("syn.json and text_emb have different lengths")
+    filled = [number for number, text in enumerate(texts) if text.strip()]
+    if not filled:
+        raise BadSample("no synthetic caption")
+    return [texts[number].strip() for number in filled], np.concatenate(rows)[filled]
+
+
+def _ground_truth(raw: RawSample, arrays: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
+    """The ground-truth caption and its features [1, D]; no caption where there is no txt, or an empty one."""
+    rows = _rows(arrays, "text_emb")[:1]
+    if not len(rows):
+        raise BadSample("text_emb is empty")
+    try:
+        text = (raw.txt or b"").decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise BadSample("txt is not UTF-8") from None
+    return [text] if text else [], rows
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise BadSample("syn.json holds no lists of captions")
+    return value
+
+
+def _object(raw: RawSample, name: str) -> dict[str, Any]:
+    """The JSON object in the member `name`."""
+    if name not in raw.extra:
+        raise BadSample(f"no {name}, or one of more than 4 MB")
+    try:
+        value = json.loads(raw.extra[name])
+    except (ValueError, RecursionError):
+        raise BadSample(f"{name} is damaged") from None
+    if not isinstance(value, dict):
+        raise BadSample(f"{name} is no object")
+    return value
+
+
+# --- augmentations ----------------------------------------------------------------------------------------------------
+
+
+def _augmentations(raw: RawSample) -> list[Any]:
+    """The entries of param_aug, unread."""
+    value = _object(raw, "paug.json").get("param_aug")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadSample("paug.json is damaged") from None
+    if not isinstance(value, list):
+        raise BadSample("paug.json holds no list of augmentations")
+    return value
+
+
+def _augmentation(entry: Any) -> Augmentation:
+    """One augmentation. Recipes that also resize, erase or mix pictures are not ours to replay: BadSample."""
+    if not isinstance(entry, list) or not 1 <= len(entry) <= 3:
+        raise BadSample("an augmentation is not [crop, flip, ops]")
+    crop, *rest = entry
+    flip = rest.pop(0) if rest and isinstance(rest[0], bool) else False
+    ops = rest.pop(0) if rest else None
+    if rest or not _are_whole(crop, 4):
+        raise BadSample("an augmentation is not [crop, flip, ops]")
+    top, left, height, width = crop
+    if height < 1 or width < 1:
+        raise BadSample("a stored crop is empty")
+    box = (left, top, left + width, top + height)
+    try:
+        return Augmentation(box, ops=_operations(ops), ops_size=OPS_SIZE, flip=flip)
+    except InputError:
+        raise BadSample("a stored operation cannot have its magnitude") from None
+
+
+def _operations(ops: Any) -> tuple[tuple[str, float], ...]:
+    """RandAugment's operations by name, with signed magnitudes; none for null."""
+    if ops is None:
+        return ()
+    if not isinstance(ops, list) or len(ops) > _MAX_OPS:
+        raise BadSample("stored operations are no list of [op, magnitude]")
+    named = []
+    for pair in ops:
+        if not isinstance(pair, list) or len(pair) != 2 or not _are_whole(pair[:1], 1, len(RAND_AUGMENT_OPS) - 1):
+            raise BadSample("stored operations are no list of [op, magnitude]")
+        if type(pair[1]) not in (int, float) or (type(pair[1]) is int and abs(pair[1]) > _MAX_PIXELS):
+            raise BadSample("a stored magnitude is no number in bounds")
+        named.append((RAND_AUGMENT_OPS[pair[0]], float(pair[1])))
+    return tuple(named)
+
+
+def _are_whole(numbers: Any, count: int, largest: int = _MAX_PIXELS) -> bool:
+    """Whether `numbers` is a list of `count` whole numbers from 0 to `largest`."""
+    return (
+        isinstance(numbers, list)
+        and len(numbers) == count
+        and all(type(number) is int and 0 <= number <= largest for number in numbers)
+    )
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+def _rows(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The two-dimensional array `name`."""
+    if name not in arrays:
+        raise BadSample(f"no {name} among the features")
+    if arrays[name].ndim != 2 or not arrays[name].shape[1]:
+        raise BadSample(f"{name} is not two-dimensional")
+    return arrays[name]
+
+
+def _features(raw: RawSample) -> dict[str, np.ndarray]:
+    """All float arrays of the npz, or of the pth.gz where there is no npz."""
+    for name, read in (("npz", _read_npz), ("pth.gz", _read_pth)):
+        if name in raw.extra:
+            try:
+                return read(raw.extra[name])
+            except Exception:  # zipfile, numpy and torch raise what they please; whatever it is, these are no features
+                raise BadSample(f"{name} is damaged") from None
+    raise BadSample("no npz or pth.gz, or one of more than 4 MB")
+
+
+def _read_npz(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an npz, as np.load(allow_pickle=False) reads them, but no more bytes than are bounded.
+
+    bfloat16, which numpy does not know, is told by its two bytes: void (as ml_dtypes writes it) or uint16.
+    """
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        _check_archive(archive)
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            if not name.endswith("_emb"):
+                continue
+            member = archive.read(entry)
+            end = 10 + int.from_bytes(member[8:10], "little")
+            shape, dtype = _npy_header(member[:end])
+            array = np.frombuffer(member, dtype, offset=end).reshape(shape)
+            is_bfloat16 = dtype.itemsize == 2 and dtype.kind in "uV"
+            arrays[name] = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if is_bfloat16 else array
+    return arrays
+
+
+@functools.lru_cache(maxsize=64)  # it takes longer to read than the rest, and is the same in most samples
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array in numpy's format 1.0, the one that such arrays have; ValueError for any other."""
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an array of another format than 1.0")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if is_fortran or dtype.hasobject or dtype.kind not in "fuV":
+        raise ValueError("no array of floats")
+    return shape, dtype
+
+
+def _read_pth(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a gzipped `torch.save({name: tensor})`."""
+    unpacked = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(data, _MAX_UNPACKED_BYTES)  # 16: gzip
+    with zipfile.ZipFile(
+        io.BytesIO(unpacked)
+    ) as archive:  # torch's older format cannot be bounded: not a zip, an error
+        _check_archive(archive)
+    tensors = torch.load(io.BytesIO(unpacked), map_location="cpu", weights_only=True)
+    return {name: torch.as_tensor(value).float().numpy() for name, value in tensors.items() if name.endswith("_emb")}
+
+
+def _check_archive(archive: zipfile.ZipFile) -> None:
+    entries = archive.infolist()
+    if sum(entry.file_size for entry in entries) > _MAX_UNPACKED_BYTES:
+        raise ValueError("an archive that unpacks to too much")
+    if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+        raise ValueError("an archive packed in an unknown way")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_datacompdr_sample(
+    image: bytes,
+    *,
+    image_features: np.ndarray,
+    text_features: np.ndarray,
+    captions: Sequence[str],
+    ground_truth: str,
+    augmentations: Sequence[Augmentation],
+    facts: TeacherFacts,
+) -> dict[str, bytes]:
+    """The members of one sample in DataCompDR's layout, by suffix: {"jpg": ..., "npz": ...}.
+
+    image             the picture's file, written as it is
+    image_features    [A, D], one row an augmentation
+    text_features     [1 + n, D]: the ground truth's, then the captions'
+    captions          n synthetic captions, from which the long one is drawn
+    ground_truth      the short caption
+
+    The json member tells what DataCompDR does not: widths, logit scale and context length of the teacher. Raises
+    InputError for an augmentation that DataCompDR cannot hold.
+    """
+    if len(augmentations) != len(image_features) or 1 + len(captions) != len(text_features):
+        raise InputError("as many features as augmentations, and as captions and one, are needed")
+    arrays = io.BytesIO()
+    np.savez(arrays, image_emb=image_features, text_emb=text_features)
+    has_flip = any(augmentation.flip for augmentation in augmentations)
+    told = {
+        "widths": list(facts.widths), "logit_scale": facts.logit_scale, "context_length": facts.context_length,
+    }  # fmt: skip
+    return {
+        _image_suffix(image): image,
+        "txt": ground_truth.encode(),
+        "json": json.dumps({"stored_teacher": told}).encode(),
+        "syn.json": json.dumps({"syn_text": list(captions)}, ensure_ascii=False).encode(),
+        "paug.json": json.dumps({"param_aug": [_entry(one, has_flip) for one in augmentations]}).encode(),
+        "npz": arrays.getvalue(),
+    }
+
+
+def _image_suffix(image: bytes) -> str:
+    suffixes = {b"\x89PNG": "png", b"RIFF": "webp"}
+    return suffixes.get(image[:4], "jpg")
+
+
+def _entry(augmentation: Augmentation, has_flip: bool) -> list[Any]:
+    """The inverse of `_augmentation`; all entries of a file have a flip or none has."""
+    left, top, right, bottom = augmentation.box
+    if augmentation.ops and augmentation.ops_size != OPS_SIZE:
+        raise InputError(
+            f"RandAugment was drawn at {augmentation.ops_size} pixels, DataCompDR's magnitudes are for {OPS_SIZE}: "
+            "this cache cannot be exported"
+        )
+    ops = [[RAND_AUGMENT_OPS.index(name), magnitude] for name, magnitude in augmentation.ops] or None
+    return [[top, left, bottom - top, right - left], *([augmentation.flip] if has_flip else []), ops]

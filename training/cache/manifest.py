@@ -1,0 +1,270 @@
+"""What a folder of sidecars is: how it was made, a record of each finished sidecar, the shards they belong to.
+
+A cache is a folder of one sidecar a shard (sidecar.py), beside each sidecar a small record NAME.teacher.json, written
+last, and teacher_cache.json: how the cache was made and all records. A process that dies, or another node, can at
+worst leave a record out of the manifest; readers and later runs of scripts/cache_teacher.py then find it beside its
+sidecar.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from eval.base.atomic_files import write_json
+from eval.towers.features import Precision
+from eval.towers.models import weights_file
+from longclip_teacher.checkpoint import teacher_file
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import CaptionTokenizer
+from training.data.index import BAD_JSON, ShardIndex
+from training.data.transforms import AugmentConfig, Interpolation
+from training.data.writer import file_sha256
+
+__all__ = [
+    "CACHE_MANIFEST",
+    "CacheSettings",
+    "ShardFacts",
+    "SidecarRecord",
+    "as_tuple",
+    "changes",
+    "decoder_name",
+    "library_versions",
+    "read_cache",
+    "read_record",
+    "read_records",
+    "refuse_same_names",
+    "shard_facts",
+    "sidecar_path",
+    "teacher_sha256",
+    "tokenizer_digest",
+    "write_cache_manifest",
+    "write_record",
+]
+
+CACHE_MANIFEST = "teacher_cache.json"
+_FORMAT, _VERSION = "compact-longclip teacher cache", 1
+_LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
+_PROBE = "A photo of 3 naïve cats; it's 'Élan' & <em>more</em> &amp; 中文 🙂"  # tokenised, it tells tokenizers apart
+_RECORD = ".teacher.json"
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """How a cache was made. All but `teacher` (a name) and `libraries` must be the same for every sidecar in it."""
+
+    teacher: str
+    teacher_sha256: str
+    embed_dim: int
+    logit_scale: float
+    """Linear."""
+    activation: str
+    """Some weight files do not tell it."""
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Interpolation
+    context_length: int
+    tokenizer: str
+    """`tokenizer_digest`."""
+    views: int
+    """A: random views of a picture; 0 is the centre view."""
+    augment: AugmentConfig
+    seed: int
+    decoder: str
+    precision: Precision
+    libraries: dict[str, str]
+
+    @property
+    def num_stored_views(self) -> int:
+        """V: the centre view counts."""
+        return max(self.views, 1)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CacheSettings:
+        """Inverse of `dataclasses.asdict`; KeyError, TypeError or ValueError for anything else."""
+        augment = AugmentConfig(
+            **{field.name: as_tuple(data["augment"][field.name]) for field in dataclasses.fields(AugmentConfig)}
+        )
+        read: dict[str, Any] = {"augment": augment, "libraries": {str(k): str(v) for k, v in data["libraries"].items()}}
+        for name in ("teacher", "teacher_sha256", "activation", "interpolation", "tokenizer", "decoder", "precision"):
+            read[name] = str(data[name])
+        for name in ("embed_dim", "image_size", "context_length", "views", "seed"):
+            read[name] = int(data[name])
+        for name in ("mean", "std"):
+            read[name] = tuple(float(value) for value in data[name])
+        return cls(**read, logit_scale=float(data["logit_scale"]))
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What tells one shard from another."""
+
+    shard: str
+    """File name."""
+    shard_bytes: int
+    shard_sha256: str
+    """"" where the shard's own manifest does not tell it."""
+    num_samples: int
+    keys_sha256: str
+
+
+@dataclass(frozen=True)
+class SidecarRecord(ShardFacts):
+    """A finished sidecar and the shard that it was made from."""
+
+    num_bytes: int
+    sha256: str
+    num_unreadable: int
+    num_captions: int
+    num_distinct_captions: int
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> SidecarRecord:
+        """Inverse of `dataclasses.asdict`; KeyError, TypeError or ValueError for anything else."""
+        read: dict[str, Any] = {
+            f.name: (int if f.type == "int" else str)(data[f.name]) for f in dataclasses.fields(cls)
+        }
+        return cls(**read)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def sidecar_path(folder: Path, shard: str | Path) -> Path:
+    """Where the sidecar of a shard lies; only the shard's name counts."""
+    return folder / f"{Path(shard).name.removesuffix('.tar')}.safetensors"
+
+
+def read_cache(folder: Path) -> tuple[CacheSettings, dict[str, SidecarRecord]]:
+    """How the cache in `folder` was made, and the records in its manifest by shard name.
+
+    Raises InputError where there is no cache, or a damaged one.
+    """
+    path = folder / CACHE_MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        if (content["format"], content["version"]) != (_FORMAT, _VERSION):
+            raise ValueError(f"format version {content['version']}, this code reads {_VERSION}")
+        records = [SidecarRecord.from_json(entry) for entry in content["shards"]]
+        return CacheSettings.from_json(content["settings"]), {record.shard: record for record in records}
+    except OSError as error:
+        raise InputError(
+            f"no teacher cache in {folder} ({CACHE_MANIFEST}: {error.strerror}): make one with scripts/cache_teacher.py"
+        ) from None
+    except BAD_JSON as error:
+        raise InputError(
+            f"{path} is no teacher cache of ours ({error!r}): make it again with scripts/cache_teacher.py"
+        ) from None
+
+
+def read_record(folder: Path, shard: str) -> SidecarRecord | None:
+    """The record beside a shard's sidecar; None where there is none, or none that is whole."""
+    try:
+        return SidecarRecord.from_json(json.loads(_record_path(folder, shard).read_bytes()))
+    except (OSError, *BAD_JSON):
+        return None
+
+
+def write_record(folder: Path, record: SidecarRecord) -> None:
+    """Say that a sidecar is finished."""
+    write_json(_record_path(folder, record.shard), dataclasses.asdict(record))
+
+
+def read_records(folder: Path) -> dict[str, SidecarRecord]:
+    """All records of a cache by shard name: those in its manifest, if it has one, and newer ones beside sidecars."""
+    records = read_cache(folder)[1] if (folder / CACHE_MANIFEST).is_file() else {}
+    for path in sorted(folder.glob(f"*{_RECORD}")):
+        record = read_record(folder, path.name.removesuffix(_RECORD))
+        if record is not None:
+            records[record.shard] = record
+    return dict(sorted(records.items()))
+
+
+def write_cache_manifest(folder: Path, settings: CacheSettings) -> dict[str, SidecarRecord]:
+    """Write the manifest anew with all records; returns them by shard name."""
+    records = read_records(folder)
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "settings": dataclasses.asdict(settings),
+        "num_samples": sum(record.num_samples for record in records.values()),
+        "bytes": sum(record.num_bytes for record in records.values()),
+        "shards": [
+            {**dataclasses.asdict(record), "sidecar": sidecar_path(folder, record.shard).name}
+            for record in records.values()
+        ],
+    }
+    write_json(folder / CACHE_MANIFEST, content)
+    return records
+
+
+def _record_path(folder: Path, shard: str) -> Path:
+    return sidecar_path(folder, shard).with_suffix(_RECORD)
+
+
+# --- what a cache depends on ------------------------------------------------------------------------------------------
+
+
+def teacher_sha256(checkpoint: str) -> str:
+    """The sha256 of the weight file that `checkpoint` (a file, a run's folder or a hub name) means."""
+    return file_sha256(weights_file(checkpoint) or teacher_file(checkpoint))
+
+
+def tokenizer_digest(context_length: int) -> str:
+    """A hash of the ids that our tokenizer gives to a fixed text of letters, entities, accents and signs."""
+    ids = CaptionTokenizer(context_length)([_PROBE])
+    return hashlib.sha256(json.dumps(ids.tolist()).encode()).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decode, crop and encode."""
+    return {name: metadata.version(name) for name in _LIBRARIES}
+
+
+def decoder_name(fast: bool) -> str:
+    """The name under which a cache keeps its decoder."""
+    return "fast" if fast else "pil"
+
+
+def shard_facts(index: ShardIndex) -> list[ShardFacts]:
+    """The facts of each of the index's shards; the sha256 is what the shards' manifest says."""
+    facts, start = [], 0
+    for path, size, sha256 in zip(index.paths, index.shard_sizes.tolist(), index.shard_sha256, strict=True):
+        digest = hashlib.sha256(json.dumps([index.key(i) for i in range(start, start + size)]).encode()).hexdigest()
+        facts.append(ShardFacts(path.name, path.stat().st_size, sha256, size, digest))
+        start += size
+    return facts
+
+
+def changes(record: SidecarRecord, facts: ShardFacts) -> list[tuple[str, Any, Any]]:
+    """Fields in which a shard differs from the one that a sidecar was made from, with both values.
+
+    A sha256 that the shards' manifest does not tell is not compared.
+    """
+    return [
+        (field.name.replace("_", " "), getattr(record, field.name), getattr(facts, field.name))
+        for field in dataclasses.fields(ShardFacts)
+        if getattr(record, field.name) != getattr(facts, field.name)
+        and not (field.name == "shard_sha256" and not facts.shard_sha256)
+    ]
+
+
+def refuse_same_names(paths: Sequence[Path]) -> None:
+    """Raise InputError where two shards would share a sidecar."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        other = seen.setdefault(sidecar_path(Path(), path).name, path)
+        if other != path:
+            raise InputError(f"{other} and {path} would share one sidecar: rename one of them")
+
+
+def as_tuple(value: Any) -> Any:
+    """A list, which is what JSON makes of a tuple, as a tuple; other values as they are."""
+    return tuple(value) if isinstance(value, list) else value

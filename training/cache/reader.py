@@ -1,0 +1,178 @@
+"""Stored teacher features for training: whether a cache fits a run, and the draws that it answers with.
+
+What a cache is: cache_manifest.py; the file beside a shard: sidecar.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from eval.base.processes import is_main_process
+from longclip_teacher.errors import InputError
+from training.cache.manifest import (
+    CacheSettings,
+    SidecarRecord,
+    as_tuple,
+    changes,
+    decoder_name,
+    library_versions,
+    read_cache,
+    read_record,
+    refuse_same_names,
+    shard_facts,
+    sidecar_path,
+    teacher_sha256,
+    tokenizer_digest,
+)
+from training.cache.sidecar import Sidecar
+from training.data.index import RawSample, ShardIndex
+from training.data.samples import BadSample
+from training.data.store import StoredDraw, TeacherFacts, choose_captions, choose_view
+from training.data.transforms import AugmentConfig
+
+__all__ = ["TeacherCacheStore", "cache_facts", "open_cache"]
+
+_MAX_OPEN_SIDECARS = 128
+
+
+def cache_facts(folder: Path) -> TeacherFacts:
+    """What the losses must know of the cache's teacher. Raises InputError where there is no cache."""
+    settings, _ = read_cache(folder)
+    return TeacherFacts((settings.embed_dim,), settings.logit_scale, settings.context_length)
+
+
+def open_cache(
+    folder: Path,
+    index: ShardIndex,
+    augment: AugmentConfig,
+    teacher_checkpoint: str | None,
+    fast_decode: bool = True,
+) -> TeacherCacheStore:
+    """The cache in `folder` for a run over the shards of `index`.
+
+    augment             the run's; must be the cache's, and centre=True for a cache of centre views
+    teacher_checkpoint  the run's teacher, whose weights must be the cache's; None takes whichever the cache has
+
+    Raises InputError, in one line that names the field and both values, for a cache of another teacher, tokenizer,
+    recipe or other shards. Other library versions or another decoder cost a warning: they move pixels by little.
+    """
+    settings, records = read_cache(folder)
+    if teacher_checkpoint is not None:
+        sha256 = teacher_sha256(teacher_checkpoint)
+        if sha256 != settings.teacher_sha256:
+            raise _misfit(folder, "teacher sha256", settings.teacher_sha256, sha256, f" ({teacher_checkpoint})")
+    digest = tokenizer_digest(settings.context_length)
+    if digest != settings.tokenizer:
+        raise _misfit(folder, "tokenizer", settings.tokenizer, digest)
+    _check_augment(folder, settings, augment)
+    _check_shards(folder, records, index)
+    _warn_of_versions(folder, settings, fast_decode)
+    return TeacherCacheStore(folder, settings, index)
+
+
+def _check_augment(folder: Path, settings: CacheSettings, augment: AugmentConfig) -> None:
+    if settings.augment.centre and augment.centre:
+        return  # the other fields then mean nothing
+    fields = sorted(dataclasses.fields(AugmentConfig), key=lambda field: field.name != "centre")
+    for field in fields:
+        cached, wanted = getattr(settings.augment, field.name), getattr(augment, field.name)
+        if as_tuple(cached) != as_tuple(wanted):
+            raise _misfit(folder, f"augment.{field.name}", cached, wanted)
+
+
+def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardIndex) -> None:
+    refuse_same_names(index.paths)
+    wanted = shard_facts(index)
+    found = {facts.shard: records.get(facts.shard) or read_record(folder, facts.shard) for facts in wanted}
+    missing = [
+        name for name, record in found.items() if record is None or not sidecar_path(folder, record.shard).is_file()
+    ]
+    if missing:
+        raise InputError(
+            f"{folder}: {len(missing)} of {len(wanted)} shards have no sidecar, the first {missing[0]}: "
+            "run scripts/cache_teacher.py again"
+        )
+    for facts in wanted:
+        record = found[facts.shard]
+        assert record is not None
+        for name, cached, value in changes(record, facts):
+            raise _misfit(folder, f"{facts.shard}: {name}", cached, value)
+        num_bytes = sidecar_path(folder, facts.shard).stat().st_size
+        if num_bytes != record.num_bytes:
+            raise InputError(
+                f"{sidecar_path(folder, facts.shard)} is damaged ({num_bytes} bytes, {record.num_bytes} were written): "
+                "delete it and run scripts/cache_teacher.py again"
+            )
+
+
+def _warn_of_versions(folder: Path, settings: CacheSettings, fast_decode: bool) -> None:
+    here = {"decoder": decoder_name(fast_decode), **library_versions()}
+    there = {"decoder": settings.decoder, **settings.libraries}
+    other = [f"{name} {there.get(name)} (here {value})" for name, value in here.items() if there.get(name) != value]
+    if other and is_main_process():
+        print(f"warning: the teacher cache {folder} was made with {', '.join(other)}", file=sys.stderr)
+
+
+def _misfit(folder: Path, field: str, cached: object, wanted: object, note: str = "") -> InputError:
+    return InputError(
+        f"teacher cache {folder} does not fit: {field} is {cached} there and {wanted} here{note}; "
+        "make the cache again, or set the run as the cache was made"
+    )
+
+
+class TeacherCacheStore:
+    """Sidecars as a TeacherStore (stored.py). Picklable; each process maps the files that it reads from."""
+
+    def __init__(self, folder: Path, settings: CacheSettings, index: ShardIndex) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.index = index
+        self.facts = TeacherFacts((settings.embed_dim,), settings.logit_scale, settings.context_length)
+        self._sidecars: OrderedDict[int, Sidecar] = OrderedDict()
+
+    def draw(self, raw: RawSample, seed: int, key: tuple[int, ...]) -> StoredDraw:
+        """See `TeacherStore.draw`. Features are float16; normalise them in float32 before use (sidecar.py)."""
+        shard, row = self.index.locate(key[-1])
+        sidecar = self._sidecar(shard)
+        stored = sidecar.view(row, choose_view(sidecar.num_views, seed, key), raw.key)
+        if not stored.is_valid:
+            raise BadSample("no stored features: it could not be read when the teacher cache was made")
+        if zlib.crc32(raw.image or b"") != stored.picture_crc:
+            raise InputError(
+                f"{self.index.paths[shard]}: the picture of {raw.key} is not the one that the teacher cache was made "
+                "from: run scripts/cache_teacher.py again"
+            )
+        chosen_long, chosen_short = choose_captions(
+            len(stored.long), 0 if stored.shorts_follow else len(stored.short), seed, key
+        )
+        short_row = stored.short[chosen_long if chosen_short < 0 else chosen_short]
+        long, long_tokens = sidecar.caption(int(stored.long[chosen_long]), raw.key)
+        short, short_tokens = sidecar.caption(int(short_row), raw.key)
+        return StoredDraw(
+            stored.augmentation, long_tokens, short_tokens, stored.image, long, short, picture_size=stored.size
+        )
+
+    def _sidecar(self, shard: int) -> Sidecar:
+        if shard not in self._sidecars:
+            while len(self._sidecars) >= _MAX_OPEN_SIDECARS:
+                self._sidecars.popitem(last=False)
+            path = sidecar_path(self.folder, self.index.paths[shard])
+            sidecar = Sidecar(path)
+            sizes = (sidecar.num_samples, sidecar.num_views, sidecar.embed_dim)
+            wanted = (int(self.index.shard_sizes[shard]), self.settings.num_stored_views, self.settings.embed_dim)
+            if sizes != wanted:
+                raise InputError(
+                    f"{path} holds samples, views, width {sizes}, its manifest says {wanted}: "
+                    "delete it and run scripts/cache_teacher.py again"
+                )
+            self._sidecars[shard] = sidecar
+        self._sidecars.move_to_end(shard)
+        return self._sidecars[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sidecars": OrderedDict()}

@@ -1,0 +1,263 @@
+"""Run the teacher once: the sidecars of a list of shards, each from its pictures and captions alone.
+
+Loader workers decode each picture once and render all its views; views are encoded in batches over the borders of
+samples, and a shard's distinct captions once each, sorted by length. No batch crosses a shard, so that a sidecar is the
+same whichever process makes it.
+
+Shapes: N samples of a shard, V views, M samples of a piece, U distinct captions, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, Dataset
+
+from eval.towers.features import Precision, evaluation_mode, model_device
+from longclip_teacher import LongCLIP
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import caption_lengths, first_sentence
+from training.cache.manifest import (
+    CacheSettings,
+    ShardFacts,
+    SidecarRecord,
+    decoder_name,
+    library_versions,
+    sidecar_path,
+    teacher_sha256,
+    tokenizer_digest,
+    write_record,
+)
+from training.cache.sidecar import CaptionRows, SampleEntry, write_sidecar
+from training.data.index import RawSample, ShardIndex
+from training.data.pictures import normalized, open_picture, picture_size
+from training.data.samples import BadSample, read_captions
+from training.data.transforms import AugmentConfig, ViewSpec, draw_augmentation, render, sample_generator
+from training.data.writer import file_sha256
+
+__all__ = ["SidecarWriter", "cache_settings"]
+
+_TOKENS_PER_ROW = 64  # a batch of captions has as many tokens as `batch_size` captions of this length
+
+
+def cache_settings(
+    teacher: str,
+    model: LongCLIP,
+    *,
+    views: int,
+    augment: AugmentConfig,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    fast_decode: bool = True,
+) -> CacheSettings:
+    """The settings of a cache of `model`, which was loaded from `teacher`, with `views` crops a picture (0: centre)."""
+    preprocess = model.preprocess_cfg
+    return CacheSettings(
+        teacher=teacher,
+        teacher_sha256=teacher_sha256(teacher),
+        embed_dim=model.embed_dim,
+        logit_scale=float(model.linear_logit_scale),
+        activation=model.config.activation,
+        image_size=model.image_size,
+        mean=tuple(preprocess.mean),
+        std=tuple(preprocess.std),
+        interpolation=preprocess.interpolation,
+        context_length=model.context_length,
+        tokenizer=tokenizer_digest(model.context_length),
+        views=views,
+        augment=augment,
+        seed=seed,
+        decoder=decoder_name(fast_decode),
+        precision=precision,
+        libraries=library_versions(),
+    )
+
+
+class _ReadSample(NamedTuple):
+    """A sample as a worker has read it."""
+
+    entry: SampleEntry  # captions not yet numbered
+    long: list[str]
+    short: list[str]
+
+
+class _Piece(NamedTuple):
+    """Some consecutive samples of a shard; `images` are all views of those that could be read."""
+
+    shard: int
+    is_last: bool
+    samples: list[_ReadSample]
+    images: Tensor  # uint8 [M * V, 3, S, S]
+
+
+@dataclass
+class _Pieces(Dataset):
+    """Pieces by number, in the order of the shards. An InputError is returned, not raised: workers would wrap it."""
+
+    index: ShardIndex
+    settings: CacheSettings
+    pieces: list[tuple[int, int, int]]  # shard, first and last row + 1
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, number: int) -> _Piece | InputError:
+        shard, start, stop = self.pieces[number]
+        first = int(self.index.shard_sizes[:shard].sum())
+        samples: list[_ReadSample] = []
+        views: list[Tensor] = []
+        try:
+            for row in range(start, stop):
+                sample, rendered = self._read(self.index.read(first + row), shard, row)
+                samples.append(sample)
+                views += rendered
+        except InputError as error:
+            return error
+        size = self.settings.image_size
+        images = torch.stack(views) if views else torch.empty((0, 3, size, size), dtype=torch.uint8)
+        return _Piece(shard, stop == int(self.index.shard_sizes[shard]), samples, images)
+
+    def _read(self, raw: RawSample, shard: int, row: int) -> tuple[_ReadSample, list[Tensor]]:
+        settings = self.settings
+        try:
+            long, short = read_captions(raw)
+            picture = open_picture(raw.image or b"", settings.decoder == "fast")
+        except (BadSample, InputError):
+            return _ReadSample(SampleEntry(raw.key), [], []), []
+        size = picture_size(picture)
+        name = zlib.crc32(
+            self.index.paths[shard].name.encode()
+        )  # not the place in a list that may be another next time
+        augmentations = [
+            draw_augmentation(size, settings.augment, sample_generator(settings.seed, name, row, view))
+            for view in range(settings.num_stored_views)
+        ]
+        spec = ViewSpec(settings.image_size, settings.interpolation)
+        images = [render(picture, augmentation, [spec])[0] for augmentation in augmentations]
+        shorts_follow = not short
+        short = short or [first_sentence(caption) for caption in long]
+        entry = SampleEntry(raw.key, size, zlib.crc32(raw.image or b""), augmentations, shorts_follow=shorts_follow)
+        return _ReadSample(entry, long, short), images
+
+
+@dataclass(frozen=True)
+class SidecarWriter:
+    """What all sidecars of a cache have in common."""
+
+    model: LongCLIP
+    settings: CacheSettings
+    index: ShardIndex
+    folder: Path
+    batch_size: int
+    num_workers: int
+
+    def write(
+        self, shards: Sequence[tuple[int, ShardFacts]], progress: Callable[[int], None] = lambda num_samples: None
+    ) -> Iterator[SidecarRecord]:
+        """Make the sidecars of `shards`, by their place in the index; gives each record once it is on disk.
+
+        `progress` is told of samples as they are encoded. Raises InputError for a shard that cannot be read.
+        """
+        facts = dict(shards)
+        step = max(1, self.batch_size // self.settings.num_stored_views)
+        pieces = [
+            (shard, start, min(start + step, facts[shard].num_samples))
+            for shard in facts
+            for start in range(0, facts[shard].num_samples, step)
+        ]
+        samples: list[_ReadSample] = []
+        features: list[Tensor] = []
+        for piece in DataLoader(
+            _Pieces(self.index, self.settings, pieces),
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=model_device(self.model).type == "cuda",
+        ):
+            if isinstance(piece, InputError):
+                raise InputError(str(piece))
+            samples += piece.samples
+            features += self._encode_images(piece.images)
+            progress(len(piece.samples))
+            if piece.is_last:
+                yield self._finish(facts[piece.shard], self.index.paths[piece.shard], samples, features)
+                samples, features = [], []
+
+    def _finish(
+        self, facts: ShardFacts, shard: Path, samples: list[_ReadSample], features: list[Tensor]
+    ) -> SidecarRecord:
+        settings = self.settings
+        is_valid = np.array([bool(sample.entry.augmentations) for sample in samples])
+        image_features = np.zeros((len(samples), settings.num_stored_views, settings.embed_dim), np.float16)
+        if features:
+            encoded = self._checked(torch.cat(features), shard)
+            image_features[is_valid] = encoded.reshape(-1, *image_features.shape[1:])
+        captions: dict[str, int] = {}  # row of each
+        entries = [
+            replace(
+                sample.entry,
+                long=[captions.setdefault(caption, len(captions)) for caption in sample.long],
+                short=[captions.setdefault(caption, len(captions)) for caption in sample.short],
+            )
+            for sample in samples
+        ]
+        rows = self._encode_captions(list(captions), shard)
+        path = sidecar_path(self.folder, shard)
+        write_sidecar(path, entries, settings.augment.rand_augment_ops, image_features, rows)
+        known = facts if facts.shard_sha256 else replace(facts, shard_sha256=file_sha256(shard))
+        record = SidecarRecord(
+            **vars(known),
+            num_bytes=path.stat().st_size,
+            sha256=file_sha256(path),
+            num_unreadable=int((~is_valid).sum()),
+            num_captions=sum(len(entry.long) + len(entry.short) for entry in entries),
+            num_distinct_captions=len(captions),
+        )
+        write_record(self.folder, record)
+        return record
+
+    def _encode_images(self, images: Tensor) -> list[Tensor]:
+        """Unit-norm float16 features, on the model's device: nothing waits for them until the shard is finished."""
+        device = model_device(self.model)
+        mean, std = (torch.tensor(value, device=device) for value in (self.settings.mean, self.settings.std))
+        features = []
+        with evaluation_mode(self.model, self.settings.precision):
+            for batch in images.split(self.batch_size):
+                pixels = normalized(batch.to(device, non_blocking=True), mean, std)
+                features.append(_unit(self.model.encode_image(pixels)))
+        return features if len(images) else []
+
+    def _encode_captions(self, captions: list[str], shard: Path) -> CaptionRows:
+        tokens = self.model.tokenizer(captions)  # [U, L]
+        lengths = caption_lengths(tokens) if captions else torch.zeros(0, dtype=torch.long)
+        features = np.zeros((len(captions), self.settings.embed_dim), np.float16)
+        order = lengths.argsort(descending=True, stable=True)
+        parts = []
+        with evaluation_mode(self.model, self.settings.precision):
+            while len(order):
+                longest = int(lengths[order[0]])
+                size = max(8, self.batch_size * _TOKENS_PER_ROW // longest)
+                rows, order = order[:size], order[size:]
+                batch = tokens[rows, :longest].to(model_device(self.model))
+                parts.append((rows, _unit(self.model.encode_text(batch))))
+        for rows, part in parts:
+            features[rows.numpy()] = self._checked(part, shard)
+        own = [row[:length].astype(np.uint16) for row, length in zip(tokens.numpy(), lengths.tolist(), strict=True)]
+        return CaptionRows(features, own)
+
+    def _checked(self, features: Tensor, shard: Path) -> np.ndarray:
+        array = features.cpu().numpy()
+        if not np.isfinite(array).all():
+            raise InputError(f"{shard}: the teacher gives features that are not finite: use --precision fp32 or bf16")
+        return array
+
+
+def _unit(features: Tensor) -> Tensor:
+    return normalize(features.float(), dim=-1).half()

@@ -1,0 +1,351 @@
+"""The embedded data: boards of real handwritten digits with long captions, written in the public layouts.
+
+A board is 48 px: a coloured ground in a coloured frame and a 3x3 grid of tiles, each with one of scikit-learn's 1,797
+handwritten digits in one of 8 inks and 2 sizes on a dark or a light tile. Its caption of about 100 tokens says in
+reading order what stands where; the first sentence names the ground and the frame alone. Most boards are full, some
+sparse. One in five belongs to one of a few series, boards that all begin alike, so that a batch holds captions which
+only their ends tell apart: without them, nothing asks a model to read to the end. One in eight shows a single huge
+digit, always in the same colours: nothing but the handwriting tells these apart, so that they teach to read digits,
+which full boards, told apart by their colours, do not. Zero-shot classification is tested on them.
+
+What is held out: the glyphs (handwritten digits) of validation and test never appear in training, nor do the layouts
+(which digit in which ink stands where) of their boards. Nothing downstream knows that these pictures are generated.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from longclip_teacher.errors import InputError
+from training.data.index import ShardRecord
+from training.data.writer import caption_member, write_manifest, write_shard
+
+__all__ = ["CLASSNAMES", "DIGIT_TEMPLATES", "Board", "Part", "Tile", "is_outdated", "layout_part", "write_digit_scenes"]
+
+FORMAT = "compact-longclip digit scenes"
+VERSION = 5  # raise it with any change of the pictures or captions, so that a folder made before is not taken for these
+
+CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CELLS = (
+    "top left", "top centre", "top right", "middle left", "centre", "middle right",
+    "bottom left", "bottom centre", "bottom right",
+)  # fmt: skip
+# Every word here is a single CLIP token, so that captions of full boards have nearly the same length
+GROUNDS = {
+    "navy": (28, 40, 96), "maroon": (110, 26, 42), "teal": (0, 110, 112),
+    "grey": (128, 128, 132), "brown": (112, 72, 40), "beige": (222, 206, 170),
+}  # fmt: skip
+FRAMES = {
+    "red": (224, 36, 36), "green": (40, 170, 60), "blue": (56, 100, 240), "yellow": (244, 212, 40),
+    "purple": (140, 50, 190), "pink": (250, 130, 190), "white": (250, 250, 250), "black": (8, 8, 8),
+}  # fmt: skip
+INKS = {  # mid tones: they must stand out on dark and on light tiles
+    "red": (226, 40, 40), "green": (30, 150, 50), "blue": (60, 100, 245), "yellow": (222, 184, 0),
+    "orange": (244, 124, 20), "purple": (150, 60, 210), "pink": (250, 100, 180), "grey": (136, 136, 140),
+}  # fmt: skip
+TILES = {"dark": (22, 22, 26), "light": (236, 236, 232)}
+SIZES = {"small": 8, "large": 12}  # pixels of the glyph's square; scikit-learn's pictures have 8
+
+BOARD_PX, FRAME_PX, CELL_PX, TILE_PX = 48, 3, 14, 12
+NUM_TRAIN_GLYPHS, NUM_VAL_GLYPHS = 1297, 150  # of 1,797; the other 350 are the test's
+SINGLE_SHARE, SPARSE_SHARE = 0.12, 0.05  # training boards with one huge digit, with two to eight
+SERIES_SHARE, NUM_SERIES = 0.2, 20  # training boards that begin as the others of their series, as twins do
+TWINS_PER_FAMILY, NUM_SHARED_CELLS = 4, 7  # the first seven cells' sentences reach past token 77
+SHARD_SIZE = 4000
+
+Part = Literal["train", "val", "test"]
+
+WHOLE_BOARD = len(CELLS)  # the cell of a single digit, which takes up all of the board
+HUGE, HUGE_PX = "huge", 40
+# Prompts for zero-shot classification of single-digit boards: their caption, the digit left out
+DIGIT_TEMPLATES = (f"A beige board in a black frame. the whole board shows a {HUGE} blue {{}} on light.",)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One digit on the board: where it stands, what it is, how it is drawn."""
+
+    cell: int  # index into CELLS, reading order
+    digit: int
+    ink: str
+    size: str
+    shade: str  # of the tile under the digit
+
+    @property
+    def sentence(self) -> str:
+        """What the caption says of this tile."""
+        place = "the whole board" if self.cell == WHOLE_BOARD else CELLS[self.cell]
+        return f"{place} shows a {self.size} {self.ink} {CLASSNAMES[self.digit]} on {self.shade}."
+
+
+@dataclass(frozen=True)
+class Board:
+    """All that a caption says of a picture; the picture adds the handwriting."""
+
+    ground: str
+    frame: str
+    tiles: tuple[Tile, ...]
+
+    @property
+    def short_caption(self) -> str:
+        """The first sentence."""
+        return f"A {self.ground} board in a {self.frame} frame."
+
+    @property
+    def caption(self) -> str:
+        """First sentence, then the tiles in reading order."""
+        return " ".join([self.short_caption, *(tile.sentence for tile in self.tiles)])
+
+
+def layout_part(board: Board) -> Part:
+    """Which part of the data a board's layout (which digit in which ink stands where) belongs to: 10% test, 10% val."""
+    layout = ",".join(f"{tile.cell}{tile.digit}{tile.ink}" for tile in board.tiles)
+    fate = zlib.crc32(layout.encode()) % 10
+    return "test" if fate == 0 else "val" if fate == 1 else "train"
+
+
+def draw_board(rng: random.Random, part: Part, num_tiles: int = 9, family: Board | None = None) -> Board:
+    """A random board whose layout belongs to `part`; with `family`, one like it in ground, frame and first cells."""
+    while True:
+        ground, frame = (
+            (family.ground, family.frame) if family else (rng.choice(list(GROUNDS)), rng.choice(list(FRAMES)))
+        )
+        shared = family.tiles[:NUM_SHARED_CELLS] if family else ()
+        cells = sorted(rng.sample(range(9), num_tiles))[len(shared) :]
+        tiles = [
+            Tile(cell, rng.randrange(10), rng.choice(list(INKS)), rng.choice(list(SIZES)), rng.choice(list(TILES)))
+            for cell in cells
+        ]
+        board = Board(ground, frame, (*shared, *tiles))
+        if layout_part(board) == part:
+            return board
+
+
+@lru_cache(maxsize=1)
+def _glyphs() -> dict[Part, dict[int, list[dict[str, np.ndarray]]]]:
+    """part -> digit -> handwritten examples, each as ink coverage 0..1 [px, px, 1] by size. The split never changes."""
+    from sklearn.datasets import load_digits  # slow to import, and needed here alone
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))
+    bounds = np.split(order, [NUM_TRAIN_GLYPHS, NUM_TRAIN_GLYPHS + NUM_VAL_GLYPHS])
+    glyphs: dict[Part, dict[int, list[dict[str, np.ndarray]]]] = {}
+    parts: tuple[Part, ...] = ("train", "val", "test")
+    for part, members in zip(parts, bounds, strict=True):
+        glyphs[part] = {digit: [] for digit in range(10)}
+        for i in members:
+            picture = Image.fromarray(np.uint8(digits.images[i] / 16 * 255))
+            sizes = {
+                name: np.asarray(picture.resize((px, px), Image.Resampling.BICUBIC), dtype=np.float32)[..., None] / 255
+                for name, px in (*SIZES.items(), (HUGE, HUGE_PX))
+            }
+            glyphs[part][int(digits.target[i])].append(sizes)
+    return glyphs
+
+
+def render(board: Board, rng: random.Random, part: Part) -> Image.Image:
+    """The picture of a board, each digit in a handwriting of `part` drawn by `rng`."""
+    pixels = np.empty((BOARD_PX, BOARD_PX, 3), dtype=np.float32)
+    pixels[:] = FRAMES[board.frame]
+    pixels[FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX] = GROUNDS[board.ground]
+    for tile in board.tiles:
+        if tile.cell == WHOLE_BOARD:
+            side = HUGE_PX
+            top = left = (BOARD_PX - HUGE_PX) // 2
+        else:
+            side, row, column = TILE_PX, *divmod(tile.cell, 3)
+            top, left = (FRAME_PX + CELL_PX * index + (CELL_PX - TILE_PX) // 2 for index in (row, column))
+        pixels[top : top + side, left : left + side] = TILES[tile.shade]
+        coverage = rng.choice(_glyphs()[part][tile.digit])[tile.size]
+        px = len(coverage)
+        slack = (side - px) // 2
+        square = pixels[top + slack : top + slack + px, left + slack : left + slack + px]
+        square += coverage * (np.asarray(INKS[tile.ink], dtype=np.float32) - square)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    """JPEG at full colour resolution: 4:2:0 would smear the ink of an 8 px digit."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def single_digit(digit: int) -> Board:
+    """The board of a single huge digit, in the colours that all of them have."""
+    return Board("beige", "black", (Tile(WHOLE_BOARD, digit, "blue", HUGE, "light"),))
+
+
+def draw_boards(rng: random.Random, part: Part) -> Iterator[Board]:
+    """Endless boards for training or validation: full, sparse, single, in series; no two captions of several digits
+    alike."""
+    seen: set[str] = set()
+    series = [draw_board(rng, part) for _ in range(NUM_SERIES)]
+    kinds = {"single": SINGLE_SHARE, "sparse": SPARSE_SHARE, "series": SERIES_SHARE}
+    while True:
+        (kind,) = rng.choices([*kinds, "full"], [*kinds.values(), 1 - sum(kinds.values())])
+        if kind == "single":
+            yield single_digit(rng.randrange(10))
+            continue
+        family = rng.choice(series) if kind == "series" else None
+        board = draw_board(rng, part, rng.randint(2, 8) if kind == "sparse" else 9, family)
+        if board.caption not in seen:
+            seen.add(board.caption)
+            yield board
+
+
+def draw_full_boards(rng: random.Random, part: Part) -> Iterator[Board]:
+    """Endless full boards, no two captions alike."""
+    seen: set[str] = set()
+    while True:
+        board = draw_board(rng, part)
+        if board.caption not in seen:
+            seen.add(board.caption)
+            yield board
+
+
+def draw_twins(rng: random.Random, part: Part) -> Iterator[Board]:
+    """Endless families of four full boards in a row: their captions share the first 77 tokens and differ after."""
+    for first in draw_full_boards(rng, part):
+        family = {first.caption: first}
+        while len(family) < TWINS_PER_FAMILY:
+            twin = draw_board(rng, part, family=first)
+            family.setdefault(twin.caption, twin)
+        yield from family.values()
+
+
+def write_digit_scenes(
+    out: Path,
+    *,
+    num_train: int = 16000,
+    num_val: int = 1000,
+    num_test: int = 1000,
+    num_val_twins: int = 500,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> bool:
+    """Write the digit scenes to the folder `out`, whole or not at all; False if the same scenes were there already.
+
+    train/, val/              indexed shards
+    val_twins/                `num_val_twins` pairs, Urban-1k folder, for choosing settings and the best checkpoint
+    random/, twins/           `num_test` pairs each, Urban-1k folders (image/N.jpg, caption/N.txt)
+    digits/val/CLASS/*.jpg    `num_test` boards of a single digit, with classnames.txt and templates.txt beside val/
+
+    Raises InputError if `out` holds anything else, or scenes of other settings.
+    """
+    settings = {
+        "format": FORMAT, "version": VERSION, "num_train": num_train, "num_val": num_val, "num_test": num_test,
+        "num_val_twins": num_val_twins, "seed": seed,
+    }  # fmt: skip
+    if min(num_train, num_val, num_test, num_val_twins) < 1:
+        raise InputError("every part of the digit scenes needs a sample or more")
+    if _is_finished(out, settings):
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+
+    def boards(
+        name: str, draw: Callable[[random.Random, Part], Iterable[Board]], part: Part, count: int
+    ) -> Iterator[Picture]:
+        rng = random.Random(f"{seed} {name}")
+        steps = track(range(count), description=f"digit scenes: {name}", disable=not show_progress, transient=True)
+        for _, board in zip(steps, draw(rng, part), strict=False):
+            yield board, _jpeg(render(board, rng, part))
+
+    try:
+        _write_shards(folder / "train", boards("train", draw_boards, "train", num_train), settings)
+        _write_shards(folder / "val", boards("val", draw_boards, "val", num_val), settings)
+        _write_pairs(folder / "val_twins", boards("val_twins", draw_twins, "val", num_val_twins))
+        _write_pairs(folder / "random", boards("random", draw_full_boards, "test", num_test))
+        _write_pairs(folder / "twins", boards("twins", draw_twins, "test", num_test))
+        _write_singles(folder / "digits", boards("digits", _draw_singles, "test", num_test))
+        (folder / "manifest.json").write_text(json.dumps(settings, indent=2) + "\n")
+        folder.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()  # empty, as _is_finished has seen
+        folder.rename(out)
+    except OSError:
+        if _is_finished(out, settings):  # another process was quicker
+            return False
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+Picture = tuple[Board, bytes]  # what a picture shows, and its JPEG file
+
+
+def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    found = _settings(out)
+    if found == settings:
+        return True
+    if found.get("format") == FORMAT:
+        raise InputError(f"{out} holds digit scenes of other settings: delete it or choose another folder")
+    raise InputError(f"{out} exists and holds no digit scenes: choose another folder")
+
+
+def is_outdated(folder: Path) -> bool:
+    """Whether `folder` holds digit scenes that another version of this code wrote: other pictures or captions."""
+    found = _settings(folder)
+    return found.get("format") == FORMAT and found.get("version") != VERSION
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _draw_singles(rng: random.Random, part: Part) -> Iterator[Board]:
+    """Endless boards of a single digit, the ten classes in turn."""
+    while True:
+        yield from map(single_digit, range(10))
+
+
+def _write_shards(folder: Path, pictures: Iterator[Picture], settings: dict[str, Any]) -> None:
+    folder.mkdir()
+    samples = (
+        (f"{i:06d}", {"jpg": jpeg, "json": caption_member(board.caption, board.short_caption)})
+        for i, (board, jpeg) in enumerate(pictures)
+    )
+    records: list[ShardRecord] = []
+    while shard := list(islice(samples, SHARD_SIZE)):
+        records.append(write_shard(folder / f"{folder.name}-{len(records):06d}.tar", shard))
+    write_manifest(folder, records, settings)
+
+
+def _write_pairs(folder: Path, pictures: Iterator[Picture]) -> None:
+    (folder / "image").mkdir(parents=True)
+    (folder / "caption").mkdir()
+    for i, (board, jpeg) in enumerate(pictures, start=1):
+        (folder / "image" / f"{i}.jpg").write_bytes(jpeg)
+        (folder / "caption" / f"{i}.txt").write_text(board.caption + "\n")
+
+
+def _write_singles(folder: Path, pictures: Iterator[Picture]) -> None:
+    for i, (board, jpeg) in enumerate(pictures):
+        class_folder = folder / "val" / str(board.tiles[0].digit)  # sorted as CLASSNAMES are
+        class_folder.mkdir(parents=True, exist_ok=True)
+        (class_folder / f"{i:04d}.jpg").write_bytes(jpeg)
+    (folder / "classnames.txt").write_text("\n".join(CLASSNAMES) + "\n")
+    (folder / "templates.txt").write_text("\n".join(DIGIT_TEMPLATES) + "\n")

@@ -1,0 +1,353 @@
+"""Where each sample lies: shard patterns, the manifest beside the shards, and reads by byte offset.
+
+A shard is a plain webdataset tar: `KEY.jpg` (or another picture suffix) with `KEY.json` and / or `KEY.txt`, in
+DataCompDR's shards also `EXTRA_MEMBERS`. With the byte index of its members any sample is one `pread` away, which is
+what makes an exact, resumable order possible. The index comes from `manifest.json` beside the shards, or from one scan
+of a tar's headers, kept as `NAME.tar.index.json`. Tars are read, never extracted; nothing in them is executed or
+unpickled.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from braceexpand import braceexpand
+from rich.progress import track
+from webdataset.tariterators import base_plus_ext, group_by_keys
+
+from eval.base.images import IMAGE_SUFFIXES
+from longclip_teacher.errors import InputError
+
+__all__ = [
+    "BAD_JSON",
+    "EXTRA_MEMBERS",
+    "MANIFEST_NAME",
+    "MAX_EXTRA_BYTES",
+    "OpenFiles",
+    "RawSample",
+    "ShardIndex",
+    "ShardRecord",
+    "Stage",
+    "expand_patterns",
+    "is_remote",
+    "is_sample_member",
+    "scan_tar",
+]
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = "compact-longclip shards"
+MANIFEST_VERSION = 1
+MAX_IMAGE_BYTES = 64 << 20
+MAX_TEXT_BYTES = 4 << 20
+MAX_EXTRA_BYTES = 4 << 20
+EXTRA_MEMBERS = ("syn.json", "paug.json", "npz", "pth.gz")
+"""What else a sample of DataCompDR holds; read as bytes, see datacompdr.py."""
+_MAX_OPEN_FILES = 128
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:")
+_ALLOWED_URL = re.compile(r"(https://|s3://|http://(localhost|127\.0\.0\.1)(:\d+)?/)")
+# what reading JSON of another shape than ours raises
+BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+_COLUMNS = ("image", "json", "txt")
+
+Stage: TypeAlias = Literal["both", "image", "text"]
+"""What is read of a sample: picture and captions, the picture alone, the captions alone."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """The undecoded members of one sample; None for a member that is absent or over its size bound."""
+
+    key: str
+    image: bytes | None
+    json: bytes | None
+    txt: bytes | None
+    extra: dict[str, bytes] = field(default_factory=dict)
+    """`EXTRA_MEMBERS` by suffix, as far as the sample has them within their bound."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One shard's entry in the manifest: its size, its hash ("" when only scanned) and its byte index."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    keys: np.ndarray  # bytes [N]
+    spans: np.ndarray  # int64 [N, 3, 2]: offset and size of the image, json and txt member; size 0 if absent
+    inputs: str = ""  # a hash of what the shard was made from, by which an interrupted import knows what is done
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    """Of each of `EXTRA_MEMBERS` that the shard has: int64 [N, 2], offset and size; size 0 where absent."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the manifest. A kind of member that no sample has is left out."""
+        index: dict[str, Any] = {"key": [key.decode() for key in self.keys]}
+        for column, name in enumerate(_COLUMNS):
+            if self.spans[:, column, 1].any():
+                index[name] = self.spans[:, column].tolist()
+        index.update({name: spans.tolist() for name, spans in self.extra.items()})
+        return {
+            "name": self.name,
+            "num_samples": len(self.keys),
+            "bytes": self.num_bytes,
+            "sha256": self.sha256,
+            "inputs": self.inputs,
+            "index": index,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ShardRecord:
+        """The inverse of `to_json`; ValueError, KeyError or TypeError for anything else."""
+        index, num_bytes = data["index"], int(data["bytes"])
+        keys = np.array([key.encode() for key in index["key"]], dtype=np.bytes_)
+        spans = np.zeros((len(keys), len(_COLUMNS), 2), dtype=np.int64)
+        for column, name in enumerate(_COLUMNS):
+            if name in index:
+                spans[:, column] = np.asarray(index[name], dtype=np.int64).reshape(len(keys), 2)
+        extra = {
+            name: np.asarray(index[name], dtype=np.int64).reshape(len(keys), 2)
+            for name in EXTRA_MEMBERS
+            if name in index
+        }
+        if len(keys) != data["num_samples"] or any(_is_outside(part, num_bytes) for part in (spans, *extra.values())):
+            raise ValueError("an index that points outside its shard")
+        return cls(str(data["name"]), num_bytes, str(data["sha256"]), keys, spans, str(data.get("inputs", "")), extra)
+
+
+def _is_outside(spans: np.ndarray, num_bytes: int) -> bool:
+    return bool((spans < 0).any() or (spans > num_bytes).any() or (spans.sum(axis=-1) > num_bytes).any())
+
+
+def is_remote(shard: str) -> bool:
+    """Whether `shard` is a URL rather than a local path."""
+    return _SCHEME.match(shard) is not None
+
+
+def expand_patterns(shards: str | Path | Sequence[str | Path]) -> list[str]:
+    """Shard paths or URLs from one pattern or a list: braces, globs, or a folder of tars; sorted within a pattern.
+
+    Raises InputError for a pattern without a match and for every URL scheme but https and s3 (http on loopback alone).
+    """
+    patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    found: list[str] = []
+    for pattern in map(str, patterns):
+        try:
+            parts = list(braceexpand(pattern))
+        except ValueError as error:
+            raise InputError(f"shards {pattern!r}: {error}") from None
+        for part in parts:  # judged once expanded: braces could hide a scheme
+            if is_remote(part) and (not _ALLOWED_URL.match(part) or "::" in part):
+                raise InputError(
+                    f"shards {part!r}: only local paths, https:// and s3:// are read (http:// on localhost alone)"
+                )
+            found += [part] if is_remote(part) else _local_matches(part)
+    if not found:
+        raise InputError("no shards given: pass a pattern such as 'data/train/*.tar'")
+    if len({is_remote(shard) for shard in found}) > 1:
+        raise InputError("shards are part local, part remote: pass one kind")
+    return list(dict.fromkeys(found))
+
+
+def _local_matches(pattern: str) -> list[str]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        path = path / "*.tar"
+    matches = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
+    if not matches:
+        raise InputError(f"no shard matches {pattern!r} (looked in {Path.cwd()})")
+    return matches
+
+
+def scan_tar(path: Path) -> ShardRecord:
+    """Index a tar by reading its headers alone. Raises InputError naming a tar that is broken, cut short or empty."""
+    num_bytes = path.stat().st_size
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            samples = list(group_by_keys(_members(tar), suffixes=None))
+            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
+    except (tarfile.TarError, ValueError, OSError) as error:
+        reason = str(error.args[0]) if error.args else str(error)
+        raise InputError(f"{path} is not a whole tar file ({reason}): make or fetch it again") from None
+    if end != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header, or none, for the end
+        raise InputError(f"{path} is broken or cut short after {len(samples)} samples: make or fetch it again")
+    if not samples:
+        raise InputError(f"{path} is an empty shard: remove it or make it again")
+    keys = np.array([sample["__key__"].encode() for sample in samples], dtype=np.bytes_)
+    spans = np.array([_spans(sample) for sample in samples], dtype=np.int64)
+    extra = {
+        name: np.array([sample.get(name, (0, 0)) for sample in samples], dtype=np.int64)
+        for name in EXTRA_MEMBERS
+        if any(name in sample for sample in samples)
+    }
+    return ShardRecord(path.name, num_bytes, "", keys, spans, extra=extra)
+
+
+def is_sample_member(member: tarfile.TarInfo) -> bool:
+    """Whether a tar member may belong to a sample: a plain file with a suffix, not hidden (macOS leaves `._1.jpg`)."""
+    hidden = member.name.rpartition("/")[2].startswith(".")
+    return member.isreg() and not member.issparse() and not hidden and base_plus_ext(member.name)[0] is not None
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
+    for member in tar:
+        if is_sample_member(member):
+            if member.size < 0:
+                raise tarfile.ReadError(f"member {member.name} of negative size")
+            yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": ""}
+
+
+def _spans(group: dict[str, Any]) -> list[tuple[int, int]]:
+    image = next((group[suffix] for suffix in group if f".{suffix}" in IMAGE_SUFFIXES), (0, 0))
+    return [image, group.get("json", (0, 0)), group.get("txt", (0, 0))]
+
+
+class OpenFiles:
+    """Reads by offset from many files, of which the last used stay open.
+
+    Picklable and safe in several processes: files are opened where they are read, and `pread` shares no position.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = list(paths)
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` of file `number`. Raises InputError naming a file that is gone or too short."""
+        path = self._paths[number]
+        if number not in self._files:
+            while len(self._files) >= _MAX_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            try:
+                self._files[number] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise InputError(f"cannot read {path} any more: {error.strerror}") from None
+        self._files.move_to_end(number)
+        data = os.pread(self._files[number], size, offset)
+        if len(data) != size:
+            raise InputError(f"{path} has become shorter than its index says: make or fetch it again")
+        return data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+
+class ShardIndex:
+    """The samples of a list of local shards, numbered 0 .. num_samples - 1 in shard order. Picklable."""
+
+    def __init__(self, paths: Sequence[str | Path], show_progress: bool = False, stage: Stage = "both") -> None:
+        """Read the manifests, scan what has none. `stage` says which members `read` reads.
+
+        Raises InputError for a broken shard or one unlike its manifest.
+        """
+        self.paths = [Path(path) for path in paths]
+        self._stage = stage
+        manifests = {folder: read_manifest(folder) for folder in {path.parent for path in self.paths}}
+        steps = track(self.paths, description="indexing shards", disable=not show_progress, transient=True)
+        records = [_checked(manifests[path.parent].get(path.name), path) or _cached_scan(path) for path in steps]
+        self.shard_sizes = np.array([len(record.keys) for record in records])
+        self.shard_sha256 = [record.sha256 for record in records]  # "" where no manifest tells it
+        self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._keys = np.concatenate([record.keys for record in records])
+        self._spans = np.concatenate([record.spans for record in records])  # [N, 3, 2]
+        self._extra = {  # [N, 2] each; none in ordinary shards
+            name: np.concatenate(
+                [record.extra.get(name, np.zeros((len(record.keys), 2), dtype=np.int64)) for record in records]
+            )
+            for name in EXTRA_MEMBERS
+            if any(name in record.extra for record in records)
+        }
+        self._files = OpenFiles(self.paths)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards together."""
+        return len(self._keys)
+
+    def key(self, index: int) -> str:
+        """The key of sample `index`: its members' name without the suffix."""
+        return bytes(self._keys[index]).decode()
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The shard that sample `index` lies in, as its place in `paths`, and the sample's row among the shard's."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, int(index - self._starts[shard])
+
+    def read(self, index: int) -> RawSample:
+        """The members of sample `index` that the stage asks for, undecoded; the others are None, as if absent.
+
+        Raises InputError naming a shard that has shrunk since.
+        """
+        shard, _ = self.locate(index)
+        image_bound = 0 if self._stage == "text" else MAX_IMAGE_BYTES
+        text_bound = 0 if self._stage == "image" else MAX_TEXT_BYTES
+        image, captions, txt = (
+            self._files.read(shard, int(offset), int(size)) if 0 < size <= bound else None
+            for (offset, size), bound in zip(self._spans[index], (image_bound, text_bound, text_bound), strict=True)
+        )
+        extra = {
+            name: self._files.read(shard, int(spans[index, 0]), int(spans[index, 1]))
+            for name, spans in self._extra.items()
+            if self._stage == "both" and 0 < spans[index, 1] <= MAX_EXTRA_BYTES
+        }
+        return RawSample(self.key(index), image, captions, txt, extra)
+
+
+def read_manifest(folder: Path) -> dict[str, ShardRecord]:
+    """The records of `folder`'s manifest by shard name; empty if there is none. Raises InputError for a damaged one."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_bytes())
+        if (manifest["format"], manifest["version"]) != (MANIFEST_FORMAT, MANIFEST_VERSION):
+            raise ValueError("another format or version")
+        records = [ShardRecord.from_json(entry) for entry in manifest["shards"]]
+    except BAD_JSON as error:
+        raise InputError(
+            f"{path} is no shard manifest of ours ({error}): write it again with make_shards.py index"
+        ) from None
+    return {record.name: record for record in records}
+
+
+def _checked(record: ShardRecord | None, path: Path) -> ShardRecord | None:
+    """`record` if the shard still has the size that it was written with."""
+    if record is None:
+        return None
+    num_bytes = path.stat().st_size
+    if num_bytes != record.num_bytes:
+        raise InputError(f"{path} has {num_bytes} bytes, its manifest says {record.num_bytes}: make or fetch it again")
+    if not len(record.keys):
+        raise InputError(f"{path} is an empty shard: remove it or make it again")
+    return record
+
+
+def _cached_scan(path: Path) -> ShardRecord:
+    """`scan_tar`, kept beside the tar where that is writable; valid while the tar's size and modification time stay."""
+    cache = path.with_name(path.name + ".index.json")
+    status = path.stat()
+    stamp = [status.st_size, status.st_mtime_ns]
+    try:
+        data = json.loads(cache.read_bytes())
+        if data["stamp"] == stamp and data["version"] == MANIFEST_VERSION:
+            return ShardRecord.from_json(data["shard"])
+    except (OSError, *BAD_JSON):
+        pass  # absent, foreign or damaged: the tar itself is the truth
+    record = scan_tar(path)
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps({"version": MANIFEST_VERSION, "stamp": stamp, "shard": record.to_json()}))
+        temporary.replace(cache)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a read-only folder: scan again next time
+    return record

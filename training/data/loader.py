@@ -1,0 +1,288 @@
+"""Training batches from shards or loose files: an exact, resumable order over an index of samples.
+
+The order of epoch e is a permutation keyed by (seed, e); batch k is its k-th run of `global_batch_size` samples, and
+rank r of W takes the r-th W-th of it. So the whole state of the sampler is (seed, epoch, step): any number of workers
+and processes gives the same global batches, a resumed run goes on where it stopped, and every rank takes the same
+number of steps. An epoch leaves out only the remainder smaller than a batch. Remote shards: shard_stream.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import CaptionTokenizer
+from training.data.index import RawSample, ShardIndex, Stage, expand_patterns, is_remote
+from training.data.loose_files import CaptionFiles, PictureFolder
+from training.data.samples import BadSample, Batch, Sample, SampleDecoder, collate
+from training.data.store import TeacherStore
+from training.data.stream import ShardStream
+from training.data.transforms import AugmentConfig, ViewSpec, sample_generator
+
+__all__ = ["Batch", "OpenStore", "SampleIndex", "ShardLoader", "build_loader", "epoch_order"]
+
+OpenStore: TypeAlias = Callable[[ShardIndex | None], TeacherStore]
+_MAX_ATTEMPTS = 20  # samples tried for one place in a batch
+_MIN_JUDGED = 1000  # the share of bad samples counts as if at least so many had been read
+
+
+def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, shuffle_shards: int) -> np.ndarray:
+    """The order of an epoch: int64 [N], a permutation of all samples.
+
+    Shards are shuffled, then the samples of `shuffle_shards` shards at a time, so that reads stay within so many files.
+    """
+    generator = sample_generator(seed, epoch)
+    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
+    shards = generator.permutation(len(shard_sizes))
+    windows = [shards[i : i + shuffle_shards] for i in range(0, len(shards), shuffle_shards)]
+    return np.concatenate(
+        [
+            generator.permutation(np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in window]))
+            for window in windows
+        ]
+    )
+
+
+class SampleIndex(Protocol):
+    """Samples by number: of shards, of a folder of pictures, of caption files. Picklable: workers read through it."""
+
+    shard_sizes: np.ndarray
+    """int64 [shards]; they sum to `num_samples`. Loose files are one shard."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def read(self, index: int) -> RawSample:
+        """Sample `index`, undecoded. Raises InputError for a file that is not what it was."""
+        ...
+
+
+@dataclass
+class _IndexedBatches(Dataset):
+    """Batch (epoch, step) of one rank, by number. An InputError is returned, not raised: workers would wrap it."""
+
+    index: SampleIndex
+    decoder: SampleDecoder
+    tokenizer: CaptionTokenizer
+    context_length: int
+    batch_size: int
+    rank: int
+    world_size: int
+    shuffle_shards: int
+    trim_captions: bool
+
+    def __post_init__(self) -> None:
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, epoch_step: tuple[int, int]) -> Batch | InputError:
+        epoch, step = epoch_step
+        if epoch != self._epoch:
+            self._order = epoch_order(self.index.shard_sizes, self.decoder.seed, epoch, self.shuffle_shards)
+            self._epoch = epoch
+        start = (step * self.world_size + self.rank) * self.batch_size
+        skipped: Counter[str] = Counter()
+        try:
+            samples = [self._sample(epoch, int(i), skipped) for i in self._order[start : start + self.batch_size]]
+        except InputError as error:
+            return error
+        return collate(samples, self.tokenizer, self.context_length, dict(skipped), self.trim_captions)
+
+    def _sample(self, epoch: int, index: int, skipped: Counter[str]) -> Sample:
+        """Sample `index`, or the first usable one of those drawn in its place."""
+        candidate = index
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            try:
+                return self.decoder.decode(self.index.read(candidate), epoch, candidate)
+            except BadSample as error:
+                skipped[str(error)] += 1
+                candidate = int(
+                    sample_generator(self.decoder.seed, epoch, index, attempt).integers(self.index.num_samples)
+                )
+        causes = ", ".join(f"{count} x {cause}" for cause, count in skipped.most_common())
+        raise InputError(f"{_MAX_ATTEMPTS} samples drawn in a row cannot be used ({causes}): mend the data")
+
+
+class _Steps(Sampler[tuple[int, int]]):
+    """The steps of one epoch from a given one on; set anew for each epoch, so that workers persist."""
+
+    def __init__(self) -> None:
+        self.epoch, self.start, self.stop = 0, 0, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(self.epoch, step) for step in range(self.start, self.stop)])
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class ShardLoader:
+    """Batches of one rank. Built by `build_loader`.
+
+    num_samples      samples in the data; None for a stream
+    steps_per_epoch  the same on every rank
+    is_exact         whether order and resumption are exact (indexed samples) or resampled (a stream)
+    """
+
+    def __init__(
+        self,
+        source: _IndexedBatches | ShardStream,
+        *,
+        num_samples: int | None,
+        steps_per_epoch: int,
+        num_workers: int,
+        max_bad_share: float,
+        pin_memory: bool,
+    ) -> None:
+        self.num_samples = num_samples
+        self.steps_per_epoch = steps_per_epoch
+        self.is_exact = isinstance(source, _IndexedBatches)
+        self._source = source
+        self._batch_size = source.batch_size
+        self._max_bad_share = max_bad_share
+        self._seen = 0
+        self._skipped: Counter[str] = Counter()
+        self._steps = _Steps()
+        self._batches: DataLoader = DataLoader(
+            source,
+            batch_size=None,  # the source makes whole batches
+            sampler=self._steps if self.is_exact else None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=self.is_exact and num_workers > 0,  # a stream is told its steps at the start
+        )
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Samples replaced so far in this process, by cause."""
+        return dict(self._skipped)
+
+    def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from `step` on, always full.
+
+        Raises InputError for a broken shard, and once the share of samples that cannot be used passes the bound.
+        """
+        if isinstance(self._source, ShardStream):
+            self._source.begin(epoch, step, self.steps_per_epoch)
+        else:
+            self._steps.epoch, self._steps.start, self._steps.stop = epoch, step, self.steps_per_epoch
+        for batch in self._batches:
+            if isinstance(batch, InputError):
+                raise InputError(str(batch))  # not `batch` itself: in its own traceback it would keep the workers alive
+            self._count(batch.skipped)
+            yield batch
+
+    def _count(self, skipped: dict[str, int]) -> None:
+        self._skipped.update(skipped)
+        num_bad = self._skipped.total()
+        self._seen += self._batch_size + sum(skipped.values())
+        if num_bad > self._max_bad_share * max(self._seen, _MIN_JUDGED):
+            causes = ", ".join(f"{count} x {cause}" for cause, count in self._skipped.most_common())
+            raise InputError(
+                f"{num_bad} of {self._seen} samples cannot be used ({causes}): more than max_bad_share allows "
+                f"({self._max_bad_share:g}); mend the data or raise it"
+            )
+
+
+def build_loader(
+    shards: str | Path | Sequence[str | Path],
+    *,
+    views: Sequence[ViewSpec],
+    augment: AugmentConfig,
+    tokenizer: CaptionTokenizer,
+    context_length: int,
+    global_batch_size: int,
+    stage: Stage = "both",
+    images: Path | None = None,
+    captions: Sequence[str] = (),
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    num_workers: int = 0,
+    max_bad_share: float = 0.01,
+    shuffle_shards: int = 64,
+    epoch_samples: int | None = None,
+    open_store: OpenStore | None = None,
+    stored_features: bool = True,
+    fast_decode: bool = True,
+    trim_captions: bool = True,
+    pin_memory: bool = False,
+    show_progress: bool = False,
+) -> ShardLoader:
+    """A loader over shards (see `expand_patterns`) or, for one tower, loose files, for one rank.
+
+    views             of each picture: the student's, then the teachers' where they differ
+    global_batch_size over all ranks; divided by `world_size`
+    stage             image: samples need no caption; text: they need no picture, and none is read; views are not used
+    images            image stage: a folder of pictures instead of `shards` (see `PictureFolder`)
+    captions          text stage: caption files instead of `shards` (see `CaptionFiles`)
+    max_bad_share     share of samples that may be unusable (and are replaced) before the run stops
+    shuffle_shards    how many shards' samples are mixed at a time; of loose files all are
+    epoch_samples     samples in an epoch: a must for a stream; a shorter epoch over indexed samples
+    open_store        stored teacher features of the indexed shards (None is passed for a stream); their crops and
+                      captions are replayed; `stored_features` False leaves the features themselves out
+    fast_decode       see training/data/pictures.py
+    trim_captions     False pads captions to `context_length`
+    pin_memory        batches in page-locked memory, for a GPU
+    show_progress     a bar while shards without a manifest are indexed
+
+    Raises InputError for whatever is wrong with the data or these numbers.
+    """
+    if not views and stage != "text":
+        raise InputError("no views: give one of each picture for the student, and more for teachers of other sizes")
+    if global_batch_size < 1 or global_batch_size % world_size:
+        raise InputError(f"global_batch_size {global_batch_size} is not divisible by the {world_size} processes")
+    if not 0 <= max_bad_share <= 1 or shuffle_shards < 1 or seed < 0 or num_workers < 0:
+        raise InputError("data: max_bad_share is 0 to 1, shuffle_shards 1 or more, seed and num_workers 0 or more")
+    loose = _loose_files(stage, images, captions)
+    if loose is not None and open_store is not None:
+        raise InputError("stored teacher features belong to shards: give --data.shards, or leave --teacher.cache out")
+    members: Stage = stage if open_store is None else "both"  # a store knows a sample by its picture and captions
+    paths = [] if loose is not None else expand_patterns(shards)
+    is_stream = bool(paths) and is_remote(paths[0])
+    index = None if loose is not None or is_stream else ShardIndex(paths, show_progress, members)
+    store = open_store(index) if open_store is not None else None
+    decoder = SampleDecoder(tuple(views), augment, seed, fast_decode, store, stored_features, stage)
+    batch_size = global_batch_size // world_size
+    source: _IndexedBatches | ShardStream
+    samples: SampleIndex | None = loose or index
+    if samples is None:
+        if epoch_samples is None:
+            raise InputError("remote shards have no index: say with epoch_samples how many samples make an epoch")
+        source = ShardStream(paths, decoder, tokenizer, context_length, batch_size, rank, trim_captions, members)
+        num_samples, num_epoch = None, epoch_samples
+    else:
+        num_samples, num_epoch = samples.num_samples, epoch_samples or samples.num_samples
+        if num_epoch > num_samples:
+            raise InputError(f"epoch_samples {num_epoch} is more than the {num_samples} samples there are: lower it")
+        source = _IndexedBatches(
+            samples, decoder, tokenizer, context_length, batch_size, rank, world_size, shuffle_shards, trim_captions
+        )
+    if num_epoch < global_batch_size:
+        raise InputError(f"{num_epoch} samples are fewer than one global batch of {global_batch_size}: lower it")
+    return ShardLoader(
+        source,
+        num_samples=num_samples,
+        steps_per_epoch=num_epoch // global_batch_size,
+        num_workers=num_workers,
+        max_bad_share=max_bad_share,
+        pin_memory=pin_memory,
+    )
+
+
+def _loose_files(stage: Stage, images: Path | None, captions: Sequence[str]) -> SampleIndex | None:
+    """The index of the loose files that are given instead of shards."""
+    if images is not None and stage != "image":
+        raise InputError(f"--data.images {images} belongs to --run.stage image, this is {stage}: give --data.shards")
+    if captions and stage != "text":
+        raise InputError(f"--data.captions belongs to --run.stage text, this is {stage}: give --data.shards")
+    if images is not None:
+        return PictureFolder(images)
+    return CaptionFiles(captions) if captions else None

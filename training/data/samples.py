@@ -1,0 +1,226 @@
+"""One sample from its tar members to pixels and captions, and samples to a batch.
+
+Shapes: B batch, S image size, L tokens of the batch's longest caption, D width of stored teacher features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import CaptionTokenizer, first_sentence, trim
+from training.data.index import RawSample, Stage
+from training.data.pictures import open_picture, picture_size
+from training.data.store import StoredDraw, TeacherStore, choose_captions
+from training.data.transforms import (
+    Augmentation,
+    AugmentConfig,
+    ViewSpec,
+    draw_augmentation,
+    render,
+    sample_generator,
+)
+
+__all__ = ["BadSample", "Batch", "Sample", "SampleDecoder", "collate", "read_captions"]
+
+_CROP = 0  # a stream of random numbers of its own, so that the crop does not depend on the captions (stored.py)
+
+
+Caption: TypeAlias = str | np.ndarray
+"""Text, or token ids from SOT to EOT."""
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; the message is the cause under which it is counted."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded sample: one uint8 [3, S, S] tensor a view, its two captions, the stored teacher features if any."""
+
+    key: str
+    pictures: list[Tensor]  # none in the text stage
+    captions: tuple[Caption, Caption] | None  # long and short; None in the image stage
+    teacher: dict[str, np.ndarray] | None  # of image, long, short those of the stage: [D]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step reads. Pictures are not yet normalised: that happens on the device.
+
+    The tower that a stage does not train gets nothing: images [B, 3, 0, 0], or tokens [B, 0].
+    """
+
+    images: Tensor  # uint8 [B, 3, S, S]
+    teacher_images: tuple[Tensor, ...]  # uint8 [B, 3, S, S], each view after the first at its own size
+    long_tokens: Tensor  # int64 [B, L]
+    short_tokens: Tensor  # int64 [B, L']
+    keys: list[str]
+    skipped: dict[str, int]  # samples that could not be decoded and were replaced, by cause
+    teacher: dict[str, Tensor] | None = None  # stored features by name (of image, long, short the stage's), [B, D]
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies beside its work (DataLoader calls it)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def rows(self, rows: slice) -> Batch:
+        """Some samples of the batch. `skipped` stays with the whole."""
+        return replace(self._map(lambda tensor: tensor[rows]), keys=self.keys[rows], skipped={})
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            images=function(self.images),
+            teacher_images=tuple(function(view) for view in self.teacher_images),
+            long_tokens=function(self.long_tokens),
+            short_tokens=function(self.short_tokens),
+            teacher=None if self.teacher is None else {name: function(value) for name, value in self.teacher.items()},
+        )
+
+
+@dataclass(frozen=True)
+class SampleDecoder:
+    """Members to pictures and captions; everything random depends on `seed` and the sample's key numbers alone.
+
+    With a `store`, crop and captions are those whose teacher features are stored, and `augment` is not used;
+    `stored_features` False leaves the features out, for a teacher that is run on the same crops. Of a sample only what
+    `stage` says is decoded and must be there; a stage of its own changes no draw.
+    """
+
+    views: tuple[ViewSpec, ...]
+    augment: AugmentConfig
+    seed: int
+    fast_decode: bool = True
+    store: TeacherStore | None = None
+    stored_features: bool = True
+    stage: Stage = "both"
+
+    def decode(self, raw: RawSample, *key: int) -> Sample:
+        """Decode `raw`; `key` is (epoch, index) or whatever else tells this draw from others. Raises BadSample."""
+        draw = self.store.draw(raw, self.seed, key) if self.store is not None else None
+        captions: tuple[Caption, Caption] | None = None
+        if self.stage != "image":
+            captions = (draw.caption_long, draw.caption_short) if draw is not None else self._captions(raw, key)
+        pictures = self._pictures(raw, draw, key) if self.stage != "text" else []
+        teacher = _features(draw, self.stage) if draw is not None and self.stored_features else None
+        return Sample(raw.key, pictures, captions, teacher)
+
+    def _pictures(self, raw: RawSample, draw: StoredDraw | None, key: tuple[int, ...]) -> list[Tensor]:
+        if raw.image is None:
+            raise BadSample("no picture, or one of more than 64 MB")
+        try:
+            picture = open_picture(raw.image, self.fast_decode)
+        except InputError as error:  # "picture: CAUSE (details)"
+            raise BadSample(str(error).removeprefix("picture: ").partition(" (")[0]) from None
+        size = picture_size(picture)
+        if draw is not None and draw.picture_size not in (None, size):
+            raise InputError(
+                f"sample {raw.key}: a picture of {size} pixels, the teacher cache was made from one of "
+                f"{draw.picture_size}: make the cache again"
+            )
+        augmentation = self._augmentation(size, key) if draw is None else draw.augmentation
+        try:
+            return render(picture, augmentation, self.views)
+        except InputError:
+            raise BadSample("stored crop outside the picture") from None
+
+    def _captions(self, raw: RawSample, key: tuple[int, ...]) -> tuple[str, str]:
+        long, short = read_captions(raw)
+        chosen, chosen_short = choose_captions(len(long), len(short), self.seed, key)
+        caption = long[chosen]
+        return caption, first_sentence(caption) if chosen_short < 0 else short[chosen_short]
+
+    def _augmentation(self, size: tuple[int, int], key: tuple[int, ...]) -> Augmentation:
+        return draw_augmentation(size, self.augment, sample_generator(self.seed, *key, _CROP))
+
+
+def _features(draw: StoredDraw, stage: Stage) -> dict[str, np.ndarray]:
+    image, texts = {"image": draw.image}, {"long": draw.long, "short": draw.short}
+    return image if stage == "image" else texts if stage == "text" else image | texts
+
+
+def read_captions(raw: RawSample) -> tuple[list[str], list[str]]:
+    """Long and short captions of a sample; the short list may be empty.
+
+    From the json's `caption_long` and `caption_short` (each a string or a list), or img2dataset's `caption`; else from
+    the txt, which is one caption. Raises BadSample.
+    """
+    long: list[str] = []
+    short: list[str] = []
+    if raw.json is not None:
+        try:
+            data = json.loads(raw.json)
+        except (ValueError, RecursionError):
+            raise BadSample("json is damaged") from None
+        if not isinstance(data, dict):
+            raise BadSample("json is no object")
+        short = _texts(data.get("caption_short"))
+        long = _texts(data.get("caption_long")) or _texts(data.get("caption"))
+    if not long and raw.txt is not None:
+        try:
+            long = _texts(raw.txt.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise BadSample("txt is not UTF-8") from None
+    if not long and not short:
+        raise BadSample("no caption")
+    return long or short, short
+
+
+def _texts(value: Any) -> list[str]:
+    """The captions in a json value that should be a string or a list of them, empty ones left out."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(text, str) for text in values):
+        raise BadSample("caption is no text")
+    return [text.strip() for text in values if text.strip()]
+
+
+def collate(
+    samples: Sequence[Sample],
+    tokenizer: CaptionTokenizer,
+    context_length: int,
+    skipped: dict[str, int],
+    trim_captions: bool = True,
+) -> Batch:
+    """Samples of one stage to a batch: pictures stacked, captions tokenised and trimmed to the batch's longest."""
+    stacks = [torch.stack(pictures) for pictures in zip(*(sample.pictures for sample in samples), strict=True)]
+    images, *teacher_images = stacks or [torch.empty(len(samples), 3, 0, 0, dtype=torch.uint8)]
+    captions = [sample.captions for sample in samples if sample.captions is not None]
+    tokens = [torch.empty(len(samples), 0, dtype=torch.int64)] * 2
+    if captions:
+        tokens = [_tokens(texts, tokenizer, context_length) for texts in zip(*captions, strict=True)]
+        tokens = [trim(rows).contiguous() for rows in tokens] if trim_captions else tokens
+    stored = [sample.teacher for sample in samples if sample.teacher is not None]
+    teacher = (
+        {name: torch.from_numpy(np.stack([row[name] for row in stored])) for name in stored[0]} if stored else None
+    )
+    return Batch(
+        images=images,
+        teacher_images=tuple(teacher_images),
+        long_tokens=tokens[0],
+        short_tokens=tokens[1],
+        keys=[sample.key for sample in samples],
+        skipped=skipped,
+        teacher=teacher,
+    )
+
+
+def _tokens(captions: Sequence[Caption], tokenizer: CaptionTokenizer, context_length: int) -> Tensor:
+    """Token ids [B, context_length], of texts or of stored ids."""
+    texts = [caption for caption in captions if isinstance(caption, str)]
+    if len(texts) == len(captions):
+        return tokenizer(texts, context_length)
+    rows = torch.zeros(len(captions), context_length, dtype=torch.int64)
+    for row, caption in zip(rows, captions, strict=True):
+        row[: len(caption)] = torch.from_numpy(np.asarray(caption, dtype=np.int64))
+    return rows

@@ -1,0 +1,147 @@
+"""Remote shards as an endless resampled stream, for data without an index.
+
+Shards are drawn with replacement, keyed by (seed, epoch, step, rank, worker), and mixed in a small buffer. There is no
+position to resume: a run that goes on at (epoch, step) draws anew from there. Every rank takes the number of steps that
+it is told. URLs are opened by fsspec alone, never by webdataset's `gopen`, which runs `pipe:` URLs in a shell; tars are
+read in one pass.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.tariterators import base_plus_ext, group_by_keys
+
+from eval.base.images import IMAGE_SUFFIXES
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import CaptionTokenizer
+from training.data.index import (
+    EXTRA_MEMBERS,
+    MAX_EXTRA_BYTES,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    RawSample,
+    Stage,
+    is_sample_member,
+)
+from training.data.samples import BadSample, Batch, Sample, SampleDecoder, collate
+from training.data.transforms import sample_generator
+
+__all__ = ["ShardStream"]
+
+_SHUFFLE_BUFFER = 256  # samples, undecoded
+_MAX_FAILURES = 10  # shards in a row that give no sample
+
+
+@dataclass
+class ShardStream(IterableDataset):
+    """Batches of one rank from remote shards. An InputError is yielded, not raised: workers would wrap it."""
+
+    urls: list[str]
+    decoder: SampleDecoder
+    tokenizer: CaptionTokenizer
+    context_length: int
+    batch_size: int
+    rank: int
+    trim_captions: bool = True
+    stage: Stage = "both"
+    """Which members are kept of what comes over the network."""
+
+    def __post_init__(self) -> None:
+        self._epoch, self._start, self._stop = 0, 0, 0
+
+    def begin(self, epoch: int, step: int, stop: int) -> None:
+        """Say which steps the next iteration yields."""
+        self._epoch, self._start, self._stop = epoch, step, stop
+
+    def __iter__(self) -> Iterator[Batch | InputError]:
+        worker = get_worker_info()
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        key = (self._epoch, self._start, self.rank, number)
+        skipped: Counter[str] = Counter()
+        samples = self._decoded(key, skipped)
+        try:
+            for _ in range(self._start + number, self._stop, num_workers):  # DataLoader takes the workers in turn
+                batch = [next(samples) for _ in range(self.batch_size)]
+                yield collate(batch, self.tokenizer, self.context_length, dict(skipped), self.trim_captions)
+                skipped.clear()
+        except InputError as error:
+            yield error
+
+    def _decoded(self, key: tuple[int, ...], skipped: Counter[str]) -> Iterator[Sample]:
+        for number, raw in enumerate(self._shuffled(key, skipped)):
+            try:
+                yield self.decoder.decode(raw, *key, number)
+            except BadSample as error:
+                skipped[str(error)] += 1
+                if skipped.total() > max(_SHUFFLE_BUFFER, 10 * self.batch_size):
+                    causes = ", ".join(f"{count} x {cause}" for cause, count in skipped.most_common())
+                    raise InputError(f"hardly any sample of the shards can be used ({causes})") from None
+
+    def _shuffled(self, key: tuple[int, ...], skipped: Counter[str]) -> Iterator[RawSample]:
+        """Raw samples through a buffer from which a random one leaves as each new one comes."""
+        generator = sample_generator(self.decoder.seed, *key)
+        buffer: list[RawSample] = []
+        for raw in self._raw(generator, skipped):
+            if len(buffer) < _SHUFFLE_BUFFER:
+                buffer.append(raw)
+                if len(buffer) > 1 and generator.random() < 0.5:  # begin to yield before the buffer is full
+                    yield buffer.pop(int(generator.integers(len(buffer))))
+                continue
+            place = int(generator.integers(len(buffer)))
+            buffer[place], raw = raw, buffer[place]
+            yield raw
+
+    def _raw(self, generator: np.random.Generator, skipped: Counter[str]) -> Iterator[RawSample]:
+        """Samples of randomly drawn shards without end; a shard that fails on the way is counted and left."""
+        failures = 0
+        while failures < _MAX_FAILURES:
+            url = self.urls[int(generator.integers(len(self.urls)))]
+            num_samples = 0
+            reason = "no samples in it"
+            try:
+                for raw in read_remote_shard(url, self.stage):
+                    num_samples += 1
+                    yield raw
+            except Exception as error:  # each network library has its own: whatever it is, this shard is over
+                skipped["shard that failed"] += 1
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            failures = 0 if num_samples else failures + 1
+        raise InputError(f"{_MAX_FAILURES} remote shards in a row failed, the last was {url} ({reason})")
+
+
+def read_remote_shard(url: str, stage: Stage = "both") -> Iterator[RawSample]:
+    """The samples of a remote tar in one pass, undecoded. A member over its size bound is passed over, unread, as is
+    one that the stage has no use for."""
+    options = {} if url.startswith("s3:") else {"block_size": 0}  # 0: one plain download, no ranges
+    with fsspec.open(url, "rb", **options) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        for group in group_by_keys(_members(tar, _member_bounds(stage))):
+            image = next((group[suffix] for suffix in group if f".{suffix}" in IMAGE_SUFFIXES), None)
+            extra = {name: group[name] for name in EXTRA_MEMBERS if group.get(name)}
+            yield RawSample(group["__key__"], image, group.get("json"), group.get("txt"), extra)
+
+
+def _member_bounds(stage: Stage) -> dict[str, int]:
+    """Most bytes of the members that a stage reads, by suffix."""
+    bounds = {} if stage == "text" else {suffix[1:]: MAX_IMAGE_BYTES for suffix in IMAGE_SUFFIXES}
+    if stage != "image":
+        bounds |= {"json": MAX_TEXT_BYTES, "txt": MAX_TEXT_BYTES}
+    if stage == "both":
+        bounds |= dict.fromkeys(EXTRA_MEMBERS, MAX_EXTRA_BYTES)
+    return bounds
+
+
+def _members(tar: tarfile.TarFile, bounds: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    for member in tar:
+        suffix = (base_plus_ext(member.name)[1] or "").lower()
+        if is_sample_member(member) and member.size <= bounds.get(suffix, -1):  # -1: not ours
+            content = tar.extractfile(member)
+            yield {"fname": member.name, "data": content.read() if content else None, "__url__": ""}
+        tar.members = []  # type: ignore[attr-defined] # a stream of millions must not be remembered

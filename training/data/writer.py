@@ -1,0 +1,77 @@
+"""Write shards: deterministic tars, atomically, and the manifest that indexes them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from longclip_teacher.errors import InputError
+from training.data.index import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, ShardRecord, scan_tar
+
+__all__ = ["caption_member", "file_sha256", "index_shard", "write_manifest", "write_shard"]
+
+
+def caption_member(caption_long: str | Sequence[str], caption_short: str | Sequence[str] | None = None) -> bytes:
+    """The `.json` member of a sample. Without a short caption the loader takes the long one's first sentence."""
+    captions: dict[str, Any] = {"caption_long": caption_long}
+    if caption_short:
+        captions["caption_short"] = caption_short
+    return json.dumps(captions, ensure_ascii=False).encode()
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardRecord:
+    """Write `samples`, each (key, {suffix without a dot: bytes}), to the tar `path` and return its manifest entry.
+
+    The same samples give the same bytes (times, owners and modes are fixed). The file gets its name only when whole.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    num_samples = 0
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+            for num_samples, (key, members) in enumerate(samples, start=1):  # noqa: B007 -- used below
+                for suffix, data in members.items():
+                    header = tarfile.TarInfo(f"{key}.{suffix}")
+                    header.size = len(data)
+                    tar.addfile(header, io.BytesIO(data))
+        if not num_samples:
+            raise InputError(f"{path} would be an empty shard: not one of its samples can be read")
+        record = index_shard(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return replace(record, name=path.name)
+
+
+def index_shard(path: Path) -> ShardRecord:
+    """The manifest entry of an existing tar: its index and its sha256. Raises InputError for a broken or empty one."""
+    return replace(scan_tar(path), sha256=file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, records: Sequence[ShardRecord], settings: Mapping[str, Any]) -> None:
+    """Write `folder`/manifest.json: counts, `settings` (how the shards were made), each shard's hash and byte index."""
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "version": MANIFEST_VERSION,
+        "num_samples": sum(len(record.keys) for record in records),
+        "settings": dict(settings),
+        "shards": [record.to_json() for record in records],
+    }
+    temporary = folder / f"{MANIFEST_NAME}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(folder / MANIFEST_NAME)

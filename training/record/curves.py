@@ -1,0 +1,113 @@
+"""A report's training curves and facts, from what runs leave behind: metrics.jsonl and environment.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from eval.base.environment import environment_facts
+from eval.pages.charts import Points, line_chart
+from eval.pages.report import Chart
+from training.record.run_log import read_metrics
+
+__all__ = ["run_facts", "training_curves"]
+
+_PAIR_LOSSES = {
+    "affinity": "Affinity with the teacher's distributions",
+    "icl": "Interactive contrastive",
+    "gd": "Distance of the contrastive gradients",
+    "afd": "Contrastive, fused features",
+    "vrd": "Vertical relations",
+    "xrd": "Cross relations",
+    "kd": "Logit distillation",
+    "deit_soft": "DeiT, soft targets",
+    "deit_hard": "DeiT, hard targets",
+}
+_TOWER_LOSSES = {
+    "fd": "Squared distance to the teacher's features",
+    "l1": "L1 distance to the teacher's features",
+    "cos": "One minus cosine with the teacher's features",
+    "kl": "KL between the channels of the teacher's features and the student's",
+    "hidden": "Squared distance of hidden states",
+    "attention": "Squared distance of attention scores",
+    "attention_probs": "KL between attention probabilities",
+    "value": "Difference of value relations",
+    "embedding": "Squared distance of embeddings",
+}
+_WHAT_IS_COMPARED = {
+    "long": ("long captions", "The student with the teacher on pictures and their long captions."),
+    "short": ("short captions", "The student with the teacher on pictures and their short captions."),
+    "image": ("image tower", "The student's image tower with the teacher's."),
+    "text": ("text tower", "The student's text tower with the teacher's."),
+}
+
+
+def _other_losses() -> dict[tuple[str, str], tuple[str, str]]:
+    """Every loss but the contrastive and the relational one, whose titles are their own."""
+    kinds = [(_PAIR_LOSSES, ("long", "short")), (_TOWER_LOSSES, ("image", "text"))]
+    curves = {
+        ("train", f"{name}_{side}"): (f"{title}, {_WHAT_IS_COMPARED[side][0]}", _WHAT_IS_COMPARED[side][1])
+        for titles, sides in kinds
+        for name, title in titles.items()
+        for side in sides
+    }
+    masked = "Squared distance to the teacher's features, masked pictures"
+    return curves | {
+        ("train", "masked_fd"): (masked, "The student sees a part of each picture, the teacher all of it.")
+    }
+
+
+_CURVES = {  # (group, key in metrics.jsonl): title, meaning; in the order of the page
+    ("train", "loss"): (
+        "Loss",
+        "What training makes small: the weighted sum of the terms below. Runs with different terms or weights cannot "
+        "be compared by it.",
+    ),
+    ("train", "clip_long"): (
+        "Contrastive, long captions",
+        "How hard it is to find each picture's own long caption in the batch, and the reverse.",
+    ),
+    ("train", "clip_short"): (
+        "Contrastive, short captions",
+        "The same with short captions and a coarse version of the picture's features.",
+    ),
+    ("train", "crd_long"): (
+        "Distillation, long captions",
+        "How far the student's view of which captions fit which pictures is from the teacher's (KL divergence).",
+    ),
+    ("train", "crd_short"): ("Distillation, short captions", "The same with short captions."),
+    **_other_losses(),
+    ("val", "i2t_r1"): ("Validation: picture → caption", "Percent of pictures whose caption is ranked first."),
+    ("val", "t2i_r1"): ("Validation: caption → picture", "Percent of captions whose picture is ranked first."),
+    ("val", "agreement"): (
+        "Validation: agreement with the teacher",
+        "100 times the mean cosine of the trained tower's features and the teacher's.",
+    ),
+    ("val", "zeroshot_top1"): ("Validation: zero-shot class", "Percent of labelled pictures put into the right class."),
+    ("train", "lr"): ("Learning rate", "Size of the steps: a short warm-up, then a slow decrease."),
+}
+
+
+def training_curves(runs: Mapping[str, Path], colours: Mapping[str, int]) -> list[Chart]:
+    """A chart for each measure that some run recorded at two steps or more; `runs` are folders by model."""
+    records = {group: {name: read_metrics(run, group) for name, run in runs.items()} for group in ("train", "val")}
+    charts = []
+    for (group, key), (title, meaning) in _CURVES.items():
+        lines = {name: points for name, rows in records[group].items() if (points := _points(rows, key))}
+        if any(len(points) > 1 for points in lines.values()):
+            charts.append(Chart(title, meaning, line_chart(lines, colours, title), list(runs)))
+    return charts
+
+
+def run_facts(run_dir: Path) -> dict[str, str]:
+    """Command, commit and machine of a run, from its environment.json; empty without one."""
+    path = run_dir / "environment.json"
+    if not path.exists():
+        return {}
+    return environment_facts(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _points(rows: Iterable[Mapping[str, float]], key: str) -> Points:
+    return [(row["step"], row[key]) for row in rows if key in row and math.isfinite(row[key])]

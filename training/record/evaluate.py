@@ -1,0 +1,116 @@
+"""Judging a run: the validation measure while it trains, the tests and the report at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eval.benchmarks.named_sets import parse_sets
+from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
+from eval.measures.zeroshot import evaluate_zeroshot
+from eval.retrieval import EncodedSet, encode_retrieval_set, evaluate_retrieval, retrieval_figures
+from eval.towers.features import Encoding, encode_captions, encode_images
+from eval.towers.models import ClipModel
+from eval.towers.tower_pair import TowerPair
+from eval.zeroshot_imagenet import read_lines, read_templates
+from longclip_teacher import LongCLIP
+from longclip_teacher.errors import InputError
+from mobileclip_student import MobileCLIP
+from training.settings.tree import TrainConfig
+
+__all__ = ["check_sets", "evaluate_tests", "judged_model", "test_sets", "validate", "zeroshot_classnames"]
+
+
+def judged_model(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None) -> ClipModel:
+    """The model whose figures are a run's: `model` itself, or where one tower was trained that tower of `model` with
+    the teacher's other one. Raises InputError where the two have no common width."""
+    if config.run.stage == "both":
+        return model
+    if teacher is None:
+        raise InputError(
+            f"--run.stage {config.run.stage} is judged with the teacher's other tower: give --teacher.checkpoint"
+        )
+    assert isinstance(model, LongCLIP | MobileCLIP)
+    image, text = (model, teacher) if config.run.stage == "image" else (teacher, model)
+    return TowerPair(image, text, teacher.logit_scale)
+
+
+def validate(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None = None) -> dict[str, float]:
+    """Percentages on the validation set: i2t_r1, t2i_r1, their mean as `score`, and zeroshot_top1 where pictures are
+    given.
+
+    Where one tower is trained they are those of `judged_model`, for which the whole `teacher` is needed, on the model's
+    device; `agreement` is then 100 times the mean cosine between that tower's features of the validation set's pictures
+    or captions and the teacher's features of the same.
+    """
+    judged = judged_model(model, config, teacher)
+    values: dict[str, float] = {}
+    if config.data.val is not None:
+        found = load_retrieval_set(config.data.val_protocol, config.data.val)
+        encoded = encode_retrieval_set(judged, found, _encoding(config))
+        figures = retrieval_figures(judged, found, encoded)
+        i2t, t2i = figures["i2t"]["r1"], figures["t2i"]["r1"]
+        values |= {"i2t_r1": i2t, "t2i_r1": t2i, "score": (i2t + t2i) / 2}
+        if judged is not model:
+            assert teacher is not None
+            values["agreement"] = _agreement(encoded, teacher, config)
+    if config.data.zeroshot is not None:
+        values["zeroshot_top1"] = _zeroshot(judged, config)["top1"]
+    return values
+
+
+def _agreement(student: EncodedSet, teacher: LongCLIP, config: TrainConfig) -> float:
+    if config.run.stage == "image":
+        ours, theirs = student.image_features, encode_images(teacher, student.images, _encoding(config)).features
+    else:
+        ours, theirs = student.text_features, encode_captions(teacher, student.captions, _encoding(config))[0]
+    return 100 * (ours * theirs).sum(dim=1).mean().item()
+
+
+def evaluate_tests(model: ClipModel, config: TrainConfig) -> dict[str, Any]:
+    """The retrieval JSON of every test set by its name, and the zero-shot JSON as `zeroshot`; of a run of one tower,
+    `model` is its `judged_model`."""
+    results: dict[str, Any] = {
+        name: evaluate_retrieval(model, found, _encoding(config)) for name, found in test_sets(config).items()
+    }
+    if config.data.zeroshot is not None:
+        results["zeroshot"] = _zeroshot(model, config)
+    return results
+
+
+def test_sets(config: TrainConfig) -> dict[str, RetrievalSet]:
+    """The retrieval sets of data.tests by name. Raises InputError for an entry that is not NAME=PROTOCOL:FOLDER."""
+    return parse_sets(config.data.tests, "--data.tests")
+
+
+def check_sets(config: TrainConfig) -> None:
+    """Find every validation and test file before the training, not after it."""
+    test_sets(config)
+    if config.data.val is not None:
+        load_retrieval_set(config.data.val_protocol, config.data.val)
+    if config.data.zeroshot is not None:
+        if not config.data.zeroshot.is_dir():
+            raise InputError(
+                f"--data.zeroshot {config.data.zeroshot}: no such folder; give one of class folders, or None"
+            )
+        zeroshot_classnames(config)
+        read_templates(config.data.zeroshot_templates)
+
+
+def _zeroshot(model: ClipModel, config: TrainConfig) -> dict[str, Any]:
+    assert config.data.zeroshot is not None
+    return evaluate_zeroshot(
+        model,
+        config.data.zeroshot,
+        zeroshot_classnames(config),
+        read_templates(config.data.zeroshot_templates),
+        _encoding(config),
+    )
+
+
+def _encoding(config: TrainConfig) -> Encoding:
+    return Encoding(precision=config.run.precision, num_workers=config.data.num_workers)
+
+
+def zeroshot_classnames(config: TrainConfig) -> list[str] | None:
+    """The class names that a file gives; None: those of the folders of data.zeroshot."""
+    return None if config.data.zeroshot_classnames is None else read_lines(config.data.zeroshot_classnames)

@@ -1,0 +1,123 @@
+"""What a run leaves behind while it goes: config.toml, environment.json, metrics.jsonl, TensorBoard, the console."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from eval.base.atomic_files import write_json, write_text
+from eval.base.environment import environment_record, uncommitted_changes
+from training.distributed import Runtime
+from training.settings.tree import TrainConfig, config_to_toml
+
+__all__ = ["RunLog", "read_metrics"]
+
+
+class RunLog:
+    """Writes the run's records on rank 0 and nothing elsewhere."""
+
+    def __init__(self, config: TrainConfig, runtime: Runtime, *, step: int, total_steps: int) -> None:
+        self.enabled = runtime.is_main
+        self.total_steps = total_steps
+        self.console = Console(stderr=True, quiet=not self.enabled, soft_wrap=True)
+        if not self.enabled:
+            return
+        out_dir = config.run.out_dir
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_text(out_dir / "config.toml", config_to_toml(config))
+        _write_environment(out_dir)
+        self._metrics_path = out_dir / "metrics.jsonl"
+        _forget_after(self._metrics_path, step)
+        self._metrics = self._metrics_path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]} · {task.fields[rate]} samples/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=step, loss="-", rate="-")
+        self._progress.start()
+        self._started, self._start_step = time.monotonic(), step
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self.enabled:
+            self._progress.update(self._task, completed=step)
+
+    def scalars(self, step: int, values: Mapping[str, float], group: str = "train") -> None:
+        """Record named numbers at `step`: a line of metrics.jsonl, TensorBoard scalars, and a console line."""
+        if not self.enabled:
+            return
+        self._metrics.write(json.dumps({"step": step, "group": group, **values}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{group}/{name}", value, step)
+        if group != "train":
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in values.items())
+            self.console.print(f"step {step} {group}: {shown}", highlight=False)
+            return
+        loss, rate = f"{values['loss']:.3f}", f"{values['samples_per_second']:.0f}"
+        self._progress.update(self._task, loss=loss, rate=rate)
+        if not self.console.is_terminal:
+            left = (time.monotonic() - self._started) / max(1, step - self._start_step) * (self.total_steps - step)
+            self.console.print(
+                f"step {step}/{self.total_steps}  loss {loss}  {rate} samples/s  ETA {left:.0f} s", highlight=False
+            )
+
+    def say(self, message: str) -> None:
+        """A line on the console."""
+        self.console.print(message, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Flush and close; call also when the run failed."""
+        if self.enabled:
+            self._progress.stop()
+            self._metrics.close()
+            self._board.close()
+
+
+def read_metrics(run_dir: Path, group: str = "train") -> list[dict[str, float]]:
+    """Lines of a run's metrics.jsonl of one group, in order; a half-written last line is left out."""
+    rows = []
+    path = run_dir / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row.pop("group", None) == group:
+            rows.append(row)
+    return rows
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the records of what a run resumed at `step` does again: later steps, and the validation at this one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+            if row["step"] < step or (row["step"] == step and row["group"] == "train"):
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _write_environment(out_dir: Path) -> None:
+    """environment.json: versions, machine, command and commit; uncommitted changes go to git.diff."""
+    write_json(out_dir / "environment.json", environment_record())
+    if diff := uncommitted_changes():
+        write_text(out_dir / "git.diff", diff + "\n")

@@ -1,0 +1,197 @@
+"""The losses of a run: a weight for each, and their settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from training.settings.options import require
+
+__all__ = ["FEATURE_LOSSES", "LAYER_LOSSES", "PAIR_LOSSES", "LossOptions"]
+
+PAIR_LOSSES = ("clip", "crd", "affinity", "icl", "gd", "afd", "vrd", "xrd", "kd", "deit_soft", "deit_hard")
+FEATURE_LOSSES = ("fd", "l1", "cos", "kl")
+LAYER_LOSSES = ("hidden", "attention", "attention_probs", "value", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """Weights (0: off) and settings of the losses, mixed as you like. "Short" losses use short captions and PCA'd image
+    features; "image" and "text" losses compare one tower with the teacher's."""
+
+    clip_long: float = 0.8
+    """ITC of images and long captions."""
+    clip_short: float = 0.4
+    """ITC of PCA'd images and short captions."""
+    crd_long: float = 1.5
+    """KL between the teacher's and the student's image-text distributions, long captions (CLIP-KD, MobileCLIP)."""
+    crd_short: float = 0.5
+    """The same with short captions; both sides' image features PCA'd on the same batch."""
+    affinity_long: float = 0.0
+    """Cross-entropy of the student's image-text distributions with the teacher's as soft targets (TinyCLIP)."""
+    affinity_short: float = 0.0
+    """The same with short captions."""
+    icl_long: float = 0.0
+    """Interactive contrastive: student images against teacher texts and the reverse, own learned scale (CLIP-KD)."""
+    icl_short: float = 0.0
+    """The same with short captions."""
+    gd_long: float = 0.0
+    """Squared distance of the contrastive loss's gradients at the student's and the teacher's features (CLIP-KD)."""
+    gd_short: float = 0.0
+    """The same with short captions."""
+    afd_long: float = 0.0
+    """Augmented features: ITC of learned mixtures of student and teacher features (CLIP-KD)."""
+    afd_short: float = 0.0
+    """The same with short captions."""
+    vrd_long: float = 0.0
+    """Vertical relations: the student's two directions follow each other's teacher-student relations (CLIP-RD)."""
+    vrd_short: float = 0.0
+    """The same with short captions."""
+    xrd_long: float = 0.0
+    """Cross relations: symmetric KL between the teacher-student distributions of the two modalities (CLIP-RD)."""
+    xrd_short: float = 0.0
+    """The same with short captions."""
+    kd_long: float = 0.0
+    """Logit distillation: contrastive cross-entropy plus kd_lambda times 2 T^2 KL at temperature kd_temperature."""
+    kd_short: float = 0.0
+    """The same with short captions."""
+    deit_soft_long: float = 0.0
+    """(1 - deit_alpha) cross-entropy + deit_alpha T^2 KL at deit_temperature (DeiT)."""
+    deit_soft_short: float = 0.0
+    """The same with short captions."""
+    deit_hard_long: float = 0.0
+    """Mean of the cross-entropy with the true pair and with the teacher's best match (DeiT)."""
+    deit_hard_short: float = 0.0
+    """The same with short captions."""
+    fd_image: float = 0.0
+    """Squared distance to the teacher's image features, through a learned map where widths differ (CLIP-KD)."""
+    fd_text: float = 0.0
+    """The same of text features, the mean of long and short captions."""
+    l1_image: float = 0.0
+    """L1 distance to the teacher's image features."""
+    l1_text: float = 0.0
+    """The same of text features."""
+    cos_image: float = 0.0
+    """1 - cosine with the teacher's image features."""
+    cos_text: float = 0.0
+    """The same of text features."""
+    kl_image: float = 0.0
+    """KL between the softmaxes over the channels of teacher and student image features, at kl_temperature."""
+    kl_text: float = 0.0
+    """The same of text features."""
+    masked_fd: float = 0.0
+    """fd_image of pictures of which the student sees a part (mask_ratio hidden) and the teacher all."""
+    hidden_text: float = 0.0
+    """Squared distance of the hidden states of matched layers, through a learned map where widths differ
+    (TinyBERT)."""
+    hidden_image: float = 0.0
+    """The same of the image towers; the student must be a ViT, here and below."""
+    attention_text: float = 0.0
+    """Squared distance of the attention scores before the softmax, per head (TinyBERT)."""
+    attention_image: float = 0.0
+    """The same of the image towers."""
+    attention_probs_text: float = 0.0
+    """KL between the attention probabilities, per head (MiniLM)."""
+    attention_probs_image: float = 0.0
+    """The same of the image towers."""
+    value_text: float = 0.0
+    """Difference of the value-value relations (MiniLM), as value_kind says."""
+    value_image: float = 0.0
+    """The same of the image towers."""
+    embedding_text: float = 0.0
+    """Squared distance of the token embeddings (TinyBERT)."""
+    embedding_image: float = 0.0
+    """The same of the patch embeddings."""
+
+    label_smoothing: float = 0.1
+    """Label smoothing of the ITC losses."""
+    teacher_scale: float | None = None
+    """Linear logit scale of the teacher's distributions; None: the teacher's own."""
+    pca_rank: int = 32
+    """Components that PCA keeps."""
+    pca_scope: Literal["global", "rank", "off"] = "global"
+    """PCA over the global batch, over each process' share (as Long-CLIP published it), or none."""
+    pca_side: Literal["image", "text"] = "image"
+    """Which side of the short losses is PCA'd: the image, as Long-CLIP has it, or as an ablation the short text."""
+    share_identical_captions: bool = False
+    """Let samples with the same caption share the target of the ITC losses instead of being negatives."""
+    init_logit_scale: float | None = None
+    """Linear logit scale at the start; None: the model's (1 / 0.07 from scratch)."""
+    crd_temperature: float = 1.0
+    """T of crd and affinity: both sides' logits are divided by it and the loss multiplied by T^2."""
+    crd_direction: Literal["forward", "reverse", "symmetric"] = "forward"
+    """forward: KL(teacher || student). reverse: KL(student || teacher). symmetric: their mean."""
+    kd_temperature: float = 2.0
+    """T of kd."""
+    kd_lambda: float = 1.0
+    """Weight of the KL in kd."""
+    kd_direction: Literal["forward", "reverse"] = "forward"
+    """Direction of the KL in kd."""
+    deit_alpha: float = 0.5
+    """Weight of the teacher in deit_soft."""
+    deit_temperature: float = 3.0
+    """T of deit_soft."""
+    fd_scale: float = 1.0
+    """Factor of the values of fd and masked_fd."""
+    l1_scale: float = 1.0
+    """Factor of the values of l1."""
+    cos_scale: float = 1.0
+    """Factor of the values of cos."""
+    kl_scale: float = 1.0
+    """Factor of the values of kl."""
+    kl_temperature: float = 1.0
+    """T of kl."""
+    mask_ratio: float = 0.5
+    """masked_fd: share of the picture that the student does not see."""
+    mask_patch: int = 16
+    """masked_fd: side of the hidden squares in pixels."""
+    layer_map: str = "uniform"
+    """Student layer i and teacher layer i L / M of the layer losses (uniform), the last layers of both (last), or
+    pairs counted from 1, as in 1:3,2:6."""
+    head_match: Literal["each", "mean"] = "each"
+    """Attention losses head by head (counts must agree) or on the mean over heads."""
+    value_kind: Literal["kl", "mse"] = "kl"
+    """value: KL of the softmaxed relations (MiniLM) or their squared difference."""
+    embedding_positions: bool = True
+    """embedding: with the positional embeddings added, or the tokens' alone."""
+
+    def __post_init__(self) -> None:
+        require(self.pca_rank >= 1, f"--loss.pca_rank must be at least 1, got {self.pca_rank}")
+        weights = self.weights
+        require(
+            min(weights.values()) >= 0 and max(weights.values()) > 0,
+            "loss weights must not be negative, and one of them must be positive",
+        )
+        for name in ("crd_temperature", "kd_temperature", "deit_temperature", "kl_temperature"):
+            require(getattr(self, name) > 0, f"--loss.{name} must be positive, got {getattr(self, name)}")
+        for name in ("deit_alpha", "mask_ratio"):
+            require(0 <= getattr(self, name) <= 1, f"--loss.{name} is a share, 0 to 1, got {getattr(self, name)}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every loss by its name, those that are off included."""
+        names = [f"{name}_{length}" for name in PAIR_LOSSES for length in ("long", "short")]
+        names += [f"{name}_{tower}" for name in (*FEATURE_LOSSES, *LAYER_LOSSES) for tower in ("image", "text")]
+        return {name: getattr(self, name) for name in (*names, "masked_fd")}
+
+    @property
+    def active(self) -> set[str]:
+        """Names of the losses of positive weight."""
+        return {name for name, weight in self.weights.items() if weight > 0}
+
+    @property
+    def distils(self) -> bool:
+        """True if any loss needs a teacher."""
+        return bool(self.active - {"clip_long", "clip_short"})
+
+    @property
+    def uses_short(self) -> bool:
+        """True if short captions are encoded at all."""
+        return any(name.endswith("_short") for name in self.active)
+
+    @property
+    def layer_losses(self) -> dict[str, set[str]]:
+        """Names of the active layer losses by tower (image, text)."""
+        return {
+            tower: {name for name in LAYER_LOSSES if f"{name}_{tower}" in self.active} for tower in ("image", "text")
+        }

@@ -1,0 +1,173 @@
+"""The configuration of a run: one typed tree, TOML presets, command-line overrides.
+
+A preset is a TOML file with the sections below; it is turned into the same `--section.field value` arguments that a
+user may type after it, so presets and command line are read by one parser and later values win.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import tomli_w
+import tyro
+
+from longclip_teacher.errors import InputError
+from training.data.transforms import AugmentConfig
+from training.settings.losses import LossOptions
+from training.settings.options import (
+    DataOptions,
+    InitOptions,
+    MixOptions,
+    OptimOptions,
+    RunOptions,
+    SpeedOptions,
+    StudentOptions,
+    TeacherOptions,
+)
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["PRESETS", "TrainConfig", "config_from_toml", "config_to_toml", "parse_config"]
+
+PRESETS = Path(__file__).parents[1] / "presets"
+DEFAULT_PRESET = "digit_scenes"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run; saved beside it as config.toml."""
+
+    run: RunOptions = dataclasses.field(default_factory=RunOptions)
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    mix: MixOptions = dataclasses.field(default_factory=MixOptions)
+    teacher: TeacherOptions = dataclasses.field(default_factory=TeacherOptions)
+    student: StudentOptions = dataclasses.field(default_factory=StudentOptions)
+    init: InitOptions = dataclasses.field(default_factory=InitOptions)
+    optim: OptimOptions = dataclasses.field(default_factory=OptimOptions)
+    loss: LossOptions = dataclasses.field(default_factory=LossOptions)
+    speed: SpeedOptions = dataclasses.field(default_factory=SpeedOptions)
+
+    @property
+    def distils(self) -> bool:
+        """True if this run has a teacher, loaded or stored."""
+        has_teacher = self.teacher.checkpoint is not None or self.teacher.cache is not None
+        return self.run.train == "student" and has_teacher and self.loss.distils
+
+    @property
+    def runs_teacher(self) -> bool:
+        """True if the frozen teacher itself is run in the training step."""
+        return self.distils and not (self.teacher.cache is not None and self.teacher.stored_features)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values by section and field, paths as strings."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def parse_config(args: Sequence[str]) -> TrainConfig:
+    """Configuration from `[PRESET] [--section.field VALUE ...]`; the preset is a TOML file or the name of one of ours.
+
+    Raises InputError in one line for an unknown preset, key or value. `--help` prints every field and exits.
+    """
+    args = list(args)
+    preset = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_PRESET
+    preset_args = _toml_arguments(_preset_path(preset))
+    for arg in args:
+        if arg.startswith("--") and arg != "--help":
+            _check_key(arg[2:].split("=")[0].replace("-", "_"), "the command line")
+    return _parse(args, default=_parse(preset_args))
+
+
+def config_from_toml(path: Path) -> TrainConfig:
+    """Configuration of a TOML file alone, such as the config.toml of a finished run."""
+    return _parse(_toml_arguments(path))
+
+
+def config_to_toml(config: TrainConfig) -> str:
+    """The whole configuration as a preset that reads back to the same values; None is written as "None"."""
+    sections = {
+        section: {name: "None" if value is None else value for name, value in fields.items()}
+        for section, fields in config.to_dict().items()
+    }
+    return tomli_w.dumps(sections)
+
+
+def _parse(args: list[str], default: TrainConfig | None = None) -> TrainConfig:
+    errors = io.StringIO()
+    description = (
+        "Train a student from a teacher, or a teacher. Usage: [torchrun --nproc_per_node=N] training/main.py [PRESET] "
+        f"[--section.field VALUE ...]. Presets: {', '.join(sorted(p.stem for p in PRESETS.glob('*.toml')))}, or a "
+        f"TOML file; without one, {DEFAULT_PRESET}. Defaults shown below are the preset's."
+    )
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                TrainConfig,
+                args=args,
+                default=default or TrainConfig(),
+                prog="training/main.py",
+                description=description,
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        words = re.sub(r"[^\x20-\x7e]+", " ", errors.getvalue())
+        raise InputError(f"configuration: {' '.join(words.split())}") from None
+
+
+def _preset_path(preset: str) -> Path:
+    for path in (Path(preset), PRESETS / preset, PRESETS / f"{preset}.toml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in PRESETS.glob("*.toml"))
+    near = difflib.get_close_matches(Path(preset).stem, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(f"no preset {preset}{hint} (a TOML file, or one of {', '.join(names)})")
+
+
+def _toml_arguments(path: Path) -> list[str]:
+    """The values of a TOML preset as command-line arguments."""
+    try:
+        sections = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+    args: list[str] = []
+    for section, fields in sections.items():
+        if not isinstance(fields, dict):
+            _check_key(section, str(path))
+            raise InputError(f"{path}: {section} is a section, write [{section}] and its fields below")
+        for name, value in fields.items():
+            _check_key(f"{section}.{name}", str(path))
+            values = value if isinstance(value, list) else [value]
+            args += [f"--{section}.{name}", *(str(item) for item in values)]
+    return args
+
+
+def _check_key(key: str, where: str) -> None:
+    known = list(_keys())
+    if key not in known:
+        same_name = [other for other in known if other.split(".")[1] == key.split(".")[-1]]
+        near = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        raise InputError(f"{where}: there is no {key}{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def _keys() -> Iterator[str]:
+    for section, kind in get_type_hints(TrainConfig).items():
+        for field in dataclasses.fields(kind):
+            yield f"{section}.{field.name}"
