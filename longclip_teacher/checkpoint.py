@@ -22,7 +22,7 @@ from longclip_teacher.key_layouts import FROZEN_POSITIONS, POSITIONS, to_our_key
 from longclip_teacher.model import LongCLIP
 from longclip_teacher.positions import NUM_KEPT_POSITIONS, stretch_positions
 from longclip_teacher.text import CONTEXT_LENGTH
-from longclip_teacher.weights_file import WeightsFile, load_strictly, read_weights, write_weights
+from longclip_teacher.weights_file import WeightsFile, load_strictly, read_weights, run_weights, write_weights
 
 __all__ = ["HUB_NAMES", "export_official", "load_teacher", "save_teacher", "teacher_file"]
 
@@ -49,7 +49,7 @@ def load_teacher(
     context_length: int | None = None,
     activation: Activation | None = None,
 ) -> LongCLIP:
-    """A frozen teacher in eval mode, from a hub name (`HUB_NAMES`) or a weight file.
+    """A frozen teacher in eval mode, from a weight file, a run folder (its best weights) or a hub name (`HUB_NAMES`).
 
     Files: the published `longclip-*.pt`; a CLIP ViT as safetensors or state dict with the keys of OpenAI, open_clip or
     transformers; what `save_teacher` wrote. `context_length` is the file's own unless given, but 248 for a CLIP of 77
@@ -57,7 +57,7 @@ def load_teacher(
     evidently OpenAI's. The log names the file's sha256. Whatever does not fit raises InputError in one line.
     """
     path = teacher_file(name_or_path)
-    if path != Path(name_or_path):  # from the hub
+    if not Path(name_or_path).exists():  # from the hub
         activation = activation or "quickgelu"
     file = read_weights(path)
     if file.metadata.get("format") == _FORMAT:
@@ -75,15 +75,16 @@ def load_teacher(
 
 
 def teacher_file(name_or_path: str | Path) -> Path:
-    """The weight file that `load_teacher` reads: the path itself, or what the hub gives for a name of `HUB_NAMES`.
+    """The weight file that `load_teacher` reads: the file itself, the best weights of a run folder, or the file that
+    the hub gives for a name of `HUB_NAMES`.
 
-    Raises InputError where there is neither.
+    Raises InputError where there is none of these.
     """
     path = Path(name_or_path)
     if path.exists():
-        return path
+        return run_weights(path)
     if str(name_or_path) not in _HUB_FILES:
-        raise InputError(f"no weight file at {path}, and the known hub names are {', '.join(HUB_NAMES)}")
+        raise InputError(f"no weight file or run folder at {path}, and the known hub names are {', '.join(HUB_NAMES)}")
     return _download(*_HUB_FILES[str(name_or_path)])
 
 
@@ -132,7 +133,7 @@ def _download(repository: str, filenames: list[str]) -> Path:
 
 def _config_inside(file: WeightsFile) -> TeacherConfig:
     if file.metadata.get("kind") != _KIND:
-        raise InputError(f"{file.path} holds a {file.metadata.get('kind')}, not a teacher")
+        raise InputError(f"{file.path} holds a {file.metadata.get('kind')}, not a teacher: load it with load_student")
     try:
         values = json.loads(file.metadata.get("config", ""))
     except json.JSONDecodeError:

@@ -24,9 +24,19 @@ from torch import Tensor, nn
 
 from longclip_teacher.errors import InputError
 
-__all__ = ["WeightsFile", "load_strictly", "read_weights", "torch_load", "write_weights"]
+__all__ = [
+    "RUN_WEIGHTS",
+    "WeightsFile",
+    "load_strictly",
+    "read_weights",
+    "run_weights",
+    "torch_load",
+    "write_weights",
+]
 
 logger = logging.getLogger(__name__)
+RUN_WEIGHTS = ("best.safetensors", "last.safetensors")
+"""What training writes into a run folder, in the order in which we look for it."""
 _SAFE_TORCH_LOAD = (2, 10)  # weights_only=True had bypasses before this release
 
 
@@ -63,6 +73,20 @@ def read_weights(path: str | Path) -> WeightsFile:
     sha256 = _sha256(path)
     logger.info("read %s (%d tensors, sha256 %s)", path, len(tensors), sha256)
     return WeightsFile(path, tensors, metadata, sha256)
+
+
+def run_weights(path: str | Path) -> Path:
+    """The weight file in the run folder `path`: the best weights, or the last where no best were kept.
+
+    A path that is no folder comes back as it is. Raises InputError for a folder that holds neither file.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in RUN_WEIGHTS:
+        if (path / name).is_file():
+            return path / name
+    raise InputError(f"{path} is a folder without {' or '.join(RUN_WEIGHTS)}: give a weight file or a run folder")
 
 
 def torch_load(path: Path) -> object:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longclip_teacher.errors import InputError
 from longclip_teacher.positions import stretch_positions
-from longclip_teacher.weights_file import WeightsFile, load_strictly, read_weights, write_weights
+from longclip_teacher.weights_file import WeightsFile, load_strictly, read_weights, run_weights, write_weights
 from mobileclip_student.layouts import fits, is_apple, is_published, rename_keys
 from mobileclip_student.model import VARIANTS, MobileCLIP, StudentConfig, create_student, variant_config
 from mobileclip_student.reparameterize import reparameterize
@@ -41,10 +41,12 @@ def load_student(
     pad_mask: bool | None = None,
     device: str | torch.device = "cpu",
 ) -> MobileCLIP:
-    """A student in eval mode, from a file or the hub (`apple/MobileCLIP-S0`, `timm/MobileCLIP2-S0-OpenCLIP`, ...).
+    """A student in eval mode, from a file, a run folder or the hub (`apple/MobileCLIP-S0`,
+    `timm/MobileCLIP2-S0-OpenCLIP`, ...).
 
     Args:
-        path_or_hub_name: our safetensors; or a state dict in ml-mobileclip's or open_clip's key layout.
+        path_or_hub_name: our safetensors; a run folder, whose best weights are read; or a state dict in
+            ml-mobileclip's or open_clip's key layout.
         variant: needed for a published file when neither its name nor its weights tell.
         context_length: default: as stored. A longer one stretches 77 positions, a shorter one keeps the first.
         pad_mask: default: as stored. A published file evaluates as published (False), unless it is stretched.
@@ -88,7 +90,7 @@ def _empty_student(config: StudentConfig) -> MobileCLIP:
 def _own(weights: WeightsFile, variant: str | None) -> tuple[StudentConfig, dict[str, Tensor]]:
     kind = weights.metadata.get("kind")
     if kind != "student":
-        raise InputError(f"{weights.path} holds a {kind}, not a student: load it as such")
+        raise InputError(f"{weights.path} holds a {kind}, not a student: load it with load_teacher")
     try:
         values = json.loads(weights.metadata.get("config", ""))
     except json.JSONDecodeError:
@@ -150,12 +152,14 @@ def resize_positions(table: Tensor, context_length: int, source: str | Path) -> 
 
 
 def _find(name: str) -> Path:
-    """The local file `name`, or the weights of the hub repository of that name."""
-    path = Path(name)
+    """The local file `name`, the best weights of the run folder `name`, or those of the hub repository `name`."""
+    path = run_weights(name)
     if path.is_file():
         return path
-    if path.exists() or path.suffix in (".pt", ".pth", ".bin", ".safetensors") or not _HUB_NAME.fullmatch(name):
-        raise InputError(f"no weight file at {name}: give a file, or a hub name such as apple/MobileCLIP-S0")
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or not _HUB_NAME.fullmatch(name):
+        raise InputError(
+            f"no weight file at {name}: give a file, a run folder, or a hub name such as apple/MobileCLIP-S0"
+        )
     repository = name.split("/")[1].lower()
     apple_file = re.sub("[-_]", "_", repository).replace("b_lt", "blt").replace("l_14", "l14") + ".pt"
     files = _OPEN_CLIP_FILES if "openclip" in repository else (apple_file, "model.safetensors")

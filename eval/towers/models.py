@@ -19,14 +19,13 @@ from longclip_teacher import LongCLIP, load_teacher
 from longclip_teacher.checkpoint import HUB_NAMES as TEACHER_HUB_NAMES
 from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
-from longclip_teacher.weights_file import read_weights
+from longclip_teacher.weights_file import read_weights, run_weights
 from mobileclip_student import MobileCLIP, load_student
 
 __all__ = ["ClipModel", "load_model", "weights_file"]
 
 ClipModel: TypeAlias = LongCLIP | MobileCLIP | OpenClipModel | TowerPair
 Kind = Literal["student", "teacher"]
-BEST_WEIGHTS = "best.safetensors"  # what the training loop keeps in a run directory
 _OUR_FORMAT = "compact-longclip"
 # A key that starts like this is found in every file of its layout, and in no other's
 _STUDENT_KEYS = ("image_encoder.", "visual.trunk.")  # ml-mobileclip, open_clip's MobileCLIP
@@ -46,7 +45,7 @@ def load_model(
     activation: Activation | None = None,
     device: str = "cpu",
 ) -> ClipModel:
-    """A model in eval mode from a file, a run directory (its best weights), a hub name, or a name of open_clip's.
+    """A model in eval mode from a file, a run folder (its best weights), a hub name, or a name of open_clip's.
 
     Unless `context_length` or `pad_mask` say otherwise, published students are evaluated as published (77 tokens,
     padding attended), our own files as they were saved, teachers at 248 tokens. Where the file does not tell, `variant`
@@ -62,7 +61,7 @@ def load_model(
                 "leave --variant, --context-length, --pad-mask and --activation out"
             )
         return load_open_clip(name, device)
-    source = _file_of_run(Path(checkpoint))
+    source = _local_source(checkpoint)
     kind = _kind_of_file(source) if source.is_file() else _kind_of_name(str(checkpoint))
     if kind == "student":
         if activation is not None:
@@ -78,7 +77,7 @@ def weights_file(checkpoint: str | Path) -> Path | None:
     name = _open_clip_name(checkpoint)
     if name is not None:
         return open_clip_weights_file(name)
-    source = _file_of_run(Path(checkpoint))
+    source = _local_source(checkpoint)
     return source if source.is_file() else None
 
 
@@ -89,14 +88,12 @@ def _open_clip_name(checkpoint: str | Path) -> str | None:
     return f"local-dir:{checkpoint}" if (Path(checkpoint) / OPEN_CLIP_CONFIG).is_file() else None
 
 
-def _file_of_run(source: Path) -> Path:
-    if not source.is_dir():
-        return source
-    if not (source / BEST_WEIGHTS).is_file():
-        raise InputError(
-            f"{source} is a folder without {BEST_WEIGHTS} or {OPEN_CLIP_CONFIG}: give a weight file or a run's folder"
-        )
-    return source / BEST_WEIGHTS
+def _local_source(checkpoint: str | Path) -> Path:
+    """`checkpoint` as a path, which need not exist; for a run folder, its weight file."""
+    try:
+        return run_weights(checkpoint)
+    except InputError as error:
+        raise InputError(f"{error}, or a folder with {OPEN_CLIP_CONFIG}") from None
 
 
 def _kind_of_file(path: Path) -> Kind:

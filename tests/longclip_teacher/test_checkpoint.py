@@ -178,6 +178,17 @@ def test_our_own_file_keeps_what_was_frozen(
     assert torch.equal(features(own, tokens), features(model, tokens))
 
 
+def test_a_run_folder_stands_for_its_weights(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is a folder without best\.safetensors or last\.safetensors: give a"):
+        load_teacher(tmp_path)
+    model = create_teacher("tiny", context_length=32)
+    save_teacher(model, tmp_path / "last.safetensors")
+    assert torch.equal(load_teacher(tmp_path).logit_scale, model.logit_scale)
+    model.logit_scale.data.fill_(1.5)
+    save_teacher(model, tmp_path / "best.safetensors")
+    assert load_teacher(str(tmp_path)).logit_scale.item() == 1.5
+
+
 def test_hub_names_fetch_the_published_file(
     official_weights: MakeWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +272,7 @@ def without(weights: Weights, key: str) -> Weights:
 
 
 BAD_FILES = {
-    "missing file": (lambda folder, make: folder / "none.pt", "no weight file at .*longclip-b"),
+    "missing file": (lambda folder, make: folder / "none.pt", "no weight file or run folder at .*longclip-b"),
     "missing key": (bad_torch_file(lambda w: without(w, "visual.ln_pre.bias")), "missing.*visual.ln_pre.bias"),
     "missing key that gives a shape": (
         bad_torch_file(lambda w: without(w, "visual.conv1.weight")),
@@ -291,7 +302,7 @@ BAD_FILES = {
     "truncated torch file": (truncated(".pt"), "not a whole torch weight file"),
     "truncated safetensors": (truncated(".safetensors"), "not a whole safetensors file"),
     "torchscript": (torchscript, "TorchScript"),
-    "student": (bad_own_file({"kind": "student"}), "holds a student"),
+    "student": (bad_own_file({"kind": "student"}), "holds a student, not a teacher: load it with load_student"),
     "no configuration": (bad_own_file({"config": ""}), "no readable configuration"),
     "configuration that is a list": (bad_own_file({"config": "[]"}), "no readable configuration"),
     "unknown setting": (bad_own_file(hostile_config({"colour": 1})), "colour"),

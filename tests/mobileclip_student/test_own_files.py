@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import mobileclip_student.checkpoint as checkpoint
+from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from longclip_teacher.positions import stretch_positions
 from mobileclip_student import MobileCLIP, create_student, load_student, save_student
@@ -94,9 +95,26 @@ def test_files_that_are_no_student(tmp_path: Path) -> None:
     save_file({"visual.trunk.x": torch.zeros(2)}, tmp_path / "parts.safetensors")
     with pytest.raises(InputError, match="fits none of the variants"):
         load_student(tmp_path / "parts.safetensors")
-    for name in (tmp_path / "missing.pt", "missing/mobileclip_s0.pt", tmp_path, "nowhere"):
+    for name in (tmp_path / "missing.pt", "missing/mobileclip_s0.pt", "nowhere"):
         with pytest.raises(InputError, match="no weight file at"):
             load_student(name)
+
+
+def test_a_run_folder_stands_for_its_weights(student: MobileCLIP, tmp_path: Path) -> None:
+    save_student(student, tmp_path / "last.safetensors")
+    assert torch.equal(load_student(tmp_path).logit_scale, student.logit_scale)
+    best = create_student(student.config)
+    best.logit_scale.data.fill_(1.5)
+    save_student(best, tmp_path / "best.safetensors")
+    assert load_student(str(tmp_path)).logit_scale.item() == 1.5
+
+
+def test_other_folders_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is a folder without best\.safetensors or last\.safetensors: give a"):
+        load_student(tmp_path)
+    save_teacher(create_teacher("tiny", context_length=32), tmp_path / "best.safetensors")
+    with pytest.raises(InputError, match="holds a teacher, not a student: load it with load_teacher"):
+        load_student(tmp_path)
 
 
 def test_ambiguous_weights_ask_for_the_variant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_what_is_no_model_ends_in_one_line(files: Path, tmp_path: Path) -> None:
         ("other.safetensors", "neither a MobileCLIP student nor a CLIP teacher: it begins with 'layer.weight'"),
         ("broken.safetensors", "not a whole safetensors file"),
         ("cut.pt", "not a whole torch weight file"),
-        ("empty", "is a folder without best.safetensors"),
+        ("empty", "is a folder without best.safetensors or last.safetensors: .* a folder with open_clip_config.json"),
         ("absent.pt", "no checkpoint at"),
         ("mobileclip", "no checkpoint at"),
     ):
