@@ -25,11 +25,11 @@ from eval.benchmarks.protocols import RetrievalSet
 from eval.cost import measure_costs
 from eval.long_captions import long_caption_behaviour
 from eval.measures.compare_measures import Kept, measure_retrieval, model_digest
+from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
 from eval.measures.zeroshot import evaluate_zeroshot
 from eval.pages.compare_page import comparison_report
 from eval.pages.compare_tables import Comparison, comparison_json, comparison_markdown, summarise
 from eval.pages.report import write_report
-from eval.retrieval import EncodedSet, encode_retrieval_set
 from eval.towers.encoding_options import EncodingOptions
 from eval.towers.feature_cache import FeatureCache
 from eval.towers.models import ClipModel, load_model, weights_file

@@ -38,8 +38,8 @@ from eval.measures.caption_edits import (
     split_sentences,
 )
 from eval.measures.recall import direction_metrics, recall_metrics, retrieval_ranks
+from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
 from eval.pages.long_caption_plots import plot_long_captions
-from eval.retrieval import EncodedSet, encode_retrieval_set
 from eval.towers.features import Encoding, encode_captions, evaluation_mode, model_device, show_track
 from eval.towers.models import ClipModel
 from eval.towers.open_clip_model import OpenClipModel

@@ -6,7 +6,6 @@ python eval/zeroshot_imagenet.py --checkpoint mobileclip_s0.pt --imagenet-val da
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,11 +16,11 @@ from rich.table import Table
 
 from eval.base.atomic_files import write_json
 from eval.base.processes import start
-from eval.benchmarks.annotation_files import read_text
+from eval.benchmarks.class_prompts import read_classnames, read_templates
 from eval.benchmarks.labelled_images import DatasetName, find_labelled_images
 from eval.command_line import EvaluationOptions
 from eval.measures.confusion import check_plot_path, draw_confusion
-from eval.measures.zeroshot import CIFAR_TEMPLATES, OPENAI_TEMPLATES, SIMPLE_TEMPLATES, classify, zeroshot_figures
+from eval.measures.zeroshot import classify, zeroshot_figures
 from longclip_teacher.errors import InputError, run_command
 
 # Where the layout of the validation folder is described
@@ -69,7 +68,7 @@ def main() -> None:
     options.check()
     if options.plot is not None:
         check_plot_path(options.plot)
-    classnames = read_lines(options.classnames) if options.classnames is not None else None
+    classnames = read_classnames(options.classnames)
     templates = read_templates(options.templates)
     labelled = find_labelled_images(options.imagenet_val, classnames, options.dataset)
     with start(options.device, allow_tf32=False) as runtime:
@@ -83,30 +82,6 @@ def main() -> None:
             draw_confusion(answers.confusion(), labelled.classnames, title, options.plot)
         if options.json is not None:
             write_json(options.json, result)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not lines:
-        raise InputError(f"{path} is empty: write one entry a line")
-    return lines
-
-
-def read_templates(choice: str) -> Sequence[str] | None:
-    """The templates that --templates means; None leaves them to the data set."""
-    named = {"auto": None, "openai": OPENAI_TEMPLATES, "simple": SIMPLE_TEMPLATES, "cifar": CIFAR_TEMPLATES}
-    if choice in named:
-        return named[choice]
-    if "{}" in choice:
-        return [choice]
-    if not Path(choice).is_file():
-        raise InputError(f"--templates {choice!r} is no file, no sentence with {{}}, and neither of {', '.join(named)}")
-    templates = read_lines(Path(choice))
-    for number, template in enumerate(templates, start=1):
-        if "{}" not in template:
-            raise InputError(f"{choice}, template {number}: {template!r} has no {{}} for the class name")
-    return templates
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -23,9 +23,9 @@ from rich.table import Table
 from eval.base.atomic_files import write_json
 from eval.cost import measure_costs
 from eval.measures.figures import Column, best_models, figure_columns, format_figure, model_figures
+from eval.measures.retrieval_examples import retrieval_examples
+from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.report import Report, model_colours, write_report
-from eval.pages.retrieval_examples import retrieval_examples
-from eval.retrieval import encode_retrieval_set
 from eval.towers.models import ClipModel, load_model
 from longclip_teacher.errors import InputError, run_command
 from mobileclip_student import MobileCLIP, reparameterize, save_student

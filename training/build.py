@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.benchmarks.class_prompts import OPENAI_TEMPLATES, read_classnames, read_templates
 from eval.benchmarks.labelled_images import find_labelled_images
-from eval.measures.zeroshot import OPENAI_TEMPLATES, zeroshot_classifier
+from eval.measures.zeroshot import zeroshot_classifier
 from eval.towers.models import load_model
-from eval.zeroshot_imagenet import read_templates
 from longclip_teacher import LongCLIP, create_teacher, load_teacher
 from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
@@ -27,7 +27,6 @@ from training.data.loader import OpenStore, ShardLoader, build_loader
 from training.data.store import TeacherFacts, TeacherStore
 from training.distill import TOWERS, Distiller, Teachers
 from training.distributed import Runtime
-from training.record.evaluate import zeroshot_classnames
 from training.settings.options import SpeedOptions
 from training.settings.tree import TrainConfig
 from training.step import seed_everything
@@ -251,7 +250,7 @@ def _teachers(config: TrainConfig) -> Teachers | None:
 def _prompts(teacher: LongCLIP, config: TrainConfig) -> Tensor:
     """The teacher's features of the classes of data.zeroshot, with which pictures without captions are compared."""
     assert config.data.zeroshot is not None
-    classes = zeroshot_classnames(config) or find_labelled_images(config.data.zeroshot).classnames
+    classes = read_classnames(config.data.zeroshot_classnames) or find_labelled_images(config.data.zeroshot).classnames
     return zeroshot_classifier(teacher, classes, read_templates(config.data.zeroshot_templates) or OPENAI_TEMPLATES)
 
 

@@ -12,15 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import pairwise, zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from sacrebleu import corpus_bleu
 from torch import Tensor
 
-if TYPE_CHECKING:  # retrieval.py imports this module
-    from eval.retrieval import EncodedSet
+from eval.measures.retrieval_set import EncodedSet
 
 __all__ = ["nearest_captions", "retrieved_text_quality"]
 

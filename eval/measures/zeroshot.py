@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from torch import Tensor
 
+from eval.benchmarks.class_prompts import CIFAR_TEMPLATES, OPENAI_TEMPLATES
 from eval.benchmarks.labelled_features import LabelledFeatures, encode_labelled
 from eval.benchmarks.labelled_images import LabelledImages, find_labelled_images
 from eval.measures.confusion import Matrix, confused_pairs, confusion_matrix, mean_recall, recall_by_class
@@ -24,9 +24,6 @@ from eval.towers.models import ClipModel
 from longclip_teacher.errors import InputError
 
 __all__ = [
-    "CIFAR_TEMPLATES",
-    "OPENAI_TEMPLATES",
-    "SIMPLE_TEMPLATES",
     "ZeroshotAnswers",
     "classify",
     "evaluate_zeroshot",
@@ -34,16 +31,6 @@ __all__ = [
     "zeroshot_figures",
 ]
 
-OPENAI_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)  # 80
-SIMPLE_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in SIMPLE_IMAGENET_TEMPLATES)  # 7
-_CIFAR_PHOTOS = (
-    *("a photo of {} {{}}.", "a blurry photo of {} {{}}.", "a black and white photo of {} {{}}."),
-    *("a low contrast photo of {} {{}}.", "a high contrast photo of {} {{}}.", "a bad photo of {} {{}}."),
-    *("a good photo of {} {{}}.", "a photo of {} small {{}}.", "a photo of {} big {{}}."),
-)
-CIFAR_TEMPLATES: tuple[str, ...] = tuple(  # 18, those of CLIP's authors for CIFAR-10 and -100
-    photo.format(article) for article in ("a", "the") for photo in _CIFAR_PHOTOS
-)
 TOP = 5
 _CLASSES_AT_ONCE = 64  # 5120 prompts: enough of like length to fill batches, few enough to hold
 _SCORES_AT_ONCE = 1 << 24

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eval import agreement as module
 from eval.agreement import agreement, linear_cka, neighbour_overlap
-from eval.retrieval import EncodedSet
+from eval.measures.retrieval_set import EncodedSet
 from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError, run_command
 from mobileclip_student import create_student, save_student

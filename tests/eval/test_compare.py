@@ -14,8 +14,8 @@ import torch
 import eval.compare
 from eval.benchmarks.protocols import load_retrieval_set
 from eval.compare import parse_models
+from eval.measures.retrieval_set import evaluate_retrieval
 from eval.pages.compare_page import length_bins
-from eval.retrieval import evaluate_retrieval
 from eval.towers.models import load_model
 from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError, run_command

@@ -11,7 +11,8 @@ from torch import nn
 
 import eval.retrieval
 from eval.benchmarks.protocols import PROTOCOLS, load_retrieval_set
-from eval.retrieval import evaluate_retrieval, print_table
+from eval.measures.retrieval_set import evaluate_retrieval
+from eval.retrieval import print_table
 from eval.towers.features import Encoding
 from longclip_teacher.errors import InputError
 

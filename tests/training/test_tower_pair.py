@@ -16,8 +16,8 @@ from torch.nn.functional import normalize
 
 from eval.base.images import open_image
 from eval.benchmarks.protocols import load_retrieval_set
+from eval.measures.retrieval_set import evaluate_retrieval
 from eval.measures.zeroshot import evaluate_zeroshot
-from eval.retrieval import evaluate_retrieval
 from eval.towers.tower_pair import TowerPair
 from longclip_teacher import LongCLIP, create_teacher, save_teacher
 from longclip_teacher.errors import InputError

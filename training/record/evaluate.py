@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from eval.benchmarks.class_prompts import read_classnames, read_templates
 from eval.benchmarks.named_sets import parse_sets
 from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
+from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set, evaluate_retrieval, retrieval_figures
 from eval.measures.zeroshot import evaluate_zeroshot
-from eval.retrieval import EncodedSet, encode_retrieval_set, evaluate_retrieval, retrieval_figures
 from eval.towers.features import Encoding, encode_captions, encode_images
 from eval.towers.models import ClipModel
 from eval.towers.tower_pair import TowerPair
-from eval.zeroshot_imagenet import read_lines, read_templates
 from longclip_teacher import LongCLIP
 from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP
 from training.settings.tree import TrainConfig
 
-__all__ = ["check_sets", "evaluate_tests", "judged_model", "test_sets", "validate", "zeroshot_classnames"]
+__all__ = ["check_sets", "evaluate_tests", "judged_model", "test_sets", "validate"]
 
 
 def judged_model(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None) -> ClipModel:
@@ -92,7 +92,7 @@ def check_sets(config: TrainConfig) -> None:
             raise InputError(
                 f"--data.zeroshot {config.data.zeroshot}: no such folder; give one of class folders, or None"
             )
-        zeroshot_classnames(config)
+        read_classnames(config.data.zeroshot_classnames)
         read_templates(config.data.zeroshot_templates)
 
 
@@ -101,7 +101,7 @@ def _zeroshot(model: ClipModel, config: TrainConfig) -> dict[str, Any]:
     return evaluate_zeroshot(
         model,
         config.data.zeroshot,
-        zeroshot_classnames(config),
+        read_classnames(config.data.zeroshot_classnames),
         read_templates(config.data.zeroshot_templates),
         _encoding(config),
     )
@@ -109,8 +109,3 @@ def _zeroshot(model: ClipModel, config: TrainConfig) -> dict[str, Any]:
 
 def _encoding(config: TrainConfig) -> Encoding:
     return Encoding(precision=config.run.precision, num_workers=config.data.num_workers)
-
-
-def zeroshot_classnames(config: TrainConfig) -> list[str] | None:
-    """The class names that a file gives; None: those of the folders of data.zeroshot."""
-    return None if config.data.zeroshot_classnames is None else read_lines(config.data.zeroshot_classnames)

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from eval.benchmarks.protocols import RetrievalSet
+from eval.measures.retrieval_set import evaluate_retrieval
 from eval.measures.zeroshot import evaluate_zeroshot, zeroshot_classifier
-from eval.retrieval import evaluate_retrieval
 from eval.towers.models import ClipModel
 from longclip_teacher import create_teacher
 from mobileclip_student import create_student

@@ -9,8 +9,8 @@ import torch
 
 from eval.measures import retrieved_text
 from eval.measures.recall import recall_metrics
+from eval.measures.retrieval_set import EncodedSet
 from eval.measures.retrieved_text import nearest_captions, retrieved_text_quality
-from eval.retrieval import EncodedSet
 
 CAPTIONS = [
     "A red dog runs over the green lawn.",

@@ -13,11 +13,9 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import nn
 
+from eval.benchmarks.class_prompts import CIFAR_TEMPLATES, OPENAI_TEMPLATES, SIMPLE_TEMPLATES
 from eval.benchmarks.labelled_images import find_labelled_images
 from eval.measures.zeroshot import (
-    CIFAR_TEMPLATES,
-    OPENAI_TEMPLATES,
-    SIMPLE_TEMPLATES,
     _best_classes,
     classify,
     evaluate_zeroshot,

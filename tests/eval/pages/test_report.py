@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from eval.measures.figures import Column, best_models, figure_columns, format_figure, model_figures
+from eval.measures.retrieval_examples import Answer, Example
 from eval.pages.charts import line_chart
 from eval.pages.report import Report, model_colours, write_report
-from eval.pages.retrieval_examples import Answer, Example
 from longclip_teacher.errors import InputError
 from training.record.curves import run_facts, training_curves
 

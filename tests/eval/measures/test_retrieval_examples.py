@@ -11,8 +11,8 @@ from PIL import Image
 
 from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
 from eval.measures.recall import retrieval_ranks
-from eval.pages.retrieval_examples import pick_examples, retrieval_examples, worst_examples
-from eval.retrieval import EncodedSet, encode_retrieval_set
+from eval.measures.retrieval_examples import pick_examples, retrieval_examples, worst_examples
+from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
 
 
 def test_known_colours_are_all_found(colour_model: torch.nn.Module, colour_folder: Path) -> None:

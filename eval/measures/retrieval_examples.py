@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eval.measures.recall import RetrievalRanks
-from eval.retrieval import EncodedSet
+from eval.measures.retrieval_set import EncodedSet
 
 __all__ = ["Answer", "Example", "pick_examples", "retrieval_examples", "worst_examples"]
 
