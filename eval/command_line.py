@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from eval.base.processes import is_main_process
 from eval.towers.encoding_options import EncodingOptions
 from eval.towers.feature_cache import FeatureCache
 from eval.towers.features import Encoding
 from eval.towers.models import ClipModel, load_model
 from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
+from longclip_teacher.weights_file import RECOGNISED
 from mobileclip_student import MobileCLIP, reparameterize
 
-__all__ = ["EvaluationOptions"]
+__all__ = ["EvaluationOptions", "show_recognised"]
+
+
+@contextmanager
+def show_recognised() -> Iterator[None]:
+    """While models are loaded, say on stderr which model was recognised in a file that holds no configuration.
+
+    Under torchrun rank 0 alone says it.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{Path(sys.argv[0]).stem}: %(message)s"))
+    level = RECOGNISED.level
+    if is_main_process():
+        RECOGNISED.addHandler(handler)
+        RECOGNISED.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        RECOGNISED.removeHandler(handler)
+        RECOGNISED.setLevel(level)
 
 
 @dataclass
@@ -49,16 +74,17 @@ class EvaluationOptions(EncodingOptions):
         super().check()
 
     def load(self) -> ClipModel:
-        """The model, in eval mode, on its device."""
+        """The model, in eval mode, on its device. A line on stderr says what was recognised in a published file."""
         assert self.checkpoint is not None  # check() comes first
-        model = load_model(
-            self.checkpoint,
-            variant=self.variant,
-            context_length=self.context_length,
-            pad_mask=self.pad_mask,
-            activation=self.activation,
-            device=self.torch_device(),
-        )
+        with show_recognised():
+            model = load_model(
+                self.checkpoint,
+                variant=self.variant,
+                context_length=self.context_length,
+                pad_mask=self.pad_mask,
+                activation=self.activation,
+                device=self.torch_device(),
+            )
         if not self.reparameterize:
             return model
         if not isinstance(model, MobileCLIP):

@@ -22,7 +22,14 @@ from longclip_teacher.key_layouts import FROZEN_POSITIONS, POSITIONS, to_our_key
 from longclip_teacher.model import LongCLIP
 from longclip_teacher.positions import NUM_KEPT_POSITIONS, stretch_positions
 from longclip_teacher.text import CONTEXT_LENGTH
-from longclip_teacher.weights_file import WeightsFile, load_strictly, read_weights, run_weights, write_weights
+from longclip_teacher.weights_file import (
+    RECOGNISED,
+    WeightsFile,
+    load_strictly,
+    read_weights,
+    run_weights,
+    write_weights,
+)
 
 __all__ = ["HUB_NAMES", "export_official", "load_teacher", "save_teacher", "teacher_file"]
 
@@ -54,7 +61,8 @@ def load_teacher(
     Files: the published `longclip-*.pt`; a CLIP ViT as safetensors or state dict with the keys of OpenAI, open_clip or
     transformers; what `save_teacher` wrote. `context_length` is the file's own unless given, but 248 for a CLIP of 77
     positions, which are stretched. `activation` must be given where the file cannot tell it: for CLIPs that are not
-    evidently OpenAI's. The log names the file's sha256. Whatever does not fit raises InputError in one line.
+    evidently OpenAI's. The log names the file's sha256, and the model that was recognised in a file of others. Whatever
+    does not fit raises InputError in one line.
     """
     path = teacher_file(name_or_path)
     if not Path(name_or_path).exists():  # from the hub
@@ -62,15 +70,18 @@ def load_teacher(
     file = read_weights(path)
     if file.metadata.get("format") == _FORMAT:
         model = _build(_config_inside(file), _own_tensors(file), context_length, path)
+        logger.info("%s: %s", name_or_path, model.config.describe())
     else:
         tensors, is_quickgelu = to_our_keys(file.tensors, path)
         config = _config_from_weights(tensors, "quickgelu" if is_quickgelu else activation, path)
         if context_length is None and config.text.context_length == _CLIP_CONTEXT_LENGTH:
             context_length = CONTEXT_LENGTH
         model = _build(config, tensors, context_length, path)
+        stretched = model.context_length > config.text.context_length
+        origin = f" (stretched from {config.text.context_length})" if stretched else ""
+        RECOGNISED.info("%s: %s%s", name_or_path, model.config.describe(), origin)
     if activation is not None and activation != model.config.activation:
         raise InputError(f"{path} is a {model.config.activation} model: leave out activation={activation!r}")
-    logger.info("teacher %s: %s", name_or_path, model.config)
     return model.to(device).eval().requires_grad_(False)
 
 

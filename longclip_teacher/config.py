@@ -98,6 +98,11 @@ class TeacherConfig:
         """Plain values for JSON."""
         return asdict(self)
 
+    def describe(self) -> str:
+        """The model in one phrase, such as `CLIP teacher with ViT 768 wide and patch 16, 248 tokens, quickgelu`."""
+        tower = f"ViT {self.image.width} wide and patch {self.image.patch}"
+        return f"CLIP teacher with {tower}, {self.text.context_length} tokens, {self.activation}"
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TeacherConfig:
         """The inverse of `to_dict`, also after JSON; raises InputError for a missing, unknown or impossible value."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from longclip_teacher.errors import InputError
 
 __all__ = [
+    "RECOGNISED",
     "RUN_WEIGHTS",
     "WeightsFile",
     "load_strictly",
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+RECOGNISED = logging.getLogger("longclip_teacher.recognised")
+"""Says, at INFO, which model was recognised in a file that holds no configuration; the commands show it."""
 RUN_WEIGHTS = ("best.safetensors", "last.safetensors")
 """What training writes into a run folder, in the order in which we look for it."""
 _SAFE_TORCH_LOAD = (2, 10)  # weights_only=True had bypasses before this release

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from longclip_teacher.errors import InputError
 from longclip_teacher.positions import stretch_positions
-from longclip_teacher.weights_file import WeightsFile, load_strictly, read_weights, run_weights, write_weights
+from longclip_teacher.weights_file import (
+    RECOGNISED,
+    WeightsFile,
+    load_strictly,
+    read_weights,
+    run_weights,
+    write_weights,
+)
 from mobileclip_student.layouts import fits, is_apple, is_published, rename_keys
 from mobileclip_student.model import VARIANTS, MobileCLIP, StudentConfig, create_student, variant_config
 from mobileclip_student.reparameterize import reparameterize
@@ -52,23 +59,31 @@ def load_student(
         pad_mask: default: as stored. A published file evaluates as published (False), unless it is stretched.
         device: where the student goes.
 
+    The log names the file's sha256, and the model that was recognised in a published file.
+
     Raises InputError when the file is missing or broken, or does not fit the variant in every key and shape.
     """
     path = _find(str(path_or_hub_name))
     weights = read_weights(path)
-    if weights.metadata.get("format") == _FORMAT:
+    is_own = weights.metadata.get("format") == _FORMAT
+    if is_own:
         config, tensors = _own(weights, variant)
     else:
         config, tensors = _published(weights, variant or _variant_in_name(f"{path_or_hub_name} {path.name}"))
         if pad_mask is None and context_length is not None:
             pad_mask = context_length > _PUBLISHED_LENGTH
+    origin = "official layout" if is_apple(weights.tensors) else "open_clip's layout"
     if context_length is not None and context_length != config.context_length:
+        if context_length > config.context_length:
+            origin += f", stretched from {config.context_length} tokens"
         tensors[_POSITIONS] = resize_positions(tensors[_POSITIONS], context_length, path)
         config = replace(config, context_length=context_length)
     if pad_mask is not None:
         config = replace(config, pad_mask=pad_mask)
     student = _empty_student(config)
     load_strictly(student, tensors, path)
+    if not is_own:
+        RECOGNISED.info("%s: %s (%s)", path_or_hub_name, config.describe(), origin)
     return student.to(device).eval()
 
 

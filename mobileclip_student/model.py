@@ -65,6 +65,12 @@ class StudentConfig:
         """Plain values, as JSON holds them."""
         return asdict(self)
 
+    def describe(self) -> str:
+        """The model in one phrase, such as `MobileCLIP student s0, 77 tokens, pads attended`."""
+        pads = "masked" if self.pad_mask else "attended"
+        fused = ", branches fused" if self.reparameterized else ""
+        return f"MobileCLIP student {self.variant}, {self.context_length} tokens, pads {pads}{fused}"
+
     def __post_init__(self) -> None:
         if not (1 <= self.embed_dim <= _MAX_SIZE and 2 <= self.context_length <= _MAX_SIZE):
             raise InputError(f"embed_dim {self.embed_dim} or context_length {self.context_length} is out of range")

@@ -15,7 +15,8 @@ import torch
 
 import eval.retrieval
 import eval.zeroshot_imagenet
-from longclip_teacher import create_teacher, save_teacher
+from longclip_teacher import LongCLIP, create_teacher, export_official, load_teacher, save_teacher
+from longclip_teacher.config import ImageTowerConfig, TeacherConfig, TextTowerConfig
 from longclip_teacher.errors import run_command
 from mobileclip_student import create_student, save_student
 
@@ -102,6 +103,25 @@ def test_the_list_of_protocols(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     shown = capsys.readouterr().out
     for name in ("sharegpt4v_1k (1000 pictures, 1000 captions)", "urban1k", "coco2017val", "folder (any number)"):
         assert name in shown
+
+
+def test_a_published_file_is_named_by_what_was_recognised(
+    student_file: Path, colour_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    image = ImageTowerConfig(size=32, patch=8, width=64, layers=1, heads=1)
+    config = TeacherConfig(64, image, TextTowerConfig(width=64, heads=1, layers=1), num_frozen_positions=20)
+    published = tmp_path / "longclip-tiny.pt"
+    torch.save(export_official(LongCLIP(config)), published)
+    arguments = ("--root", colour_folder, "--num-workers", 0, "--device", "cpu", "--checkpoint")
+    told = f"command: {published}: CLIP teacher with ViT 64 wide and patch 8, 248 tokens, quickgelu"
+    for _ in range(2):  # the second run says it once too
+        assert called(eval.retrieval, monkeypatch, *arguments, published) == 0
+        assert [line for line in capsys.readouterr().err.splitlines() if "quickgelu" in line] == [told]
+    assert called(eval.retrieval, monkeypatch, *arguments, student_file) == 0
+    assert "command: " not in capsys.readouterr().err
+    load_teacher(published)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_fused_student_gives_the_same_figures(

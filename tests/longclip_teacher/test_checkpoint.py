@@ -93,6 +93,8 @@ def test_openai_clip_is_stretched_on_load(
     with caplog.at_level(logging.INFO):
         model = load_teacher(path)
     assert sha256(path.read_bytes()).hexdigest() in caplog.text
+    told = f"{path}: CLIP teacher with ViT 128 wide and patch 8, 248 tokens, quickgelu (stretched from 77)"
+    assert ("longclip_teacher.recognised", logging.INFO, told) in caplog.record_tuples
     assert torch.equal(model.text.position_table, stretch_positions(weights["positional_embedding"]))
     assert (model.context_length, model.config.num_frozen_positions, model.config.activation) == (248, 20, "quickgelu")
     assert (model.config.image.heads, model.config.text.heads) == (2, 3)  # width / 64

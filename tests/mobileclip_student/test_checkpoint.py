@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -172,9 +173,17 @@ def test_ml_mobileclip_models_fit_their_variants_only(variant: str, tower: str, 
     assert [name for name in ("s0", "s1", "s2", "b") if fits(state, variant_config(name))] == [variant]
 
 
-def test_variant_is_read_off_the_weights(s0_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "weights.pt").symlink_to(s0_path)
-    assert load_student(tmp_path / "weights.pt").config.variant == "s0"
+def test_variant_is_read_off_the_weights(s0_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "weights.pt"
+    path.symlink_to(s0_path)
+    with caplog.at_level(logging.INFO, "longclip_teacher.recognised"):
+        assert load_student(path).config.variant == "s0"
+        load_student(path, context_length=248)
+    student = f"{path}: MobileCLIP student s0"
+    assert caplog.messages == [
+        f"{student}, 77 tokens, pads attended (official layout)",
+        f"{student}, 248 tokens, pads masked (official layout, stretched from 77 tokens)",
+    ]
 
 
 @pytest.mark.parametrize(
