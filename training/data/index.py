@@ -13,9 +13,8 @@ import glob
 import json
 import os
 import re
-import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -23,9 +22,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from braceexpand import braceexpand
 from rich.progress import track
-from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from eval.base.images import IMAGE_SUFFIXES
+from eval.base.tar_samples import TarMember, tar_samples
 from longclip_teacher.errors import InputError
 
 __all__ = [
@@ -40,7 +39,6 @@ __all__ = [
     "Stage",
     "expand_patterns",
     "is_remote",
-    "is_sample_member",
     "scan_tar",
 ]
 
@@ -170,44 +168,26 @@ def _local_matches(pattern: str) -> list[str]:
 def scan_tar(path: Path) -> ShardRecord:
     """Index a tar by reading its headers alone. Raises InputError naming a tar that is broken, cut short or empty."""
     num_bytes = path.stat().st_size
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            samples = list(group_by_keys(_members(tar), suffixes=None))
-            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-    except (tarfile.TarError, ValueError, OSError) as error:
-        reason = str(error.args[0]) if error.args else str(error)
-        raise InputError(f"{path} is not a whole tar file ({reason}): make or fetch it again") from None
-    if end != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header, or none, for the end
-        raise InputError(f"{path} is broken or cut short after {len(samples)} samples: make or fetch it again")
+    samples = list(tar_samples(path, lambda _: -1))
     if not samples:
         raise InputError(f"{path} is an empty shard: remove it or make it again")
-    keys = np.array([sample["__key__"].encode() for sample in samples], dtype=np.bytes_)
-    spans = np.array([_spans(sample) for sample in samples], dtype=np.int64)
+    keys = np.array([key.encode() for key, _ in samples], dtype=np.bytes_)
+    spans = np.array([_spans(members) for _, members in samples], dtype=np.int64)
     extra = {
-        name: np.array([sample.get(name, (0, 0)) for sample in samples], dtype=np.int64)
+        name: np.array([_span(members.get(name)) for _, members in samples], dtype=np.int64)
         for name in EXTRA_MEMBERS
-        if any(name in sample for sample in samples)
+        if any(name in members for _, members in samples)
     }
     return ShardRecord(path.name, num_bytes, "", keys, spans, extra=extra)
 
 
-def is_sample_member(member: tarfile.TarInfo) -> bool:
-    """Whether a tar member may belong to a sample: a plain file with a suffix, not hidden (macOS leaves `._1.jpg`)."""
-    hidden = member.name.rpartition("/")[2].startswith(".")
-    return member.isreg() and not member.issparse() and not hidden and base_plus_ext(member.name)[0] is not None
+def _spans(members: dict[str, TarMember]) -> list[tuple[int, int]]:
+    image = next((member for suffix, member in members.items() if f".{suffix}" in IMAGE_SUFFIXES), None)
+    return [_span(member) for member in (image, members.get("json"), members.get("txt"))]
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
-    for member in tar:
-        if is_sample_member(member):
-            if member.size < 0:
-                raise tarfile.ReadError(f"member {member.name} of negative size")
-            yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": ""}
-
-
-def _spans(group: dict[str, Any]) -> list[tuple[int, int]]:
-    image = next((group[suffix] for suffix in group if f".{suffix}" in IMAGE_SUFFIXES), (0, 0))
-    return [image, group.get("json", (0, 0)), group.get("txt", (0, 0))]
+def _span(member: TarMember | None) -> tuple[int, int]:
+    return (0, 0) if member is None else (member.offset, member.size)
 
 
 class OpenFiles:

@@ -8,18 +8,16 @@ read in one pass.
 
 from __future__ import annotations
 
-import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import fsspec
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from eval.base.images import IMAGE_SUFFIXES
+from eval.base.tar_samples import streamed_tar_samples
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from training.data.index import (
@@ -29,7 +27,6 @@ from training.data.index import (
     MAX_TEXT_BYTES,
     RawSample,
     Stage,
-    is_sample_member,
 )
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, collate
 from training.data.transforms import sample_generator
@@ -121,11 +118,14 @@ def read_remote_shard(url: str, stage: Stage = "both") -> Iterator[RawSample]:
     """The samples of a remote tar in one pass, undecoded. A member over its size bound is passed over, unread, as is
     one that the stage has no use for."""
     options = {} if url.startswith("s3:") else {"block_size": 0}  # 0: one plain download, no ranges
-    with fsspec.open(url, "rb", **options) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-        for group in group_by_keys(_members(tar, _member_bounds(stage))):
-            image = next((group[suffix] for suffix in group if f".{suffix}" in IMAGE_SUFFIXES), None)
-            extra = {name: group[name] for name in EXTRA_MEMBERS if group.get(name)}
-            yield RawSample(group["__key__"], image, group.get("json"), group.get("txt"), extra)
+    bounds = _member_bounds(stage)
+    with fsspec.open(url, "rb", **options) as file:
+        for key, members in streamed_tar_samples(file, lambda suffix: bounds.get(suffix, -1)):  # -1: not ours
+            content = {suffix: member.content for suffix, member in members.items() if member.content is not None}
+            if content:
+                image = next((content[suffix] for suffix in content if f".{suffix}" in IMAGE_SUFFIXES), None)
+                extra = {name: content[name] for name in EXTRA_MEMBERS if content.get(name)}
+                yield RawSample(key, image, content.get("json"), content.get("txt"), extra)
 
 
 def _member_bounds(stage: Stage) -> dict[str, int]:
@@ -136,12 +136,3 @@ def _member_bounds(stage: Stage) -> dict[str, int]:
     if stage == "both":
         bounds |= dict.fromkeys(EXTRA_MEMBERS, MAX_EXTRA_BYTES)
     return bounds
-
-
-def _members(tar: tarfile.TarFile, bounds: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    for member in tar:
-        suffix = (base_plus_ext(member.name)[1] or "").lower()
-        if is_sample_member(member) and member.size <= bounds.get(suffix, -1):  # -1: not ours
-            content = tar.extractfile(member)
-            yield {"fname": member.name, "data": content.read() if content else None, "__url__": ""}
-        tar.members = []  # type: ignore[attr-defined] # a stream of millions must not be remembered

@@ -1,0 +1,116 @@
+"""Tars from elsewhere: what belongs to a sample, how much of it is read, and where a tar is not whole."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from eval.base.tar_samples import TarSample, streamed_tar_samples, tar_samples
+from longclip_teacher.errors import InputError
+
+CONTENT = {"a/1.jpg": b"picture" * 200, "a/1.syn.JSON": b"{}", "a/2.v2.jpg": b"", "b.txt": b"caption" * 9000}
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    path = tmp_path / "whole.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in CONTENT.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+class Dribble:
+    """A network: `read` gives fewer bytes than were asked for, and nothing else can be done."""
+
+    def __init__(self, content: bytes, most: int) -> None:
+        self._file, self._most = io.BytesIO(content), most
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self._most))
+
+
+def streamed(content: bytes, most: int = 10_240) -> list[TarSample]:
+    return list(streamed_tar_samples(Dribble(content, most), lambda suffix: 1 << 20))
+
+
+def test_members_with_a_key_in_common_are_a_sample_and_are_read_where_they_lie(whole: Path) -> None:
+    content = whole.read_bytes()
+    samples = list(tar_samples(whole, lambda suffix: 1 << 20))
+    assert [(key, list(members)) for key, members in samples] == [
+        ("a/1", ["jpg", "syn.json"]),
+        ("a/2", ["v2.jpg"]),
+        ("b", ["txt"]),
+    ]
+    members = [member for _, found in samples for member in found.values()]
+    assert [member.content for member in members] == list(CONTENT.values())
+    assert [content[member.offset : member.offset + member.size] for member in members] == list(CONTENT.values())
+
+
+@pytest.mark.parametrize("most", [1, 511, 10_240])
+def test_a_stream_gives_what_the_file_gives_however_it_arrives(whole: Path, most: int) -> None:
+    assert streamed(whole.read_bytes(), most) == list(tar_samples(whole, lambda suffix: 1 << 20))
+
+
+def test_what_is_over_its_bound_is_not_read(whole: Path) -> None:
+    bounds = {"jpg": len(CONTENT["a/1.jpg"]) - 1, "syn.json": 2}
+    for samples in (
+        list(tar_samples(whole, lambda suffix: bounds.get(suffix, -1))),
+        list(streamed_tar_samples(Dribble(whole.read_bytes(), 999), lambda suffix: bounds.get(suffix, -1))),
+    ):
+        contents = [member.content for _, members in samples for member in members.values()]
+        assert contents == [None, b"{}", None, None]
+
+
+def test_a_tar_cut_anywhere_before_its_end_mark_is_not_whole(whole: Path, tmp_path: Path) -> None:
+    content = whole.read_bytes()
+    ((_, last),) = [item for _, members in tar_samples(whole, lambda _: -1) for item in members.items()][-1:]
+    end = -(-(last.offset + last.size) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    path = tmp_path / "cut.tar"
+    for length in (*range(0, end + 1, tarfile.BLOCKSIZE), 100, 700, end - 1, end + tarfile.BLOCKSIZE - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match=r"\A[^\n]*cut\.tar is not a whole tar file \([^\n]+\): make or fetch it"):
+            list(tar_samples(path, lambda suffix: 1 << 20))
+        for most in (333, 10_240):
+            with pytest.raises(tarfile.ReadError):
+                streamed(content[:length], most)
+    path.write_bytes(content[:-1])
+    with pytest.raises(InputError, match="its last block is cut short"):
+        list(tar_samples(path, lambda _: -1))
+    path.write_bytes(content[: end + tarfile.BLOCKSIZE])  # the mark alone, without what fills up the last record
+    assert len(list(tar_samples(path, lambda _: -1))) == len(streamed(path.read_bytes())) == 3
+
+
+def test_a_broken_header_is_no_end(whole: Path, tmp_path: Path) -> None:
+    content = bytearray(whole.read_bytes())
+    *_, last = (member for _, members in tar_samples(whole, lambda _: -1) for member in members.values())
+    content[last.offset - tarfile.BLOCKSIZE : last.offset] = b"\x55" * tarfile.BLOCKSIZE
+    path = tmp_path / "broken.tar"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"broken or cut short after 2 samples"):
+        list(tar_samples(path, lambda _: -1))
+    with pytest.raises(tarfile.ReadError, match="after 2 samples"):
+        streamed(bytes(content))
+
+
+def test_links_folders_hidden_and_repeated_files_belong_to_no_sample(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, kind in (("d.jpg", tarfile.DIRTYPE), ("l.json", tarfile.SYMTYPE), ("h.txt", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+        for name in ("._1.jpg", "no_suffix", "1.jpg"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    assert [(key, list(members)) for key, members in tar_samples(path, lambda _: 9)] == [("1", ["jpg"])]
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(tarfile.TarInfo("1.JPG"), io.BytesIO())
+    with pytest.raises(InputError, match="duplicate file name"):
+        list(tar_samples(path, lambda _: 9))
+    with pytest.raises(InputError, match=r"gone\.tar is not a whole tar file \(No such file"):
+        list(tar_samples(tmp_path / "gone.tar", lambda _: 9))
