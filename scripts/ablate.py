@@ -1,4 +1,4 @@
-"""Train every variant of a grid with every seed, one after the other, and put them into one table."""
+"""Train every variant of a grid with every seed, one after the other, and tabulate the results."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ from longclip_teacher.errors import InputError, run_command
 from training.record.run_log import read_metrics
 
 LOG, FAILURE = "log.txt", "failed.json"  # in a run's folder
-_TAIL = 15  # lines of a failed run's log that are kept beside it
+_TAIL = 15  # lines of a failed run's log that failed.json keeps
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @dataclass
 class Options:
-    """An ablation: what each setting changes, over several seeds, with the same data, steps and tests.
+    """Run an ablation: what each setting changes, over several seeds, on the same data, steps and tests.
 
-    python scripts/ablate.py scripts/grids/digits_smoke.toml --dry-run          # the commands, nothing run
+    python scripts/ablate.py scripts/grids/digits_smoke.toml --dry-run          # print the commands, run nothing
     python scripts/ablate.py scripts/grids/stamps.toml --processes 2
     python scripts/ablate.py scripts/grids/stamps.toml --set data.shards='data/other/*.tar' --only none crd
     sbatch --array=1-8 --wrap 'python scripts/ablate.py GRID.toml'              # each task takes its share
-    python scripts/ablate.py scripts/grids/stamps.toml --report                 # the table of what is finished
+    python scripts/ablate.py scripts/grids/stamps.toml --report                 # the table of the finished runs
 
-    Each variant and seed is a run of training/main.py in OUT/VARIANT/seed_N. A finished run is not run again and keeps
-    its weights alone, a stopped one goes on from its last checkpoint, a failed one leaves failed.json and the rest go
-    on (exit code 1 at the end). Then OUT/table.md, table.csv, table.png and results.json are written, with
-    OUT/commands.txt. How a grid is written stands at the top of scripts/ablation_grid.py.
+    Each variant and seed is a run of training/main.py in OUT/VARIANT/seed_N. A finished run is not repeated and keeps
+    only its weights. A stopped run resumes from its last checkpoint. A failed run leaves failed.json while the others
+    continue (the exit code is then 1). The results are OUT/table.md, table.csv, table.png and results.json, with the
+    commands in OUT/commands.txt. The top of scripts/ablation_grid.py describes the format of a grid.
     """
 
     grid: tyro.conf.Positional[Path]
     """TOML file of the grid."""
     out: Path | None = None
-    """Folder for the runs and the table; unset, runs/ and the grid's name."""
+    """Folder for the runs and the table. Default: runs/ and the grid's name."""
     processes: int = 1
-    """Training processes of a run, by torchrun; 1 is plain python."""
+    """Training processes per run, under torchrun. 1 uses plain python."""
     set: tuple[str, ...] = ()
-    """section.field=VALUE for all variants that do not have a value of their own, or NAME=VALUE for one of the grid's
-    values. Several values stand in one word: "data.tests='a=folder:x b=folder:y'"."""
+    """section.field=VALUE for every variant without a value of its own, or NAME=VALUE for one of the grid's values. Put
+    several values in one word: "data.tests='a=folder:x b=folder:y'"."""
     only: tuple[str, ...] = ()
-    """These variants alone, with the stages that they need; the table has the baseline too."""
+    """Run only these variants and the stages they need. The table includes the baseline too."""
     part: str | None = None
-    """K/N: the K-th of N shares of the runs, K from 1. In a SLURM job array the task's own share is the default."""
+    """K/N: run the K-th of N shares of the runs, K from 1. In a SLURM job array the task's own share is the default."""
     dry_run: bool = False
-    """Print the commands, and run nothing."""
+    """Print the commands and run nothing."""
     report: bool = False
-    """Run nothing, and write the table of what is finished."""
+    """Run nothing and write the table of the finished runs."""
 
     def check(self) -> None:
-        """InputError for options that cannot work together."""
+        """Raise InputError for options that cannot work together."""
         if self.processes < 1:
             raise InputError(f"--processes {self.processes}: give 1 or more")
         if self.dry_run and self.report:
@@ -73,12 +73,12 @@ class Options:
 
     @property
     def folder(self) -> Path:
-        """Where the runs are."""
+        """The folder of the runs."""
         return self.out or Path("runs") / self.grid.stem
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = tyro.cli(Options, description=Options.__doc__)
     options.check()
     grid = read_grid(options.grid, options.set)
@@ -99,25 +99,25 @@ def main() -> None:
     if options.report or share == (1, 1):
         report(options.folder, grid, [job for job in jobs if job.variant.name in chosen | {grid.baseline}])
     else:
-        say(f"part {share[0]} of {share[1]} is done; when all are, --report writes the table")
+        say(f"part {share[0]} of {share[1]} is done; once all parts are, --report writes the table")
     for job in failed:
-        say(f"failed: {job.folder / FAILURE}, its whole log is {LOG} beside it")
+        say(f"failed: {job.folder / FAILURE}, its full log is {LOG} beside it")
     if failed:
         raise SystemExit(1)
 
 
 def report(out: Path, grid: Grid, jobs: Sequence[Job]) -> None:
-    """The table on stdout and in files."""
+    """Print the table and write its files."""
     rows = gather(grid, jobs)
     if not rows:
-        say(f"no run in {out} is finished: there is no table yet")
+        say(f"no run in {out} has finished: there is no table yet")
         return
     Console(soft_wrap=True).print(write_table(out, grid, rows), markup=False, highlight=False)
     say(f"Table: {out / 'table.md'}, table.csv, table.png, results.json")
 
 
 def say(message: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     console.print(message, markup=False)
 
 
@@ -125,7 +125,7 @@ def say(message: str) -> None:
 
 
 def share_of(part: str | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """(K, N) of --part K/N, else of the SLURM job array that this process is a task of, else all: (1, 1)."""
+    """Return (K, N): from --part K/N, else from this process's task in a SLURM job array, else (1, 1) for all runs."""
     if part is not None:
         match = re.fullmatch(r"(\d+)/(\d+)", part)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
@@ -145,7 +145,7 @@ def share_of(part: str | None, environment: Mapping[str, str]) -> tuple[int, int
 
 
 def share_jobs(grid: Grid, jobs: Sequence[Job], k: int, n: int) -> list[Job]:
-    """The k-th of n shares; a variant and its stages of one seed fall into one share, in their order."""
+    """Return the k-th of n shares. A variant and its stages of one seed fall into one share, in their order."""
     families = grid.families()
     units = [(seed, number) for seed in grid.seeds for number in range(len(families))]
     mine = set(units[k - 1 :: n])
@@ -158,8 +158,7 @@ def share_jobs(grid: Grid, jobs: Sequence[Job], k: int, n: int) -> list[Job]:
 
 @dataclass
 class Clock:
-    """How much of the work of this call is done, counted in steps (in runs, where some give no steps), and what is
-    left."""
+    """Progress of this call, counted in steps (in runs if some have no known steps), and the time left."""
 
     jobs: Sequence[Job]
     started: float = field(default_factory=time.monotonic)
@@ -171,7 +170,7 @@ class Clock:
         self._before = {job.folder: self._share(job) for job in self.jobs}
 
     def eta(self, running: Job | None = None) -> str:
-        """Time left as people read it; a dash while nothing tells."""
+        """Return the time left in readable form, or a dash while it is unknown."""
         done = self.done + (self._work_done(running) if running else 0.0)
         if done <= 0:
             return "–"
@@ -189,19 +188,19 @@ class Clock:
         return float(job.config.run.max_steps or 1) if self._in_steps else 1.0
 
     def _share(self, job: Job) -> float:
-        """Of its steps, as its log tells."""
+        """Return the share of its steps that its log reports."""
         rows = read_metrics(job.folder)
         return min(1.0, rows[-1]["step"] / job.config.run.max_steps) if rows and job.config.run.max_steps else 0.0
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> list[Job]:
-    """Run what is not finished; returns the runs that failed, those whose stages failed included.
+    """Run what is not finished. Return the runs that failed, including those whose stages failed.
 
-    Raises InputError, before any work, for a finished run of other settings than the grid's.
+    Raise InputError, before any work, if a finished run has other settings than the grid.
     """
     finished = [job for job in jobs if is_finished(job)]
     waiting = [job for job in jobs if job not in finished]
-    say(f"{len(jobs)} runs: {len(finished)} are finished, {len(waiting)} to do")
+    say(f"{len(jobs)} runs: {len(finished)} finished, {len(waiting)} to do")
     clock, failed = Clock(waiting), []
     with Progress(
         TextColumn("{task.description}"),
@@ -228,13 +227,13 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> list[Job]:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the run has its results; then its facts are kept. Raises InputError if it was run with other settings."""
+    """Return whether the run has its results, and record its facts if so. Raise InputError if its settings differ."""
     if not (job.folder / "results.json").exists():
         return False
     if changed := config_differences(job):
         key, there, here = changed[0]
         raise InputError(
-            f"{job.folder} is a finished run with {key} = {there}, the grid has {here}: use another --out, or remove it"
+            f"{job.folder} is a finished run with {key} = {there}, but {here} in the grid: change --out or remove it"
         )
     if not (job.folder / RECORD).exists():
         write_json(job.folder / RECORD, {"facts": comparison_facts(job.config)})
@@ -242,7 +241,7 @@ def is_finished(job: Job) -> bool:
 
 
 def run_job(job: Job, processes: int, tick: Callable[[], None]) -> str | None:
-    """Train one run to its end; None, or what went wrong in one line, which failed.json tells in full."""
+    """Train one run to its end. Return None, or what went wrong in one line; failed.json has the details."""
     (job.folder / FAILURE).unlink(missing_ok=True)
     if missing := [folder for folder in job.stages if not (folder / RECORD).exists()]:
         return fail(job, processes, f"its stage {missing[0]} is not finished")
@@ -255,12 +254,12 @@ def run_job(job: Job, processes: int, tick: Callable[[], None]) -> str | None:
             return fail(job, processes, "it ended without results.json")
     except InputError as error:
         return fail(job, processes, str(error))
-    shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # of hundreds of runs they would fill a disk
+    shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)  # hundreds of them would fill a disk
     return None
 
 
 def fail(job: Job, processes: int, problem: str) -> str:
-    """Record what went wrong, and the end of the log, in the run's folder; returns the problem with its last line."""
+    """Record the problem and the end of the log in the run's folder. Return the problem with the last error."""
     log = job.folder / LOG
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:] if log.exists() else []
     content: dict[str, Any] = {"problem": problem, "command": shlex.join(job.command(processes)), "log": lines}
@@ -270,8 +269,8 @@ def fail(job: Job, processes: int, problem: str) -> str:
 
 
 def launch(command: list[str], log_file: Path, tick: Callable[[], None]) -> int:
-    """The exit code of a command run to its end; what it prints is added to `log_file`, `tick` is called meanwhile."""
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # a process a core is faster than threads
+    """Run a command to its end and return its exit code. Append its output to `log_file` and call `tick` meanwhile."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # one process per core is faster than threads
     with (
         log_file.open("ab") as log,
         subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT) as process,
@@ -282,7 +281,7 @@ def launch(command: list[str], log_file: Path, tick: Callable[[], None]) -> int:
                     return process.wait(timeout=1)
                 except subprocess.TimeoutExpired:
                     tick()
-        except BaseException:  # Ctrl-C must not leave a training behind
+        except BaseException:  # Ctrl-C must not leave a training run behind
             process.terminate()
             raise
 

@@ -1,4 +1,4 @@
-"""What an ablation consists of: a TOML grid read into variants, and these into jobs, one training run each.
+"""The definition of an ablation: a TOML grid is read into variants, and these into jobs, one training run each.
 
 A grid names what all runs share and what sets each variant apart:
 
@@ -10,14 +10,14 @@ A grid names what all runs share and what sets each variant apart:
 
     [[variant]]
     name = "crd"
-    group = "relational"                # what it belongs to: a column of the table, a colour of the plot
+    group = "relational"                # a column of the table and a colour of the plot
     overrides.loss.crd_long = 1.0
     after = ["image_stage"]             # runs of the same seed that must be finished first
     overrides.init.image = "{run:image_stage}"      # the folder of that run
-    differs = ["run.max_steps"]         # in what it may differ from the baseline; printed beside its row
+    differs = ["run.max_steps"]         # fields that may differ from the baseline; printed in its row
 
-A variant that stands in another's `after` is a stage: it has no row, its steps, data and minutes count in the row of
-the variant that it leads to.
+A variant named in another's `after` is a stage. It has no row of its own: its steps, data and minutes count in the row
+of the variant that it leads to.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ FACTS = (
     *("data.shards", "data.images", "data.captions", "data.epoch_samples", "data.val", "data.tests", "data.zeroshot"),
     *("run.max_steps", "run.global_batch_size", "run.stage"),
 )
-"""What runs must have in common to be compared, named by the field that decides it; a variant's `differs` are some."""
-_PLACEHOLDER = re.compile(r"\{(run:)?([A-Za-z_][\w.+-]*)\}")  # no shard pattern such as {000..123}, no {} of a prompt
+"""The fields in which compared runs must agree. A variant's `differs` lists exceptions."""
+_PLACEHOLDER = re.compile(r"\{(run:)?([A-Za-z_][\w.+-]*)\}")  # not {000..123} of shards, not {} of a prompt
 
 Overrides = dict[str, tuple[str, ...]]  # by section.field
 
@@ -62,7 +62,7 @@ class Variant:
     group: str
     preset: str
     overrides: Overrides
-    """The grid's, --set's and its own, placeholders still in them."""
+    """The overrides of the grid, of --set and of the variant, with placeholders still in them."""
     after: tuple[str, ...]
     differs: tuple[str, ...]
 
@@ -78,25 +78,26 @@ class Grid:
 
     @property
     def rows(self) -> list[Variant]:
-        """The variants that are compared: those that are no stage."""
+        """The variants that are compared: those that are not stages."""
         stages = {stage for variant in self.variants.values() for stage in variant.after}
         return [variant for variant in self.variants.values() if variant.name not in stages]
 
     def stages(self, name: str) -> list[str]:
-        """The variants that must be finished before `name`, first things first."""
+        """Return the variants that must be finished before `name`, earliest first."""
         found: list[str] = []
         for stage in self.variants[name].after:
             found += [*self.stages(stage), stage]
         return list(dict.fromkeys(found))
 
     def chosen(self, names: Sequence[str]) -> set[str]:
-        """The variants of these names (none: all) with their stages. Raises InputError for an unknown name."""
+        """Return the named variants (all if `names` is empty) with their stages. Raise InputError for an unknown
+        name."""
         if unknown := [name for name in names if name not in self.variants]:
             raise InputError(f"--only {unknown[0]}: the grid has {', '.join(self.variants)}")
         return {part for name in names or self.variants for part in (*self.stages(name), name)}
 
     def families(self) -> list[set[str]]:
-        """Variants that are tied by `after`, which one machine must run in order."""
+        """Return the groups of variants tied by `after`. One machine must run a group in order."""
         families: list[set[str]] = []
         for variant in self.variants.values():
             tied = {variant.name, *variant.after}
@@ -118,14 +119,14 @@ class Job:
 
     @cached_property
     def config(self) -> TrainConfig:
-        """What the arguments come to; read when asked for, because that takes a fifth of a second."""
+        """The configuration that the arguments give. It is parsed on demand, because that takes a fifth of a second."""
         try:
             return parse_config(self.arguments)
         except InputError as error:
             raise InputError(f"variant {self.variant.name}: {error}") from None
 
     def command(self, processes: int) -> list[str]:
-        """What trains it, in `processes` processes."""
+        """Return the command that trains it in `processes` processes."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         return [sys.executable, *(launcher if processes > 1 else []), str(TRAINING_SCRIPT), *self.arguments]
 
@@ -134,7 +135,8 @@ class Job:
 
 
 def read_grid(path: Path, settings: Sequence[str] = ()) -> Grid:
-    """The grid of a TOML file; `settings` are --set's NAME=VALUE. Raises InputError in one line for what is wrong."""
+    """Read a grid from a TOML file; `settings` are --set's NAME=VALUE. Raise a one-line InputError for what is
+    wrong."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -167,7 +169,7 @@ def read_grid(path: Path, settings: Sequence[str] = ()) -> Grid:
         raise InputError(f"{path}: seeds = {seeds}: give different whole numbers from 0")
     grid = Grid(baseline, tuple(seeds), _stages_first(variants, path), values)
     if baseline not in {variant.name for variant in grid.rows}:
-        raise InputError(f"{path}: the baseline {baseline} is no variant of the grid, or a stage of another")
+        raise InputError(f"{path}: the baseline {baseline} is not a variant of the grid, or it is a stage")
     return grid
 
 
@@ -175,10 +177,10 @@ def _variant(table: _Table, preset: str, common: Overrides) -> Variant:
     name = table.text("name")
     table.where = f"{table.where} called {name}"
     if not is_plain_name(name):
-        raise InputError(f"{table.where}: a name is letters, digits, . _ + and -, because a folder bears it")
+        raise InputError(f"{table.where}: write letters, digits, . _ + and -, because it names a folder")
     differs = tuple(table.take("differs", list, []))
     if unknown := [field for field in differs if field not in FACTS]:
-        raise InputError(f"{table.where}: differs may name {', '.join(FACTS)}; not {unknown[0]}")
+        raise InputError(f"{table.where}: differs may name {', '.join(FACTS)}, not {unknown[0]}")
     variant = Variant(
         name=name,
         group=table.text("group", ""),
@@ -192,17 +194,17 @@ def _variant(table: _Table, preset: str, common: Overrides) -> Variant:
 
 
 class _Table:
-    """A TOML table whose keys are taken one by one, so that one left over is a typing error."""
+    """A TOML table whose keys are taken one by one, so that a leftover key shows a typing error."""
 
     def __init__(self, content: Any, where: str) -> None:
         if not isinstance(content, dict):
-            raise InputError(f"{where}: write [[variant]] and its fields below")
+            raise InputError(f"{where}: write [[variant]] with its fields below")
         self.content, self.where = dict(content), where
 
     def take(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
         value = self.content.pop(key, default)
         if not isinstance(value, kind):
-            raise InputError(f"{self.where}: {key} = {value!r} is not what belongs there")
+            raise InputError(f"{self.where}: {key} = {value!r} has the wrong type")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
@@ -213,11 +215,11 @@ class _Table:
 
     def check_empty(self) -> None:
         if self.content:
-            raise InputError(f"{self.where}: there is no key {next(iter(self.content))}")
+            raise InputError(f"{self.where}: unknown key {next(iter(self.content))}")
 
 
 def _overrides(content: Mapping[str, Any] | Sequence[Any], where: str) -> Overrides:
-    """Of `{section = {field = value}}` or `["--section.field", "value", ...]`."""
+    """Read `{section = {field = value}}` or `["--section.field", "value", ...]`."""
     if isinstance(content, Mapping):
         found: Overrides = {}
         for section, fields in content.items():
@@ -233,7 +235,7 @@ def _overrides(content: Mapping[str, Any] | Sequence[Any], where: str) -> Overri
             key, equals, value = word[2:].partition("=")
             words[key] = [value] if equals else []
         elif not words:
-            raise InputError(f"{where}: overrides begin with --section.field, not with {word}")
+            raise InputError(f"{where}: overrides begin with --section.field, not {word}")
         else:
             words[list(words)[-1]].append(word)
     return {key: tuple(values) for key, values in words.items()}
@@ -257,7 +259,7 @@ def _stages_first(variants: Mapping[str, Variant], path: Path) -> dict[str, Vari
 
     def add(name: str, waiting: tuple[str, ...]) -> None:
         if name not in variants:
-            raise InputError(f"{path}: {waiting[-1]} comes after {name}, which the grid has not")
+            raise InputError(f"{path}: {waiting[-1]} comes after {name}, which is not in the grid")
         if name in waiting:
             raise InputError(f"{path}: {' after '.join([*waiting, name])}: a variant cannot wait for itself")
         if name not in ordered:
@@ -274,13 +276,13 @@ def _stages_first(variants: Mapping[str, Variant], path: Path) -> dict[str, Vari
 
 
 def make_jobs(grid: Grid, out: Path) -> list[Job]:
-    """All runs of the grid, a seed after the other, so that every variant has its first run early."""
+    """Return all runs of the grid, seed by seed, so that every variant gets its first run early."""
     return [_job(grid, variant, seed, out) for seed in grid.seeds for variant in grid.variants.values()]
 
 
 def check_jobs(jobs: Iterable[Job], processes: int) -> None:
-    """InputError for settings that the training would refuse, before anything is trained: once a variant, because its
-    seeds differ in nothing that matters."""
+    """Raise InputError for settings that the training would refuse, before anything is trained. One check per variant
+    is enough, because its seeds differ in nothing that matters."""
     for job in {job.variant.name: job for job in jobs}.values():
         config, name = job.config, job.variant.name
         try:
@@ -288,7 +290,7 @@ def check_jobs(jobs: Iterable[Job], processes: int) -> None:
         except InputError as error:
             raise InputError(f"variant {name}: {error}") from None
         if not config.data.tests and config.data.zeroshot is None:
-            raise InputError(f"variant {name} has no test to be judged by: give --data.tests or --data.zeroshot")
+            raise InputError(f"variant {name} has no test to evaluate it: give --data.tests or --data.zeroshot")
 
 
 def _job(grid: Grid, variant: Variant, seed: int, out: Path) -> Job:
@@ -302,7 +304,7 @@ def _job(grid: Grid, variant: Variant, seed: int, out: Path) -> Job:
         if not is_run and name in grid.values:
             return grid.values[name]
         hint = f"name {name} in its `after`" if is_run else f"write values.{name} = ... in the grid"
-        raise InputError(f"variant {variant.name}: nothing stands for {match.group()}; {hint}")
+        raise InputError(f"variant {variant.name}: {match.group()} has no value; {hint}")
 
     arguments = [variant.preset, *_flags(variant.overrides, fill)]
     arguments += ["--run.out_dir", str(folder(variant.name)), "--run.seed", str(seed), "--run.resume", "auto"]

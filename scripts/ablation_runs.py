@@ -1,6 +1,6 @@
-"""The finished runs of an ablation, read from their folders into rows, and refused where they cannot be compared.
+"""The finished runs of an ablation, read from their folders into rows. Runs that cannot be compared are refused.
 
-A row is a variant: its runs, one a seed, and its difference from the baseline, paired by seed.
+A row is a variant: its runs, one per seed, and its difference from the baseline, paired by seed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 RECORD = "ablation.json"  # in a run's folder: its facts
-_ELSEWHERE = (  # settings that decide where and how a run is executed, not what comes out
+_ELSEWHERE = (  # settings that decide where and how a run is executed, not its results
     *("run.out_dir", "run.resume", "run.device", "run.seed", "run.log_every", "run.save_every", "run.keep_every"),
     "data.num_workers",
 )
@@ -58,16 +58,16 @@ class Run:
     figures: dict[str, float]
     """Percentages by column; `score` is the mean of both directions of the first test."""
     minutes: float
-    """Of training, its stages' included."""
+    """Training time, including its stages."""
     facts: dict[str, Any]
-    """What it must share with the runs that it is compared with, by field (FACTS)."""
+    """The values that must equal those of the runs it is compared with, by field (FACTS)."""
     settings: dict[str, Any]
-    """The configuration by section.field, without what leaves results alone."""
+    """The configuration by section.field, without settings that do not affect the results."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference from the baseline over the seeds that both have, and its 95% interval where there are two."""
+    """Mean difference from the baseline over their common seeds, and its 95% interval if there are two or more."""
 
     value: float
     low: float | None
@@ -77,18 +77,18 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant as the table has it."""
+    """One row of the table."""
 
     variant: Variant
     runs: tuple[Run, ...]
     settings: str
-    """What sets its configuration apart from the baseline's."""
+    """How its configuration differs from the baseline's."""
     apart: str
-    """In which facts it differs from the baseline, by its own declaration."""
+    """The declared facts in which it differs from the baseline."""
     differences: dict[str, Difference]
 
     def values(self, key: str) -> list[float]:
-        """A figure of every seed that has it, or the minutes."""
+        """Return a figure, or the minutes, for every seed that has it."""
         if key == "minutes":
             return [run.minutes for run in self.runs]
         return [run.figures[key] for run in self.runs if key in run.figures]
@@ -98,10 +98,10 @@ class Row:
 
 
 def comparison_facts(config: TrainConfig) -> dict[str, Any]:
-    """What decides whether another run can be compared with this one, by field; plain data for JSON.
+    """Return what decides whether another run can be compared with this one, by field, as plain data for JSON.
 
-    Shards count by the hashes of their manifests, test and validation sets by their content. Steps are told by the
-    run's log, not here.
+    Shards are identified by the hashes of their manifests, test and validation sets by their content. The number of
+    steps comes from the run's log, not from here.
     """
     data = config.data
     uses_shards = data.images is None and not data.captions
@@ -145,7 +145,7 @@ def _test_digests(tests: tuple[str, ...]) -> dict[str, str]:
 
 
 def config_differences(job: Job) -> list[tuple[str, Any, Any]]:
-    """Field, value there, value here: where the configuration in the run's folder is not the job's."""
+    """Return (field, value there, value here) where the configuration in the run's folder differs from the job's."""
     there, here = _settings(job.folder / "config.toml"), _flat(tomllib.loads(config_to_toml(job.config)))
     return [(key, value, here[key]) for key, value in there.items() if key in here and value != here[key]]
 
@@ -154,7 +154,8 @@ def config_differences(job: Job) -> list[tuple[str, Any, Any]]:
 
 
 def gather(grid: Grid, jobs: Sequence[Job]) -> list[Row]:
-    """The rows of what is finished among `jobs`, best first; runs that cannot be compared raise InputError."""
+    """Return the rows of the finished runs among `jobs`, best first. Raise InputError for runs that cannot be
+    compared."""
     runs: dict[str, list[Run]] = {}
     for job in jobs:
         if job.variant in grid.rows and all((folder / RECORD).exists() for folder in (*job.stages, job.folder)):
@@ -179,7 +180,7 @@ def _read_run(job: Job) -> Run:
         figures = model_figures({name: found[name] for name in names})
     except (KeyError, TypeError):
         raise InputError(
-            f"{job.folder / 'results.json'} is not what a run writes: remove the folder, run again"
+            f"{job.folder / 'results.json'} is not the results of a run: remove the folder and run again"
         ) from None
     first = [figures[f"{tests[0]}_{way}_r1"] for way in ("i2t", "t2i")] if tests else [figures["zeroshot_top1"]]
     folders = (*job.stages, job.folder)
@@ -194,7 +195,7 @@ def _read_run(job: Job) -> Run:
 
 
 def _joined_facts(folders: Sequence[Path]) -> dict[str, Any]:
-    """The facts of a run and its stages as one: their steps added, their data together, the tests of the last."""
+    """Combine the facts of a run and its stages: add their steps, join their data, keep the tests of the last."""
     facts = [_read_json(folder / RECORD)["facts"] for folder in folders]
     joined = dict(facts[-1])
     for field in ("data.shards", "data.images", "data.captions", "data.epoch_samples", "run.global_batch_size"):
@@ -205,7 +206,8 @@ def _joined_facts(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def _seconds(folder: Path) -> float:
-    """Training time from the log: each line's samples over its rate, which holds however often the run was stopped."""
+    """Return training time from the log: each line's samples over its rate, which holds however often the run
+    stopped."""
     seconds, before = 0.0, 0.0
     for row in read_metrics(folder):
         seconds += (row["samples_seen"] - before) / row["samples_per_second"]
@@ -214,7 +216,7 @@ def _seconds(folder: Path) -> float:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The values of a run's config.toml by section.field, without what leaves the results alone."""
+    """Return the values of a run's config.toml by section.field, without settings that do not affect the results."""
     try:
         return _flat(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
@@ -237,19 +239,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_comparable(variant: Variant, runs: Sequence[Run], baseline: Run) -> None:
-    """Every run against the baseline's, in the fields that the variant declares against its own first."""
+    """Compare every run with the baseline's, or with the variant's first run in the fields that `differs` names."""
     for run in runs:
         for field in FACTS:
             other = runs[0] if field in variant.differs else baseline
             if run.facts[field] != other.facts[field]:
                 raise InputError(
                     f"{run.folder} and {other.folder} cannot be compared: {field} is {run.facts[field]} in the first, "
-                    f'{other.facts[field]} in the second; if that is meant, write differs = ["{field}"] in the variant'
+                    f'{other.facts[field]} in the second; if intended, write differs = ["{field}"] in the variant'
                 )
 
 
 def _row(variant: Variant, runs: tuple[Run, ...], baseline: Sequence[Run]) -> Row:
-    """The row; against nothing while the baseline has no finished run."""
+    """Build the row, without differences while the baseline has no finished run."""
     first = runs[0]
     reference = baseline[0] if baseline else first
     changed = [key for key, value in first.settings.items() if value != reference.settings.get(key)]
@@ -274,9 +276,10 @@ def _plain(value: Any) -> str:
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference:
-    """Mean of the differences by seed and its 95% interval: Student's t over the seeds that both have (at least one).
+    """Return the mean of the differences by seed and its 95% interval: Student's t over the common seeds (at least
+    one).
 
-    The same seed gives both runs the same order of samples and the same crops, so pairing takes out what they share.
+        Runs of the same seed see the same order of samples and the same crops, so pairing removes what they share.
     """
     differences = [values[seed] - baseline[seed] for seed in sorted(set(values) & set(baseline))]
     n = len(differences)

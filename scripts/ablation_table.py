@@ -1,4 +1,4 @@
-"""What came out of an ablation as one table: Markdown, CSV, JSON and a picture."""
+"""The results of an ablation as one table: Markdown, CSV, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["write_table"]
 
 INTERVAL = (
     "Brackets: 95% interval of the mean difference from the baseline, paired by seed (Student's t over the differences "
-    "of the seeds that both have). It says what other seeds would change, not what other pictures would; with one "
-    "seed there is none. Of many variants that change nothing, one in twenty has an interval without zero."
+    "of the seeds that both have). The interval covers other seeds, not other pictures, and needs at least two seeds. "
+    "Among variants that change nothing, one in twenty has an interval that excludes zero."
 )
 
 
 def write_table(out: Path, grid: Grid, rows: Sequence[Row]) -> str:
-    """table.md, table.csv, results.json and table.png in `out`; returns the Markdown."""
+    """Write table.md, table.csv, results.json and table.png to `out`. Return the Markdown."""
     markdown = _markdown(grid, rows)
     write_text(out / "table.md", markdown)
     write_text(out / "table.csv", _csv(rows))
@@ -65,7 +65,7 @@ def _markdown(grid: Grid, rows: Sequence[Row]) -> str:
         lines.append(_line([*cells, row.settings + apart]))
     notes = [
         "Percentages; ± is the standard deviation between the seeds. Sorted by the mean of the first test's two "
-        "directions. Minutes are those of training, a variant's stages included.",
+        "directions. Minutes are training time, including a variant's stages.",
         INTERVAL,
         *_missing(grid, rows),
     ]
@@ -79,7 +79,7 @@ def _missing(grid: Grid, rows: Sequence[Row]) -> list[str]:
         for variant in grid.rows
         if found.get(variant.name, 0) < len(grid.seeds)
     ]
-    return [f"Not all seeds are there yet: {', '.join(short)}."] if short else []
+    return [f"Not all seeds have finished: {', '.join(short)}."] if short else []
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -99,7 +99,7 @@ def _difference(found: Difference | None) -> str:
 
 
 def _csv(rows: Sequence[Row]) -> str:
-    """A line a variant; of each figure mean, sd, difference, low, high."""
+    """Return one line per variant, with mean, sd, difference, low and high of each figure."""
     keys, text = [*_keys(rows), "minutes"], io.StringIO()
     parts = ("mean", "sd", "difference", "low", "high")
     writer = csv.writer(text, lineterminator="\n")
@@ -135,7 +135,8 @@ def _json(grid: Grid, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _plot(path: Path, grid: Grid, rows: Sequence[Row]) -> None:
-    """A line a variant, best on top: a small point a seed, a large one for the mean, the baseline's mean as a rule."""
+    """Plot one line per variant, best on top: a dot per seed, a diamond for the mean, a dashed rule for the
+    baseline."""
     groups = list(dict.fromkeys(variant.group for variant in grid.rows))
     colours = {group: f"C{number % 10}" for number, group in enumerate(groups)}  # matplotlib's ten
     figure = Figure(figsize=(8, 1.4 + 0.28 * len(rows)), dpi=150, layout="constrained")

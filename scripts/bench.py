@@ -1,4 +1,4 @@
-"""Measurements of speed and memory against a named baseline: one module of benches/ a bench, one row a case."""
+"""Benches of speed and memory against a named baseline: one module in benches/ per bench, one row per case."""
 
 from __future__ import annotations
 
@@ -47,46 +47,46 @@ class Options:
     python scripts/bench.py recall --full --json full.json  # 31,000 pictures x 155,000 captions: minutes, 2 GB
     python scripts/bench.py step --device cuda --precision bf16
 
-    teacher-text  teacher's text pass, long to short captions, against encoding them padded to 248 at its best batch
+    teacher-text  teacher's text pass, long to short captions, against padding them to 248 at the best batch
     student-text  student's text forward and backward, short captions, against padded to 248
     step          training step from stored teacher features, against the teacher online and everything padded
     data          JPEGs to an augmented batch on one core, against PIL and torchvision's v1 transforms
     tokenize      captions of 95 tokens, against open_clip's SimpleTokenizer
     pca           PCA branch forward and backward, against autograd through torch.linalg.svd
     loss          contrastive loss and KL, long and short, against full matrices: seconds, then memory
-    run           training by torchrun from the teacher cache, against the same preset with every saving off
-    image         student's image tower for inference, against its train form in eager mode
-    memory        peak of a step of 8192 pairs in chunks, and what dominates it
-    recall        ranks both ways, against a bare matmul of the same size in blocks whose results are thrown away
+    run           training under torchrun from the teacher cache, against the same preset with every saving off
+    image         student's image tower for inference, against its training form in eager mode
+    memory        peak memory of a step of 8192 pairs in chunks, and what dominates it
+    recall        ranks both ways, against a bare blockwise matmul of the same size that discards its results
 
-    Each case runs in a process of its own, so that its peak memory is its own. The times are medians of rounds that
-    alternate between ours and the baseline; leave the machine alone meanwhile.
+    Each case runs in its own process, so its peak memory is its own. Times are medians of rounds that alternate between
+    ours and the baseline; leave the machine idle meanwhile.
     """
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """What to measure, of the list above."""
+    """The bench to run, from the list above."""
     full: bool = False
-    """The sizes of the largest benchmark, not the small ones."""
+    """Use the sizes of the largest benchmark instead of the small ones."""
     rounds: int = 3
-    """Rounds of each case; the figures are their medians."""
+    """Rounds per case; the figures are their medians."""
     device: str = "cpu"
-    """Where models run: cpu, cuda or auto."""
+    """Device of the models: cpu, cuda or auto."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast of the models, on both sides."""
+    """Autocast precision of the models, on both sides."""
     preset: str = "digit_scenes"
     """run: the preset that both sides train."""
     shards: str | None = None
-    """run: shard pattern; without it the embedded data (python training/main.py makes it)."""
+    """run: shard pattern. Default: the embedded data (python training/main.py creates it)."""
     teacher: str | None = None
-    """run: weights of the teacher; without it the embedded one."""
+    """run: the teacher's weights. Default: the embedded teacher."""
     processes: int = 2
     """run: processes under torchrun."""
     json: Path | None = None
-    """Write the rows here, as JSON."""
+    """Write the rows to this file as JSON."""
 
 
 def print_rows(name: str, rows: list[Row]) -> None:
-    """The rows as a table on stdout."""
+    """Print the rows as a table on stdout."""
     table = Table(title=f"{name}: ratio above 1 means ours is better")
     for column in ("case", "unit", "ours", "baseline", "ratio", "largest difference", "peak GB"):
         table.add_column(column, justify="left" if column in ("case", "unit") else "right")
@@ -98,12 +98,12 @@ def print_rows(name: str, rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = tyro.cli(Options, description=Options.__doc__)
     if options.name not in BENCHES:
-        raise InputError(f"no bench {options.name!r}: it is one of {', '.join(BENCHES)}")
+        raise InputError(f"no bench {options.name!r}: choose one of {', '.join(BENCHES)}")
     if options.rounds < 1:
-        raise InputError(f"--rounds {options.rounds}: 1 or more")
+        raise InputError(f"--rounds {options.rounds}: give 1 or more")
     found = machine()  # before the bench adds its own load
     device = process_device(options.device)
     told = BenchOptions(

@@ -1,4 +1,4 @@
-"""Store a teacher's features of training shards, so that no training run has to run the teacher again."""
+"""Store a teacher's features of training shards, so that training runs need not run the teacher again."""
 
 from __future__ import annotations
 
@@ -44,72 +44,72 @@ from training.data.transforms import AugmentConfig
 from training.data.writer import file_sha256
 
 _STDERR = Console(stderr=True)
-_MAY_DIFFER = ("teacher", "libraries")  # settings in which a cache's sidecars need not agree
+_MAY_DIFFER = ("teacher", "libraries")  # settings in which the sidecars of a cache may differ
 
 
 @dataclass
 class Options:
-    """Store a teacher's features of training shards: image features of crops, features and tokens of captions.
+    """Store a teacher's features of training shards: image features of crops, text features and tokens of captions.
 
-    python scripts/cache_teacher.py --shards data/train --teacher longclip-b  # one crop a picture
+    python scripts/cache_teacher.py --shards data/train --teacher longclip-b  # one crop per picture
 
     python scripts/cache_teacher.py --shards 'data/train/*.tar' --teacher longclip-l --views 5 --precision bf16
 
-    torchrun --nproc_per_node 8 scripts/cache_teacher.py ...  # the shards shared out, on one or many nodes
+    torchrun --nproc_per_node 8 scripts/cache_teacher.py ...  # divides the shards, on one or more nodes
 
-    python scripts/cache_teacher.py --out data/train/teacher_cache --verify  # look for damage
+    python scripts/cache_teacher.py --out data/train/teacher_cache --verify  # check for damage
 
     python training/main.py PRESET --teacher.cache data/train/teacher_cache  # train from it
 
-    For each shard NAME.tar one sidecar NAME.safetensors is written, and teacher_cache.json says how. Started again, the
-    command keeps the sidecars that are finished. A training run must use the same --augment options.
+    The command writes one sidecar NAME.safetensors per shard NAME.tar, and its settings to teacher_cache.json. When
+    started again, it keeps finished sidecars. A training run must use the same --augment options.
     """
 
     shards: tuple[str, ...] = ()
-    """Shards, as for --data.shards: folders, paths with * or {000..123}. Local ones."""
+    """Local shards, as for --data.shards: folders, or paths with * or {000..123}."""
     teacher: str | None = None
     """Weight file, run folder or hub name (longclip-b, longclip-l)."""
     out: Path | None = None
-    """Folder of the sidecars; without it teacher_cache in the shards' folder."""
+    """Folder for the sidecars. Default: teacher_cache in the shards' folder."""
     views: int = 1
-    """Crops stored of each picture; training sees them in turn, one an epoch: as many as it has epochs repeat
-    none. 0: the centre crop, for training with --augment.centre."""
+    """Crops stored per picture. Training uses them in turn, one per epoch, so as many crops as epochs avoid repeats. 0
+    stores the centre crop, for training with --augment.centre."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """How the crops are drawn, as in the training run."""
+    """How crops are drawn, as in the training run."""
     seed: int = 0
     """Seed of the crops."""
     batch_size: int = 256
-    """Pictures encoded at a time; captions in batches of as many tokens as so many captions of 64."""
+    """Pictures per batch. A batch of captions holds as many tokens as this many captions of 64 tokens."""
     num_workers: int = min(8, os.cpu_count() or 1)
-    """Processes that decode pictures, for each process; 0 decodes in the main process."""
+    """Worker processes that decode pictures, per process; 0 decodes in the main process."""
     precision: Precision = "fp32"
-    """The arithmetic of the teacher; the features are stored in float16 in any case."""
+    """The teacher's arithmetic. Features are stored in float16 in any case."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
     activation: Activation | None = None
-    """The teacher's activation where its file does not tell it: quickgelu for OpenAI's, gelu for most others."""
+    """The teacher's activation if its file does not specify it: quickgelu for OpenAI's, gelu for most others."""
     fast_decode: bool = True
-    """Decode JPEGs with libjpeg-turbo through torchvision, as training does by default; otherwise with PIL."""
+    """Decode JPEGs with libjpeg-turbo through torchvision, as training does by default, instead of with PIL."""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Make nothing; read the cache in --out, compare all checksums and name what is damaged."""
+    """Create nothing. Read the cache in --out, check all checksums and name what is damaged."""
 
     def check(self) -> None:
-        """InputError for options that mean nothing."""
+        """Raise InputError for invalid options."""
         if min(self.views, self.seed, self.num_workers) < 0 or self.batch_size < 1:
             raise InputError("--views, --seed and --num-workers must be 0 or more, --batch-size 1 or more")
         if self.verify:
             if self.out is None:
-                raise InputError("--verify reads the cache that --out names: give --out FOLDER")
+                raise InputError("--verify reads the cache in --out: give --out FOLDER")
             return
         if not self.shards or self.teacher is None:
             raise InputError("give --shards PATTERN and --teacher FILE_OR_NAME (or --out FOLDER --verify)")
         if self.views and self.augment.centre:
-            raise InputError(f"--views {self.views}: there is one centre crop; give --views 0, or no --augment.centre")
+            raise InputError(f"--views {self.views}: with --augment.centre there is one crop; give --views 0")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one process has to do."""
+    """The work of one process."""
 
     writer: SidecarWriter
     facts: list[ShardFacts]
@@ -117,8 +117,8 @@ class Work:
 
 
 def prepare(options: Options, device: torch.device) -> Work:
-    """The index, the teacher, the settings, and which shards an earlier run has finished."""
-    assert options.teacher is not None  # check() comes first
+    """Load the index, the teacher and the settings, and find the shards that an earlier run finished."""
+    assert options.teacher is not None  # check() ensures it
     found = expand_patterns(options.shards)
     if is_remote(found[0]):
         raise InputError(f"{found[0]}: sidecars belong to local shards; copy them to a disk first")
@@ -127,7 +127,7 @@ def prepare(options: Options, device: torch.device) -> Work:
     refuse_same_names(index.paths)
     model = load_model(options.teacher, activation=options.activation, device=str(device))
     if not isinstance(model, LongCLIP):
-        raise InputError(f"--teacher {options.teacher} is no Long-CLIP or CLIP of ours: give one")
+        raise InputError(f"--teacher {options.teacher} is not a Long-CLIP or CLIP of longclip_teacher: give one")
     settings = cache_settings(
         options.teacher,
         model,
@@ -150,12 +150,12 @@ def _folder(options: Options, paths: Sequence[Path]) -> Path:
         return options.out
     parents = {path.parent for path in paths}
     if len(parents) > 1:
-        raise InputError(f"the shards lie in {len(parents)} folders: say with --out where their sidecars belong")
+        raise InputError(f"the shards are in {len(parents)} folders: give --out for their sidecars")
     return parents.pop() / "teacher_cache"
 
 
 def _refuse_other_settings(folder: Path, settings: CacheSettings) -> None:
-    """Raise InputError where the cache in `folder` was made otherwise; other library versions cost a warning."""
+    """Raise InputError if the cache in `folder` has other settings. Only warn about other library versions."""
     before, _ = read_cache(folder)
     for item in fields(CacheSettings):
         old, new = getattr(before, item.name), getattr(settings, item.name)
@@ -174,7 +174,7 @@ def _refuse_other_settings(folder: Path, settings: CacheSettings) -> None:
 
 def _other(folder: Path, name: str, old: object, new: object) -> InputError:
     return InputError(
-        f"{folder} holds a cache made otherwise: {name} is {old} there and {new} now; "
+        f"{folder} holds a cache with other settings: {name} is {old} there and {new} now; "
         "give another --out, or the same options"
     )
 
@@ -188,13 +188,13 @@ def _is_finished(folder: Path, facts: ShardFacts, record: SidecarRecord | None) 
 
 @contextmanager
 def samples_bar(runtime: Runtime, total: int) -> Iterator[Any]:
-    """A function that is told of encoded samples, and shows them on rank 0's terminal with the time that is left."""
+    """Yield a function that counts encoded samples and shows them, with the time left, on rank 0's terminal."""
     title = "encoding" if runtime.world_size == 1 else f"encoding, rank 0 of {runtime.world_size}"
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("samples, {task.fields[rate]} a second, elapsed"),
+        TextColumn("samples, {task.fields[rate]} per second, elapsed"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -212,7 +212,7 @@ def samples_bar(runtime: Runtime, total: int) -> Iterator[Any]:
 
 
 def make(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Tensor]:
-    """This process's share of the shards that are left; returns its counts."""
+    """Cache this process's share of the remaining shards and return its counts."""
     left = [(place, facts) for place, facts in enumerate(work.facts) if not is_done[place]]
     mine = left[runtime.rank :: runtime.world_size]
     counts = torch.zeros(2, dtype=torch.int64)  # samples, shards
@@ -226,7 +226,7 @@ def make(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Ten
 
 
 def cache(options: Options, runtime: Runtime) -> None:
-    """Make what is missing, on all processes, and say what the cache now holds."""
+    """Create what is missing, on all processes, and report what the cache now holds."""
     prepared: list[Work] = []
 
     def mask() -> dict[str, Tensor]:
@@ -236,7 +236,7 @@ def cache(options: Options, runtime: Runtime) -> None:
             write_cache_manifest(work.writer.folder, work.writer.settings)
         return {"is_done": torch.tensor(work.is_done)}
 
-    # rank 0's view decides for all: a process that starts late finds more shards done, and would deal others out
+    # rank 0's view decides for all: a process that starts late finds more shards done and would deal out others
     is_done = all_results(mask)[0]["is_done"].tolist()
     work, begin = prepared[0], time.monotonic()
     counts = torch.stack([part["counts"] for part in all_results(lambda: make(work, is_done, runtime))]).sum(dim=0)
@@ -253,13 +253,13 @@ def cache(options: Options, runtime: Runtime) -> None:
         f"({len(own) - num_shards} kept), {sum(record.num_distinct_captions for record in own)} distinct of "
         f"{sum(record.num_captions for record in own)} captions, {sum(record.num_bytes for record in own)} bytes, "
         f"{num_samples / max(seconds, 1e-9):.1f} samples/s"
-        + (f"; {num_unreadable} samples cannot be read, which training counts and replaces" if num_unreadable else "")
+        + (f"; {num_unreadable} unreadable samples, which training counts and replaces" if num_unreadable else "")
     )
 
 
 def verify(folder: Path, runtime: Runtime) -> None:
-    """Compare every sidecar with its record and its own checksums. Raises InputError if one is damaged or gone."""
-    read_cache(folder)  # raises where there is none
+    """Compare every sidecar with its record and its own checksums. Raise InputError if one is damaged or missing."""
+    read_cache(folder)  # raises if there is no cache
     records = read_records(folder)
     shards = list(records)
 
@@ -275,14 +275,14 @@ def verify(folder: Path, runtime: Runtime) -> None:
     num_damaged = sum(int(part["problems"]) for part in all_results(compare))
     if num_damaged and runtime.is_main:
         raise InputError(
-            f"{num_damaged} of {len(shards)} sidecars are damaged: delete them and run again; others are kept"
+            f"{num_damaged} of {len(shards)} sidecars are damaged: delete them and run again; the others are kept"
         )
     if runtime.is_main:
-        print(f"{folder}: {len(shards)} sidecars are whole")
+        print(f"{folder}: {len(shards)} sidecars are intact")
 
 
 def _damage(path: Path, sha256: str) -> list[str]:
-    """One line for each damaged sample of a sidecar, or for the file."""
+    """Return one line for each damaged sample of a sidecar, or one for the file."""
     try:
         sidecar = Sidecar(path)
         if file_sha256(path) == sha256:

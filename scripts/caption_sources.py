@@ -1,4 +1,4 @@
-"""Readers of public caption layouts: each gives a list of pictures with what is said of them."""
+"""Readers of public caption layouts. Each gives pictures with their captions."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["Pair", "read_coco", "read_folder", "read_sharegpt4v", "read_table"]
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its captions, not yet read. A missing short caption is left to the loader: the first sentence."""
+    """A picture and its captions, not read yet. The loader replaces a missing short caption by the first sentence."""
 
     key: str  # the sample's name in the shard
-    name: str  # the picture's path as the source writes it; --include and --exclude match this
+    name: str  # the picture's path as the source writes it, matched by --include and --exclude
     path: Path
     caption_long: str | tuple[str, ...]  # empty if there is none
     caption_short: str | None = None
 
 
 def read_sharegpt4v(json_file: Path, images: Path, split: Literal["train", "test", "all"]) -> Iterator[Pair]:
-    """ShareGPT4V rows: `image` and the answer, `conversations[1].value`. Rows 0 to 999 are Long-CLIP's test."""
+    """Yield ShareGPT4V rows: `image` and the answer, `conversations[1].value`. Rows 0 to 999 are Long-CLIP's test."""
     count = SHAREGPT4V_TEST_ROWS if split == "test" else sys.maxsize
     start = SHAREGPT4V_TEST_ROWS if split == "train" else 0
     for number, row in islice(enumerate(first_json_rows(json_file, count)), start, None):
@@ -39,13 +39,13 @@ def read_sharegpt4v(json_file: Path, images: Path, split: Literal["train", "test
             name, caption = row["image"], one_line(row["conversations"][1]["value"])
         except (KeyError, IndexError, TypeError):
             raise InputError(
-                f"{json_file}: row {number} is no ShareGPT4V row (image, conversations[1].value)"
+                f"{json_file}: row {number} is not a ShareGPT4V row (image, conversations[1].value)"
             ) from None
         yield Pair(f"{number:09d}", name, inside_root(images, name, json_file), caption)
 
 
 def read_coco(json_file: Path, images: Path) -> Iterator[Pair]:
-    """COCO captions: pictures by id, each with all of its captions, of which training draws one."""
+    """Yield COCO captions: pictures by id, each with all of its captions. Training draws one of them."""
     content = read_json(json_file)
     captions: dict[Any, list[str]] = {}
     try:
@@ -54,7 +54,7 @@ def read_coco(json_file: Path, images: Path) -> Iterator[Pair]:
         rows = [(row["id"], row["file_name"]) for row in sorted(content["images"], key=lambda row: row["id"])]
     except (KeyError, TypeError):
         raise InputError(
-            f"{json_file} is no COCO captions file (images: id, file_name; annotations: image_id, caption)"
+            f"{json_file} is not a COCO captions file (images: id, file_name; annotations: image_id, caption)"
         ) from None
     for number, (image_id, name) in enumerate(rows):
         own = tuple(filter(None, captions.get(image_id, [])))
@@ -62,7 +62,8 @@ def read_coco(json_file: Path, images: Path) -> Iterator[Pair]:
 
 
 def read_folder(images: Path) -> Iterator[Pair]:
-    """Pictures with a .txt of the same name beside them, or image/N.jpg with caption/N.txt (Urban-1k's layout)."""
+    """Yield pictures with a .txt of the same name beside them, or image/N.jpg with caption/N.txt (Urban-1k's
+    layout)."""
     if not images.is_dir():
         raise InputError(f"no folder at {images}")
     twin_folders = (images / "image").is_dir() and (images / "caption").is_dir()
@@ -75,10 +76,11 @@ def read_folder(images: Path) -> Iterator[Pair]:
 
 
 def read_table(file: Path, images: Path, delimiter: Literal["\t", ","]) -> Iterator[Pair]:
-    """Rows of picture path, long caption and perhaps short caption. A first row that names no picture is a header."""
+    """Yield rows of picture path, long caption and optional short caption. A first row without a picture is a
+    header."""
     if not file.is_file():
         raise InputError(f"no table at {file}")
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # in tsv files a quotation mark is just that
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # tsv has no quoting
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             for number, row in enumerate(csv.reader(stream, delimiter=delimiter, quoting=quoting)):
@@ -90,4 +92,4 @@ def read_table(file: Path, images: Path, delimiter: Literal["\t", ","]) -> Itera
                 short = one_line(row[2]) if len(row) > 2 else None
                 yield Pair(f"{number:09d}", row[0], path, one_line(row[1]), short or None)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is no UTF-8 table ({error})") from None
+        raise InputError(f"{file} is not a UTF-8 table ({error})") from None

@@ -45,24 +45,24 @@ class Options:
 
     python training/main.py PRESET --data.shards 'data/train_dr/*.tar' --teacher.cache datacompdr
 
-    Each sample becomes KEY.jpg (its bytes as they are), KEY.txt (its first short caption), KEY.syn.json (its long
-    captions), KEY.paug.json (the stored crops and operations) and KEY.npz (image_emb, text_emb), which code that reads
-    DataCompDR, ours with --teacher.cache datacompdr among it, trains on as it is. DataCompDR knows one ground-truth
-    caption: further short captions are left out, and a short caption that was the first sentence of the long caption
-    drawn is that of the first one. Started again, the command keeps the shards that are done.
+    Each sample becomes KEY.jpg (its original bytes), KEY.txt (its first short caption), KEY.syn.json (its long
+    captions), KEY.paug.json (the stored crops and operations) and KEY.npz (image_emb, text_emb). Code that reads
+    DataCompDR trains on them unchanged, including ours with --teacher.cache datacompdr. DataCompDR has one ground-truth
+    caption, so further short captions are left out. Where the short caption is the first sentence of the drawn long
+    caption, the export uses that of the first long caption. When started again, the command keeps finished shards.
     """
 
     shards: tuple[str, ...]
-    """The shards that the cache was made from."""
+    """The shards from which the cache was made."""
     cache: Path
-    """Folder of the cache."""
+    """The cache's folder."""
     out: Path
-    """Folder for the new shards, under the same names, and their manifest.json."""
+    """Folder for the new shards, which keep their names, and their manifest.json."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One shard, its sidecar, and what belongs to all of them."""
+    """One shard, its sidecar, and what all shards share."""
 
     index: ShardIndex
     samples: range
@@ -74,7 +74,7 @@ class _Source:
         for row, number in enumerate(self.samples):
             raw = self.index.read(number)
             views = [self.sidecar.view(row, view, raw.key) for view in range(self.sidecar.num_views)]
-            if views[0].is_valid:  # one that could not be read when the cache was made has nothing to export
+            if views[0].is_valid:  # a sample that was unreadable when the cache was made has nothing to export
                 yield raw.key, self._members(raw, views)
 
     def _members(self, raw: RawSample, views: list[StoredView]) -> dict[str, bytes]:
@@ -92,7 +92,7 @@ class _Source:
         )
 
     def _captions(self, raw: RawSample, stored: StoredView) -> tuple[list[str], str, list[int]]:
-        """Long captions, the short one, and the sidecar's rows of the short one and then the long ones."""
+        """Return the long captions, the short one, and the sidecar's rows of the short one and then the long ones."""
         try:
             long, shorts = read_captions(raw)
         except BadSample:
@@ -109,13 +109,13 @@ class _Source:
 
     def _misfit(self, key: str, what: str) -> InputError:
         return InputError(
-            f"{self.sidecar.path}: sample {key} has other {what} now than when the teacher cache was made: "
+            f"{self.sidecar.path}: the {what} of sample {key} changed after the teacher cache was made: "
             "run scripts/cache_teacher.py again"
         )
 
 
 def export(options: Options) -> tuple[int, int]:
-    """Write the new shards; returns how many samples they hold and how many the old ones hold."""
+    """Write the new shards. Return how many samples they hold and how many the old ones hold."""
     (settings, _), facts = read_cache(options.cache), cache_facts(options.cache)
     paths = expand_patterns(options.shards)
     if is_remote(paths[0]):
@@ -157,7 +157,7 @@ def _is_whole(path: Path, record: ShardRecord) -> bool:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = tyro.cli(Options, description=Options.__doc__)
     num_written, num_samples = export(options)
     print(f"{num_written} of {num_samples} samples in {options.out} ({MANIFEST_NAME} beside them)")

@@ -18,22 +18,22 @@ class Arguments:
     """Write digit scenes: boards of real handwritten digits with captions of about 100 tokens; no download.
 
     OUT/train, OUT/val: shards for training. OUT/random, OUT/twins: test pairs as Urban-1k folders; the captions of a
-    twin family share their first 77 tokens. OUT/val_twins: the same for choosing settings. OUT/digits: single digits as
-    an ImageFolder, for zero-shot classification. A folder that is finished is left as it is.
+    twin family share their first 77 tokens. OUT/val_twins: twins for choosing settings. OUT/digits: single digits as an
+    ImageFolder, for zero-shot classification. A finished folder is left unchanged.
     """
 
     out: Path = Path("data/digit_scenes")
-    """Folder to write; it appears only when whole."""
+    """Folder to write. It appears only once it is complete."""
     num_train: int = 16000
     """Training boards."""
     num_val: int = 1000
     """Validation boards, as shards."""
     num_test: int = 1000
-    """Pairs in each test: random, twins, and single digits."""
+    """Pairs in each test set: random, twins and single digits."""
     num_val_twins: int = 500
-    """Pairs in the twin set for choosing settings."""
+    """Pairs in the twin set used to choose settings."""
     seed: int = 0
-    """Draws other boards; held-out digits and layouts stay the same."""
+    """Seed of the boards. Held-out digits and layouts do not depend on it."""
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     )
     print(
         f"{args.out}: "
-        + (f"written in {time.perf_counter() - start:.0f} s" if written else "already there, left as it is")
+        + (f"written in {time.perf_counter() - start:.0f} s" if written else "already there, left unchanged")
     )
 
 

@@ -31,109 +31,110 @@ _JPEG_QUALITY = 95
 
 @dataclass(kw_only=True)
 class Output:
-    """What every importer takes."""
+    """Options of every importer."""
 
     out: Path
-    """Folder for the shards and their manifest.json. Started again, the command keeps the shards that are done."""
+    """Folder for the shards and their manifest.json. When started again, the command keeps finished shards."""
     name: str = "train"
-    """First part of the shards' file names."""
+    """Prefix of the shards' file names."""
     include: tuple[str, ...] = ()
-    """Glob patterns on the picture's path as the source writes it; at least one must match (* matches / too)."""
+    """Glob patterns for the picture's path as the source writes it; at least one must match (* matches / too)."""
     exclude: tuple[str, ...] = ()
-    """Glob patterns on the picture's path; none may match."""
+    """Glob patterns for the picture's path; none may match."""
     limit: int | None = None
-    """Take the first so many pictures that the patterns leave."""
+    """Take only the first pictures that the patterns select, this many."""
     val_share: float = 0.0
-    """Share of the pictures, chosen by a hash of their path, that goes to OUT/val instead, as image/N.jpg and
-    caption/N.txt, which evaluation and --data.val read."""
+    """Share of the pictures, chosen by a hash of their path, that goes to OUT/val instead. It is written as image/N.jpg
+    and caption/N.txt, which evaluation and --data.val read."""
     resize: int | None = None
-    """Shrink pictures to this shorter side in pixels, as JPEG of quality 95. Smaller ones keep their bytes, as all do
-    without this."""
+    """Shrink pictures to this shorter side in pixels, as JPEG of quality 95. Smaller pictures keep their bytes, and
+    without this option all do."""
     shard_size: int = 5000
-    """Pictures in a shard."""
+    """Pictures per shard."""
     workers: int = os.cpu_count() or 1
-    """Processes. The shards are the same whatever their number."""
+    """Worker processes. The shards do not depend on their number."""
     max_missing_share: float = 0.02
-    """Share of pictures that may be missing, unreadable or without a caption; they are listed in OUT/missing.txt."""
+    """Share of pictures that may be missing, unreadable or without a caption. OUT/missing.txt lists them."""
 
     def check(self) -> None:
-        """Raise InputError for numbers that mean nothing."""
+        """Raise InputError for invalid numbers."""
         if not 0 <= self.val_share < 1 or not 0 <= self.max_missing_share <= 1:
             raise InputError("--val-share and --max-missing-share are shares between 0 and 1")
         if min(self.shard_size, self.workers, self.limit or 1, self.resize or 1) < 1:
             raise InputError("--shard-size, --workers, --limit and --resize must be 1 or more")
         if not self.name or "." in self.name or "/" in self.name:
-            raise InputError(f"--name {self.name!r}: give a plain name without dots and slashes")
+            raise InputError(f"--name {self.name!r}: give a plain name without dots or slashes")
 
 
 @dataclass(kw_only=True)
 class ShareGPT4V(Output):
-    """ShareGPT4V's JSON and the folder below which its pictures lie. The first sentence becomes the short caption."""
+    """ShareGPT4V's JSON and the folder that contains its pictures. The first sentence becomes the short caption."""
 
     json: Path
-    """share-captioner_coco_lcs_sam_1246k_1107.json, or any JSON of such rows (image, conversations)."""
+    """share-captioner_coco_lcs_sam_1246k_1107.json, or any JSON with such rows (image, conversations)."""
     images: Path
     """Folder to which the rows' paths are relative."""
     split: Literal["train", "test", "all"] = "train"
-    """Rows 0 to 999 are the retrieval test of Long-CLIP, the rest is for training."""
+    """Rows 0 to 999 are Long-CLIP's retrieval test; the rest is for training."""
 
     def pairs(self) -> Iterator[Pair]:
-        """The rows of the split."""
+        """Yield the rows of the split."""
         return read_sharegpt4v(self.json, self.images, self.split)
 
 
 @dataclass(kw_only=True)
 class Coco(Output):
-    """A COCO captions JSON. A picture keeps all of its captions; training draws one each time."""
+    """A COCO captions JSON. A picture keeps all of its captions; training draws one of them each time."""
 
     json: Path
-    """annotations/captions_train2017.json or the like."""
+    """annotations/captions_train2017.json or similar."""
     images: Path
     """Folder with the pictures, for example train2017."""
 
     def pairs(self) -> Iterator[Pair]:
-        """The captioned pictures."""
+        """Yield the captioned pictures."""
         return read_coco(self.json, self.images)
 
 
 @dataclass(kw_only=True)
 class Folder(Output):
-    """Pictures with a .txt of the same name beside each, sub-folders too, or image/N.jpg with caption/N.txt."""
+    """Pictures with a .txt of the same name beside each, subfolders included, or image/N.jpg with caption/N.txt."""
 
     images: Path
     """The folder."""
 
     def pairs(self) -> Iterator[Pair]:
-        """The folder's pairs by path."""
+        """Yield the folder's pairs by path."""
         return read_folder(self.images)
 
 
 @dataclass(kw_only=True)
 class Tsv(Output):
-    """A tab-separated table without quoting: picture path, long caption, perhaps short caption. A header is skipped."""
+    """A tab-separated table without quoting: picture path, long caption, optional short caption. A header is
+    skipped."""
 
     file: Path
     """The table, UTF-8."""
     images: Path | None = None
-    """Folder to which the paths are relative; the table's own by default."""
+    """Folder to which the paths are relative. Default: the table's own."""
 
     def pairs(self) -> Iterator[Pair]:
-        """The table's rows."""
+        """Yield the table's rows."""
         return read_table(self.file, self.images or self.file.parent, "\t")
 
 
 @dataclass(kw_only=True)
 class Csv(Tsv):
-    """A comma-separated table: picture path, long caption, perhaps short caption. A header is skipped."""
+    """A comma-separated table: picture path, long caption, optional short caption. A header is skipped."""
 
     def pairs(self) -> Iterator[Pair]:
-        """The table's rows."""
+        """Yield the table's rows."""
         return read_table(self.file, self.images or self.file.parent, ",")
 
 
 @dataclass(kw_only=True)
 class Index:
-    """Write the manifest of shards that exist already, such as img2dataset's; training starts faster with it."""
+    """Write the manifest of existing shards, such as img2dataset's. Training starts faster with it."""
 
     shards: tuple[str, ...]
     """Folders or patterns of .tar files."""
@@ -148,11 +149,11 @@ class ShardJob:
     path: Path
     pairs: list[Pair]
     resize: int | None
-    inputs: str  # hash of all that decides the shard's bytes
+    inputs: str  # hash of everything that decides the shard's bytes
 
 
 def select(args: Output, pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs that the patterns and the limit leave, in the source's order."""
+    """Return the pairs that the patterns and the limit leave, in the source's order."""
     chosen: list[Pair] = []
     for pair in pairs:
         if args.include and not any(fnmatchcase(pair.name, pattern) for pattern in args.include):
@@ -160,7 +161,7 @@ def select(args: Output, pairs: Iterable[Pair]) -> list[Pair]:
         if any(fnmatchcase(pair.name, pattern) for pattern in args.exclude):
             continue
         if pair.path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise InputError(f"{pair.name!r} is not a picture's file name: mend the source or --exclude it")
+            raise InputError(f"{pair.name!r} is not a picture's file name: correct the source or --exclude it")
         chosen.append(pair)
         if len(chosen) == args.limit:
             break
@@ -170,7 +171,7 @@ def select(args: Output, pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def check_missing(args: Output, num_pictures: int, missing: Sequence[str]) -> None:
-    """List what is missing in OUT/missing.txt; InputError past the share."""
+    """List missing pictures in OUT/missing.txt. Raise InputError if they exceed --max-missing-share."""
     listing = args.out / "missing.txt"
     if not missing:
         listing.unlink(missing_ok=True)
@@ -184,7 +185,7 @@ def check_missing(args: Output, num_pictures: int, missing: Sequence[str]) -> No
 
 
 def fingerprint(pairs: Sequence[Pair], resize: int | None) -> str:
-    """Changes with anything that could change the shard: captions, order, a picture's path, size or time, `resize`."""
+    """Hash everything that could change the shard: captions, order, a picture's path, size or time, `resize`."""
     digest = hashlib.sha256(f"1 {resize}".encode())
     for pair in pairs:
         status = pair.path.stat()
@@ -194,7 +195,7 @@ def fingerprint(pairs: Sequence[Pair], resize: int | None) -> str:
 
 
 def make_shard(job: ShardJob) -> tuple[ShardRecord, list[str]]:
-    """Write one shard and, beside it, its record for a run that is interrupted. Also returns what could not be read."""
+    """Write one shard and its record, in case the run is interrupted. Also return what could not be read."""
     unreadable: list[str] = []
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -207,19 +208,20 @@ def make_shard(job: ShardJob) -> tuple[ShardRecord, list[str]]:
             yield pair.key, {suffix: data, "json": caption_member(pair.caption_long, pair.caption_short)}
 
     record = replace(write_shard(job.path, samples()), inputs=job.inputs)
-    # a shard that lacks a picture is made again next time, when the picture may have been mended
+    # a shard that lacks a picture is written again next time, when the picture may be readable
     if not unreadable:
         record_path(job.path).write_text(json.dumps(record.to_json()), encoding="utf-8")
     return record, unreadable
 
 
 def record_path(shard: Path) -> Path:
-    """Where a finished shard's record waits for the manifest."""
+    """Return where a finished shard's record waits for the manifest."""
     return shard.with_suffix(".record.json")
 
 
 def picture_bytes(path: Path, resize: int | None) -> tuple[str, bytes]:
-    """Suffix and bytes of a picture for the shard: the file as it is, or shrunk to the shorter side `resize`."""
+    """Return the suffix and bytes of a picture for the shard: the file unchanged, or shrunk to the shorter side
+    `resize`."""
     suffix = path.suffix.lower().removeprefix(".")
     try:
         data = path.read_bytes()
@@ -238,13 +240,13 @@ def picture_bytes(path: Path, resize: int | None) -> tuple[str, bytes]:
 
 
 def finished(args: Output, jobs: Sequence[ShardJob]) -> dict[Path, ShardRecord]:
-    """Records of the shards of an earlier run that are whole and would be made just the same."""
+    """Return the records of an earlier run's shards that are complete and would be made identically."""
     known = read_manifest(args.out)
     for job in jobs:
         try:
             known[job.path.name] = ShardRecord.from_json(json.loads(record_path(job.path).read_bytes()))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # not reached, or cut off while it was written
+            continue  # not reached, or interrupted while it was written
     done: dict[Path, ShardRecord] = {}
     for job in jobs:
         record = known.get(job.path.name)
@@ -259,12 +261,12 @@ def finished(args: Output, jobs: Sequence[ShardJob]) -> dict[Path, ShardRecord]:
 
 
 def progress(items: Iterable, title: str, total: int | None = None) -> Iterable:
-    """`items` with a progress bar on stderr, if that is a terminal."""
+    """Wrap `items` in a progress bar on stderr, if that is a terminal."""
     return track(items, title, total, console=_STDERR, transient=True, disable=not _STDERR.is_terminal)
 
 
 def in_parallel(function: Callable, items: Sequence, workers: int, title: str) -> Iterator:
-    """Results of `function` over `items` as they come, with a progress bar; on an error the rest is dropped."""
+    """Yield results of `function` over `items` as they come, with a progress bar. Drop the rest on an error."""
     if workers == 1 or len(items) == 1:
         yield from map(function, progress(items, title))
         return
@@ -278,7 +280,7 @@ def in_parallel(function: Callable, items: Sequence, workers: int, title: str) -
 
 
 def write_val(args: Output, pairs: Sequence[Pair]) -> list[str]:
-    """Write OUT/val/image/N.suffix and OUT/val/caption/N.txt, replaced as a whole. Returns what could not be read."""
+    """Replace OUT/val by image/N.suffix and caption/N.txt of these pairs. Return what could not be read."""
     unreadable: list[str] = []
     temporary = args.out / f".val.{os.getpid()}"
     (temporary / "image").mkdir(parents=True)
@@ -299,10 +301,10 @@ def write_val(args: Output, pairs: Sequence[Pair]) -> list[str]:
 
 
 def make_shards(args: Output, pairs: Iterator[Pair]) -> None:
-    """Select, check, write what is not done, then the manifest."""
+    """Select, check, write the missing shards, then write the manifest."""
     chosen = select(args, progress(pairs, "reading captions"))
     args.out.mkdir(parents=True, exist_ok=True)
-    for leftover in args.out.glob(f"{args.name}-*.tar.*.tmp"):  # of a run that was killed
+    for leftover in args.out.glob(f"{args.name}-*.tar.*.tmp"):  # left by a run that was killed
         leftover.unlink()
     missing = [pair.name for pair in chosen if not (pair.caption_long and pair.path.is_file())]
     check_missing(args, len(chosen), missing)

@@ -1,4 +1,4 @@
-"""Plan a distillation run: bytes of the teacher cache, GPU-hours with it and without, and when it pays."""
+"""Plan a distillation run: the size of the teacher cache, GPU-hours with and without it, and when it pays off."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from mobileclip_student import VARIANTS, create_student
 
 _SAMPLES = (1_200_000, 12_000_000, 1_280_000_000)  # ShareGPT4V, DataCompDR-12M, DataCompDR-1B
 _DATACOMPDR_BYTES = (30 + 1 + 5) * 1536 * 2  # 30 views, 1 + 5 captions, two teachers of 768, bfloat16
-_KEY_BYTES = 12  # of a sample's key
-_DRAWN_CAPTIONS = 2  # of a sample in a step: a long and a short one
-_BACKWARD = 3  # forward and backward over forward alone
+_KEY_BYTES = 12  # length of a sample's key
+_DRAWN_CAPTIONS = 2  # captions of a sample in one step: a long and a short one
+_BACKWARD = 3  # cost of forward and backward relative to forward alone
 _NOTES = (
-    "GPU-hours count arithmetic alone: no loading, evaluation or restarts, and GPUs that scale linearly",
-    "a teacher that runs online encodes one view and two captions of a sample in each epoch, on the same GPUs",
-    "a step of the student reads one view, one long and one short caption",
+    "GPU-hours count only arithmetic: no loading, evaluation or restarts, and linear scaling over GPUs",
+    "an online teacher encodes one view and two captions of each sample per epoch, on the same GPUs",
+    "a step of the student reads one view, one long and one short caption per sample",
 )
 
 
 @dataclass
 class Options:
-    """What a teacher cache and the run that uses it cost, before either is started.
+    """Estimate what a teacher cache and the run that uses it cost, before you start either.
 
     python scripts/plan_run.py --teacher b16 --student s0 --views 1 --epochs 30 --gpus 8
     python scripts/plan_run.py --teacher l14 --samples 12000000 --views 5 --epochs 10 --json plan.json \\
         --teacher-images-per-second 2100 --teacher-captions-per-second text.json:'mean 56' \\
         --student-samples-per-second step.json:L/14
 
-    The three rates are per GPU. Give a number, or FILE.json:CASE for the row of a file that scripts/bench.py wrote
-    (--json) whose case contains CASE. A rate that is not given is computed: the model's FLOPs, --gpu-tflops, and an
-    assumed utilisation, which is printed. Measure before you trust it.
+    The three rates are per GPU. Give a number, or FILE.json:CASE for the row whose case contains CASE in a file that
+    scripts/bench.py wrote (--json). A missing rate is computed from the model's FLOPs, --gpu-tflops and an assumed
+    utilisation, which is printed. Measure before you trust it.
 
-    The table has the bytes of the cache (beside them DataCompDR's, which keeps 30 views and two teachers), GPU-hours
-    of the teacher's pass and of the training, with the cache and with the teacher online, and the number of epochs at
-    which both cost the same. Each further run from the same cache pays nothing for its teacher.
+    The table shows the size of the cache (and of DataCompDR's, which keeps 30 views and two teachers), GPU-hours of the
+    teacher's pass and of the training, with the cache and with the teacher online, and the number of epochs at which
+    both cost the same. Further runs from the same cache pay nothing for their teacher.
     """
 
     teacher: str = "b16"
@@ -58,39 +58,39 @@ class Options:
     student: str = "s0"
     """s0, s1, s2, b, mobileclip2_s0/s2/s3/s4/b/l14, small or tiny."""
     samples: int | None = None
-    """Samples in the data set; unset: 1.2 million, 12 million and 1.28 billion."""
+    """Samples in the data set. Default: 1.2 million, 12 million and 1.28 billion."""
     views: int = 1
-    """A, the crops stored of a picture; 0 is the centre crop."""
+    """A, the crops stored per picture; 0 is the centre crop."""
     epochs: float = 10.0
     """Passes over the data."""
     gpus: int = 1
-    """GPUs for the days of wall-clock time."""
+    """GPUs, for the days of wall-clock time."""
     captions: float = 2.0
-    """Distinct captions stored of a sample, long and short together."""
+    """Distinct captions stored per sample, long and short together."""
     mean_caption_tokens: float = 60.0
-    """Their mean length in tokens, start and end included."""
+    """Mean length of a caption in tokens, including start and end."""
     rand_augment_ops: int = 0
-    """RandAugment operations of a view."""
+    """RandAugment operations per view."""
     teacher_images_per_second: str | None = None
-    """Pictures that the teacher encodes: a number or FILE.json:CASE."""
+    """Pictures per second that the teacher encodes: a number or FILE.json:CASE."""
     teacher_captions_per_second: str | None = None
-    """Captions that the teacher encodes, padding trimmed."""
+    """Captions per second that the teacher encodes, without padding."""
     student_samples_per_second: str | None = None
-    """Samples that the student trains on with stored features."""
+    """Samples per second that the student trains on with stored features."""
     gpu_tflops: float = 312.0
-    """Peak of a GPU in 1e12 operations a second; 312 is an A100's in bfloat16, an H100's is 989."""
+    """Peak of one GPU in 1e12 operations per second: 312 for an A100 in bfloat16, 989 for an H100."""
     teacher_utilisation: float = 0.4
     """Assumed share of the peak that the teacher's forward pass reaches."""
     student_utilisation: float = 0.15
-    """Assumed share of the peak in training; the student's small convolutions do not fill a GPU."""
+    """Assumed share of the peak in training. The student's small convolutions do not fill a GPU."""
     json: Path | None = None
-    """Write all figures here."""
+    """Write all figures to this file as JSON."""
 
     def check(self) -> None:
-        """Raise InputError for what no run can be."""
+        """Raise InputError for impossible options."""
         for name, value, known in (("teacher", self.teacher, TEACHERS), ("student", self.student, VARIANTS)):
             if value not in known:
-                raise InputError(f"--{name} {value}: it is one of {', '.join(known)}")
+                raise InputError(f"--{name} {value}: choose one of {', '.join(known)}")
         if self.views < 0 or self.rand_augment_ops < 0:
             raise InputError("--views and --rand-augment-ops must be 0 or more")
         for name in ("samples", "epochs", "gpus", "captions", "gpu_tflops"):
@@ -105,7 +105,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast one GPU is, and who says so."""
+    """The speed of one GPU and the source of that figure."""
 
     per_second: float
     origin: str
@@ -122,7 +122,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Plan:
-    """The figures of one data set's size; hours are GPU-hours."""
+    """The figures for one data set size; hours are GPU-hours."""
 
     samples: int
     cache_bytes: float
@@ -133,17 +133,17 @@ class Plan:
     total_hours_cache: float
     total_hours_online: float
     days_cache: float
-    """On all GPUs."""
+    """Wall-clock days on all GPUs."""
     days_online: float
 
 
 def sidecar_bytes_per_sample(
     embed_dim: int, views: int, captions: float, mean_tokens: float, num_ops: int = 0, key_bytes: float = _KEY_BYTES
 ) -> float:
-    """Bytes of a sample in a sidecar (training/cache/sidecar.py), its header aside.
+    """Return the bytes per sample in a sidecar (training/cache/sidecar.py), without its header.
 
     A view has its features (float16), crop, flip, operations and checksum; a distinct caption its features, tokens,
-    row numbers, offset and checksum; a sample its key, picture's size and checksum, two marks and two offsets.
+    row numbers, offset and checksum; a sample its key, picture's size and checksum, two flags and two offsets.
     """
     of_a_view = 2 * embed_dim + 4 * 4 + 1 + (1 + 4) * num_ops + 4
     of_a_caption = 2 * embed_dim + 2 * mean_tokens + 4 + 8 + 4
@@ -151,12 +151,12 @@ def sidecar_bytes_per_sample(
 
 
 def break_even_epochs(options: Options, rates: Rates) -> float:
-    """Epochs after which making the cache has cost as much as the teacher online."""
+    """Return the number of epochs after which making the cache has cost as much as the teacher online."""
     return _cache_seconds(options, rates) / _online_seconds(rates)
 
 
 def plan(options: Options, rates: Rates, samples: int) -> Plan:
-    """The figures for `samples` samples."""
+    """Compute the figures for `samples` samples."""
     of_a_sample = sidecar_bytes_per_sample(
         TEACHERS[options.teacher].embed_dim,
         options.views,
@@ -182,13 +182,13 @@ def plan(options: Options, rates: Rates, samples: int) -> Plan:
 
 
 def _cache_seconds(options: Options, rates: Rates) -> float:
-    """Of one GPU for one sample of the cache."""
+    """Return the seconds of one GPU per cached sample."""
     pictures = max(options.views, 1) / rates.teacher_images.per_second
     return pictures + options.captions / rates.teacher_captions.per_second
 
 
 def _online_seconds(rates: Rates) -> float:
-    """Of one GPU for one sample in one epoch."""
+    """Return the seconds of one GPU per sample and epoch."""
     return 1 / rates.teacher_images.per_second + _DRAWN_CAPTIONS / rates.teacher_captions.per_second
 
 
@@ -196,7 +196,7 @@ def _online_seconds(rates: Rates) -> float:
 
 
 def find_rates(options: Options) -> Rates:
-    """The rates that are given, and those of the others that FLOPs and assumed utilisation tell."""
+    """Return the given rates, and compute the others from FLOPs and the assumed utilisation."""
     images = _given(options.teacher_images_per_second, "--teacher-images-per-second")
     captions = _given(options.teacher_captions_per_second, "--teacher-captions-per-second")
     student = _given(options.student_samples_per_second, "--student-samples-per-second")
@@ -218,7 +218,7 @@ def _computed(flops: float, tflops: float, utilisation: float) -> Rate:
 
 
 def _flops(model: ClipModel, num_tokens: int) -> tuple[float, float]:
-    """FLOPs (2 x MACs) of one picture and of one caption of `num_tokens` tokens, forward."""
+    """Return the FLOPs (2 x MACs) of the forward pass for one picture and for one caption of `num_tokens` tokens."""
     pictures = torch.zeros(1, 3, model.image_size, model.image_size)
     tokens = torch.tensor([[SOT, *[EOT // 2] * (num_tokens - 2), EOT]])
     with evaluation_mode(model, "fp32"):
@@ -226,7 +226,7 @@ def _flops(model: ClipModel, num_tokens: int) -> tuple[float, float]:
 
 
 def _given(value: str | None, flag: str) -> Rate | None:
-    """The rate of a flag: a number, or the row of a bench's JSON."""
+    """Read a flag's rate: a number, or the row of a bench's JSON."""
     if value is None:
         return None
     try:
@@ -249,10 +249,10 @@ def _bench_rate(path: Path, case: str, flag: str) -> Rate:
     except OSError as error:
         raise InputError(f"{flag}: cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{flag}: {path} is no file that scripts/bench.py --json wrote") from None
+        raise InputError(f"{flag}: {path} was not written by scripts/bench.py --json") from None
     if len(rates) != 1:
         cases = ", ".join(f"{row['case']} ({row['unit']})" for row in rows)
-        raise InputError(f"{flag}: {len(rates)} rates of {path} have {case!r} in their case: {cases}")
+        raise InputError(f"{flag}: {path} has {len(rates)} rates whose case contains {case!r}: {cases}")
     return rates[0]
 
 
@@ -260,7 +260,7 @@ def _bench_rate(path: Path, case: str, flag: str) -> Rate:
 
 
 def print_plans(options: Options, rates: Rates, plans: list[Plan]) -> None:
-    """The table, a column a data set's size, and below it what it rests on."""
+    """Print the table, one column per data set size, and the assumptions below it."""
     console = Console()
     title = f"teacher {options.teacher}, student {options.student}, A = {options.views}, {options.epochs:g} epochs"
     table = Table(title=title, title_justify="left")
@@ -268,14 +268,14 @@ def print_plans(options: Options, rates: Rates, plans: list[Plan]) -> None:
     for one in plans:
         table.add_column(_count_text(one.samples), justify="right")
     cells: list[tuple[str, Callable[[Plan], str]]] = [
-        ("cache, bytes a sample", lambda one: f"{one.cache_bytes / one.samples:,.0f}"),
+        ("cache, bytes per sample", lambda one: f"{one.cache_bytes / one.samples:,.0f}"),
         ("cache", lambda one: _bytes_text(one.cache_bytes)),
         ("DataCompDR (30 views, bf16)", lambda one: _bytes_text(one.datacompdr_bytes)),
         ("teacher pass, GPU-hours", lambda one: _hours_text(one.teacher_hours_cache)),
         ("teacher online, GPU-hours", lambda one: _hours_text(one.teacher_hours_online)),
         ("training, GPU-hours", lambda one: _hours_text(one.training_hours)),
-        ("in all with the cache, GPU-hours", lambda one: _hours_text(one.total_hours_cache)),
-        ("in all online, GPU-hours", lambda one: _hours_text(one.total_hours_online)),
+        ("total with the cache, GPU-hours", lambda one: _hours_text(one.total_hours_cache)),
+        ("total online, GPU-hours", lambda one: _hours_text(one.total_hours_online)),
         (f"days on {options.gpus} GPUs with the cache", lambda one: f"{one.days_cache:,.2f}"),
         (f"days on {options.gpus} GPUs online", lambda one: f"{one.days_online:,.2f}"),
     ]
@@ -290,16 +290,16 @@ def print_plans(options: Options, rates: Rates, plans: list[Plan]) -> None:
 
 
 def _basis(options: Options, rates: Rates) -> list[str]:
-    """What the figures rest on, a line each."""
+    """Return the assumptions, one per line."""
     lines = [
-        f"{rates.teacher_images.per_second:,.0f} pictures/s a GPU, teacher ({rates.teacher_images.origin})",
-        f"{rates.teacher_captions.per_second:,.0f} captions/s a GPU, teacher ({rates.teacher_captions.origin})",
-        f"{rates.student_samples.per_second:,.0f} samples/s a GPU, student ({rates.student_samples.origin})",
-        f"{options.captions:g} distinct captions of {options.mean_caption_tokens:g} tokens a sample",
+        f"{rates.teacher_images.per_second:,.0f} pictures/s per GPU, teacher ({rates.teacher_images.origin})",
+        f"{rates.teacher_captions.per_second:,.0f} captions/s per GPU, teacher ({rates.teacher_captions.origin})",
+        f"{rates.student_samples.per_second:,.0f} samples/s per GPU, student ({rates.student_samples.origin})",
+        f"{options.captions:g} distinct captions of {options.mean_caption_tokens:g} tokens per sample",
         *_NOTES,
     ]
     if options.epochs > max(options.views, 1):
-        lines.append(f"{max(options.views, 1)} stored views for {options.epochs:g} epochs: training sees each again")
+        lines.append(f"{max(options.views, 1)} stored views for {options.epochs:g} epochs: training repeats them")
     return lines
 
 
@@ -322,7 +322,7 @@ def _hours_text(hours: float) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = tyro.cli(Options, description=Options.__doc__)
     options.check()
     rates = find_rates(options)

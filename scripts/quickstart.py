@@ -1,4 +1,4 @@
-"""The main job on embedded data: a tiny teacher distilled into a tiny student, two controls, one table."""
+"""The main job on embedded data: a tiny teacher distilled into a tiny student, with two controls and one table."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from training.record.evaluate import evaluate_tests, test_sets
 from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER
 from training.settings.tree import TrainConfig, parse_config
 
-STUDENTS = {  # what sets each student apart; data, steps, seed and optimiser are the same
+STUDENTS = {  # what distinguishes each student; data, steps, seed and optimiser are the same
     "distilled": [],
-    "undistilled": ["--teacher.checkpoint", "None"],  # the losses that need a teacher fall away
+    "undistilled": ["--teacher.checkpoint", "None"],  # drops the losses that need a teacher
     "cut77": ["--student.context_length", "77"],
 }
 WEIGHTS = "best.safetensors"
-TWINS_CEILING = (25.0, "the most that a model can reach that reads 77 tokens (25%)")
-# design of results.json: the twin figures carry no prefix
+TWINS_CEILING = (25.0, "the most that a model reading 77 tokens can reach (25%)")
+# results.json: the twin figures have no prefix
 JSON_NAMES = {"twins_i2t_r1": "i2t_r1", "twins_t2i_r1": "t2i_r1"}
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "training" / "main.py"
 
@@ -51,38 +51,38 @@ Figures = dict[str, float]
 
 
 def _processes() -> int:
-    """As many as the machine has cores, at most four; not three, which does not divide the batch."""
+    """Return the number of cores, at most four, but not three, which does not divide the batch."""
     cores = joblib.cpu_count(only_physical_cores=True)
     return 4 if cores >= 4 else 2 if cores >= 2 else 1
 
 
 @dataclass
 class Options:
-    """Long-CLIP distilled into a student that reads 248 tokens, from nothing, on the CPU, in a quarter of an hour.
+    """Distil Long-CLIP into a student that reads 248 tokens, from scratch, on the CPU, in a quarter of an hour.
 
-    Writes pictures of handwritten digits with long captions; trains a tiny teacher; distils it into a tiny student;
-    trains the same student without the teacher (undistilled) and with captions cut at 77 tokens (cut77); compares them
-    all. Prints one table; leaves OUT/results.json and OUT/report.html. What is there already is used again: a
-    quickstart that was stopped goes on where it was, and a second one trains no second teacher.
+    The script writes pictures of handwritten digits with long captions, trains a tiny teacher and distils it into a
+    tiny student. It trains the same student without the teacher (undistilled) and with captions cut at 77 tokens
+    (cut77), and compares them all. It prints one table and leaves OUT/results.json and OUT/report.html. Existing
+    results are reused: a stopped quickstart continues where it was, and a second one does not train the teacher again.
     """
 
     out: Path = Path("runs/quickstart")
     """Folder for the students, the figures and the report."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seed"])] = (0,)
-    """Train every student once a seed; with several, the table has means and standard deviations."""
+    """Train every student once per seed. With several seeds the table shows means and standard deviations."""
     processes: int = _processes()
-    """Training processes, one thread each; a divisor of the batch of 128."""
+    """Training processes, one thread each. The number must divide the batch of 128."""
     steps: int | None = None
-    """Training steps of each student; unset, those of the preset digit_scenes."""
+    """Training steps of each student. Default: those of the preset digit_scenes."""
     teacher_steps: int | None = None
-    """Training steps of the teacher, if it has to be trained; unset, those of the preset tiny_teacher."""
+    """Training steps of the teacher, if it has to be trained. Default: those of the preset tiny_teacher."""
     data: Path = EMBEDDED_DATA
-    """Digit scenes; written if the folder is not there."""
+    """Folder of the digit scenes. They are written if it does not exist."""
     teacher: Path = Path(EMBEDDED_TEACHER)
-    """The teacher's run folder; trained if it has no weights."""
+    """The teacher's run folder. The teacher is trained if it has no weights."""
 
     def check(self) -> None:
-        """InputError for what cannot work, before any work."""
+        """Raise InputError for impossible options, before any work."""
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds {' '.join(map(str, self.seeds))}: give different whole numbers from 0")
         batch = student_config(self).run.global_batch_size
@@ -93,11 +93,11 @@ class Options:
                 raise InputError(f"--{name} {steps}: give 1 or more")
 
     def run_dir(self, student: str, seed: int) -> Path:
-        """Run folder of a student; seed 0 has the plain name."""
+        """Return the run folder of a student; seed 0 has the plain name."""
         return self.out / (student if seed == 0 else f"{student}_seed{seed}")
 
     def training_arguments(self) -> list[str]:
-        """What all trainings share, where it differs from the presets."""
+        """Return the arguments that all trainings share and that differ from the presets."""
         return [
             *("--data.shards", f"{self.data}/train/*.tar", "--data.val", f"{self.data}/val_twins"),
             *("--data.tests", f"twins=folder:{self.data}/twins", f"random=folder:{self.data}/random"),
@@ -113,10 +113,10 @@ class Options:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = tyro.cli(Options, description=Options.__doc__)
     options.check()
-    torch.set_num_threads(1)  # for these small tensors a second thread gains nothing, and stalls on a busy machine
+    torch.set_num_threads(1)  # for these small tensors a second thread gains nothing and stalls on a busy machine
     started = time.monotonic()
     make_data(options.data)
     make_teacher(options)
@@ -141,29 +141,29 @@ def main() -> None:
 
 
 def make_data(data: Path) -> None:
-    """The digit scenes, if they are not there."""
+    """Write the digit scenes if they do not exist."""
     if data.exists():
-        age = ", though of another version than this code: delete it to have it made anew" if is_outdated(data) else ""
-        say("data", f"{data} is there and is used again{age}")
+        age = ", though another version of the code wrote it: delete it to write it again" if is_outdated(data) else ""
+        say("data", f"reusing {data}{age}")
         return
     say("data", f"writing digit scenes to {data}: pictures of handwritten digits with captions of about 100 tokens")
     write_digit_scenes(data, show_progress=sys.stderr.isatty())
 
 
 def make_teacher(options: Options) -> None:
-    """The tiny teacher, if it is not there."""
+    """Train the tiny teacher if it does not exist."""
     if (options.teacher / WEIGHTS).exists():
-        say("teacher", f"{options.teacher} is there and is used again")
+        say("teacher", f"reusing {options.teacher}")
         return
     say("teacher", f"training the tiny Long-CLIP teacher in {options.teacher}: the longest part, needed only once")
     run_training("tiny_teacher", options.teacher, options, options.teacher_steps, [])
 
 
 def make_student(options: Options, student: str, seed: int) -> None:
-    """One student; a finished run is found finished, a stopped one goes on."""
+    """Train one student. A finished run is reused, a stopped one continues."""
     out_dir = options.run_dir(student, seed)
     say(student, f"training in {out_dir}")
-    # the tests come at the end, all models together; validation on the way costs seconds and gives a curve
+    # the tests come at the end, for all models together; validation on the way costs seconds and gives a curve
     steps = options.steps or student_config(options).run.max_steps or 1
     arguments = ["--teacher.checkpoint", str(options.teacher), "--run.seed", str(seed), *STUDENTS[student]]
     arguments += ["--data.tests", "--data.zeroshot", "None", "--run.eval_every", str(max(1, steps // 4))]
@@ -171,7 +171,7 @@ def make_student(options: Options, student: str, seed: int) -> None:
 
 
 def run_training(preset: str, out_dir: Path, options: Options, steps: int | None, arguments: list[str]) -> None:
-    """Run training/main.py in its own processes; its progress passes through. Raises InputError if it fails."""
+    """Run training/main.py in its own processes and pass on its progress. Raise InputError if it fails."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
     command = [sys.executable, *launcher, str(TRAINING_SCRIPT), preset, "--run.out_dir", str(out_dir)]
     command += [*options.training_arguments(), *arguments]
@@ -180,19 +180,19 @@ def run_training(preset: str, out_dir: Path, options: Options, steps: int | None
     code = launch(command)
     if code != 0:
         raise InputError(
-            f"training {out_dir} failed with exit code {code}: its own 'error:' line is further up; once that is "
-            "mended, the same command goes on from the last checkpoint"
+            f"training {out_dir} failed with exit code {code}: see its own 'error:' line above; once that is fixed, "
+            "the same command continues from the last checkpoint"
         )
 
 
 def launch(command: list[str]) -> int:
-    """The exit code of a command run to its end; what it prints goes to stderr, stdout is for the table alone."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process a core is faster than threads
+    """Run a command to its end and return its exit code. Its output goes to stderr; stdout is for the table."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # one process per core is faster than threads
     return subprocess.run(command, env=environment, stdout=sys.stderr.fileno()).returncode
 
 
 def say(step: str, message: str) -> None:
-    """A line of progress on stderr."""
+    """Print a line of progress on stderr."""
     console.print(f"[bold]{step}[/bold]: {message}")
 
 
@@ -200,17 +200,17 @@ def say(step: str, message: str) -> None:
 
 
 def student_config(options: Options) -> TrainConfig:
-    """The students' preset with this data."""
+    """Return the students' preset with this data."""
     return parse_config(["digit_scenes", *options.training_arguments(), "--data.num_workers", "0"])
 
 
 def evaluate(options: Options, model: ClipModel) -> Figures:
-    """Percentages of a model on the tests."""
+    """Return a model's percentages on the tests."""
     return model_figures(evaluate_tests(model, student_config(options)))
 
 
 def evaluate_students(options: Options, seed: int) -> dict[str, Figures]:
-    """Percentages of the students of a seed; makes the reparameterized student, which is saved beside them."""
+    """Return the percentages of one seed's students. Save the reparameterized student beside the others."""
     fused_dir = options.run_dir("reparameterized", seed)
     distilled = load_model(options.run_dir("distilled", seed))
     assert isinstance(distilled, MobileCLIP)
@@ -220,7 +220,7 @@ def evaluate_students(options: Options, seed: int) -> dict[str, Figures]:
 
 
 def costs_of_models(options: Options) -> dict[str, dict[str, Any]]:
-    """Parameters, bytes and milliseconds; those of the students do not depend on the seed."""
+    """Return parameters, bytes and milliseconds. Those of the students do not depend on the seed."""
     folders = {"teacher": options.teacher}
     folders |= {name: options.run_dir(name, options.seeds[0]) for name in (*STUDENTS, "reparameterized")}
     models = {name: load_model(folder) for name, folder in folders.items()}
@@ -230,7 +230,7 @@ def costs_of_models(options: Options) -> dict[str, dict[str, Any]]:
 def summarise(
     teacher: Figures, by_seed: Mapping[int, Mapping[str, Figures]]
 ) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    """Means over the seeds, and the standard deviations where there is more than one."""
+    """Return the means over the seeds, and the standard deviations if there is more than one seed."""
     means, spreads = {"teacher": teacher}, {}
     runs = list(by_seed.values())
     for name, figures in runs[0].items():
@@ -241,16 +241,16 @@ def summarise(
     return means, spreads
 
 
-# --- telling ---------------------------------------------------------------------------------------------------------
+# --- reporting -------------------------------------------------------------------------------------------------------
 
 
 def columns() -> list[Column]:
-    """The table's columns."""
+    """Return the table's columns."""
     return figure_columns(["twins", "random"], references={"twins": TWINS_CEILING})
 
 
 def explain(options: Options, models: Mapping[str, Figures], seconds: float) -> list[str]:
-    """What the tests are and what came out, for someone who sees this for the first time."""
+    """Explain the tests and the results to someone who sees them for the first time."""
 
     def both(name: str, test: str) -> str:
         return " / ".join(format_figure(models[name][f"{test}_{way}_r1"], "%") for way in ("i2t", "t2i"))
@@ -261,29 +261,28 @@ def explain(options: Options, models: Mapping[str, Figures], seconds: float) -> 
     num_twins, num_random = (len(found.images) for found in test_sets(student_config(options)).values())
     fused, plain = models["reparameterized"], models["distilled"]
     return [
-        "All figures in % count how often the right answer is ranked first among all; the first of two is from picture "
-        "to caption, the second from caption to picture.",
+        "Figures in % say how often the right answer ranks first among all. The first of two is from picture to "
+        "caption, the second from caption to picture.",
         f"The twin test has {num_twins} pictures in families of four whose captions share their first 77 tokens. A "
-        "model that reads 77 tokens sees one caption four times, so by construction it cannot pass 25% there, whatever "
-        f"it has learnt: the student cut at 77 tokens reaches {both('cut77', 'twins')}. To pass it a model must read "
-        "to the end.",
-        f"Learning from the teacher gives the student {both('distilled', 'twins')} on the twin test; the same student "
-        f"after the same number of steps without the teacher has {both('undistilled', 'twins')}: {gains} points.",
-        f"The random test has {num_random} unrelated pictures, which the beginning of a caption usually tells apart: "
-        f"the student cut at 77 tokens has {both('cut77', 'random')} there, the one that reads everything "
+        "model that reads 77 tokens sees one caption four times, so by construction it cannot pass 25% there. The "
+        f"student cut at 77 tokens reaches {both('cut77', 'twins')}. To pass 25%, a model must read to the end.",
+        f"With the teacher, the student reaches {both('distilled', 'twins')} on the twin test. Without it, after the "
+        f"same number of steps, it reaches {both('undistilled', 'twins')}: a difference of {gains} points.",
+        f"The random test has {num_random} unrelated pictures, which the beginning of a caption usually tells apart. "
+        f"The student cut at 77 tokens reaches {both('cut77', 'random')} there, the one that reads everything "
         f"{both('distilled', 'random')}.",
-        "reparameterized is the distilled student with its parallel branches merged into one, for use: the same "
+        "reparameterized is the distilled student with its parallel branches merged for inference: the same "
         f"figures, {format_figure(fused['params'], 'count')} parameters instead of "
-        f"{format_figure(plain['params'], 'count')}, {format_figure(fused['image_ms'], 'ms')} ms a picture instead of "
-        f"{format_figure(plain['image_ms'], 'ms')}.",
-        f"{seconds:.0f} seconds in all, {options.processes} training processes; milliseconds are those of one thread.",
+        f"{format_figure(plain['params'], 'count')}, {format_figure(fused['image_ms'], 'ms')} ms per picture "
+        f"instead of {format_figure(plain['image_ms'], 'ms')}.",
+        f"The run took {seconds:.0f} seconds with {options.processes} training processes. Times are for one thread.",
     ]
 
 
 def print_table(models: Mapping[str, Figures], spreads: Mapping[str, Figures], notes: list[str]) -> None:
-    """The table and what it says, on stdout."""
+    """Print the table and the notes on stdout."""
     output = Console(highlight=False)
-    padding = 1 if output.width >= 92 else 0  # it fits a terminal of 80 columns
+    padding = 1 if output.width >= 92 else 0  # to fit a terminal of 80 columns
     table = Table(
         box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), pad_edge=False, caption="The best of each column is bold."
     )
@@ -313,7 +312,8 @@ def write_results(
     by_seed: Mapping[int, Mapping[str, Figures]],
     seconds: float,
 ) -> None:
-    """results.json; with several seeds `models` are means, with each seed's figures and the spreads beside them."""
+    """Write results.json. With several seeds `models` are means; each seed's figures and the spreads stand beside
+    them."""
 
     def named(models: Mapping[str, Figures]) -> dict[str, Figures]:
         return {

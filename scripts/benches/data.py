@@ -1,8 +1,8 @@
 """data: JPEG bytes to an augmented batch on one core, against PIL and torchvision's v1 transforms on the same crops.
 
-Both sides decode, crop, resize to 256 and, where asked, run the same two RandAugment operations. The baseline then
-makes a normalised float batch in the loader. Ours makes a uint8 batch, which is normalised where the model runs: the
-rows "normalised" count that too, on the same core.
+Both sides decode, crop, resize to 256 and, if asked, run the same two RandAugment operations. The baseline then makes a
+normalised float batch in the loader. Ours makes a uint8 batch, which the model's device normalises; the rows
+"normalised" include that step, on the same core.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _CASES = tuple((ops, normalise) for ops in (0, 2) for normalise in (False, True)
 
 
 def bench_data(options: BenchOptions) -> Iterator[Row]:
-    """Without and with RandAugment, our batch as bytes and as normalised floats."""
+    """Measure without and with RandAugment, with our batch as bytes and as normalised floats."""
     for num_ops, normalise in _CASES:
         yield in_own_process(data_case, num_ops, normalise, options.rounds)
 
 
 def data_case(num_ops: int, normalise: bool, rounds: int) -> Row:
-    """One case. The difference is in levels of 0 to 255, over the pixels of the batch."""
+    """Measure one case. The difference is in levels of 0 to 255, over the pixels of the batch."""
     torch.set_num_threads(1)  # as in a loader's worker
-    keep_freed_memory()  # as training does; for both sides, since it is the process's
+    keep_freed_memory()  # as training does; a setting of the process, so both sides have it
     config = AugmentConfig(rand_augment_ops=num_ops)
     files = [jpeg_file(index) for index in range(DATA_BATCH)]
     draws = [draw(index, DATA_PICTURE, config) for index in range(DATA_BATCH)]
@@ -71,12 +71,12 @@ def data_case(num_ops: int, normalise: bool, rounds: int) -> Row:
 
 
 def draw(index: int, size: tuple[int, int], config: AugmentConfig) -> Augmentation:
-    """The augmentation of a picture of the batch."""
+    """Return the augmentation of one picture of the batch."""
     return draw_augmentation(size, config, sample_generator(0, index))
 
 
 def our_batch(files: list[bytes], config: AugmentConfig) -> Tensor:
-    """What a worker of ours does, drawing the augmentations included: uint8 [B, 3, S, S]."""
+    """Do the work of one of our loader's workers, drawing the augmentations included: uint8 [B, 3, S, S]."""
     rendered = []
     for index, file in enumerate(files):
         picture = open_picture(file, fast=True)
@@ -85,7 +85,7 @@ def our_batch(files: list[bytes], config: AugmentConfig) -> Tensor:
 
 
 def baseline_batch(files: list[bytes], draws: list[Augmentation]) -> Tensor:
-    """The same in PIL and torchvision v1: what RandomResizedCrop, RandAugment, ToTensor, Normalize do once drawn."""
+    """Do the same in PIL and torchvision v1: RandomResizedCrop, RandAugment, ToTensor and Normalize after drawing."""
     side = DATA_VIEW.image_size
     mean, std = _MEAN.tolist(), _STD.tolist()
     tensors = []
@@ -104,14 +104,14 @@ def baseline_batch(files: list[bytes], draws: list[Augmentation]) -> Tensor:
 
 
 def jpeg_file(seed: int) -> bytes:
-    """A JPEG of the batch, about 50 KB."""
+    """Make one JPEG of the batch, about 50 KB."""
     buffer = io.BytesIO()
     photograph(seed, DATA_PICTURE).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
 def photograph(seed: int, size: tuple[int, int]) -> Image.Image:
-    """Roughly the spectrum of a photograph: noise whose amplitude falls with its frequency, and shapes with edges."""
+    """Make a picture with roughly a photograph's spectrum: noise that falls with frequency, and shapes with edges."""
     generator = np.random.default_rng(seed)
     width, height = size
     pixels = np.full((height, width, 3), 128.0)

@@ -1,4 +1,4 @@
-"""image: the image tower for inference, each backend against the train form in eager mode. B images."""
+"""image: the image tower for inference, each backend against the training form in eager mode. B images."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _STEPS = 5  # passes timed together
 
 
 def bench_image(options: BenchOptions) -> Iterator[Row]:
-    """Each backend that can run here; the default one says so in its case."""
+    """Measure each backend that can run here. The case of the default one says so."""
     for batch_size in BATCH_SIZES:
         for backend in _backends(options.device):
             yield in_own_process(image_case, VARIANT, batch_size, backend, options, torch.get_num_threads())
 
 
 def image_case(variant: str, batch_size: int, backend: Backend, options: BenchOptions, num_threads: int) -> Row:
-    """One backend at one batch size, random weights and pictures, both sides in the default memory format outside."""
+    """Measure one backend at one batch size, with random weights and pictures. Both sides take default memory
+    format."""
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     device = options.device

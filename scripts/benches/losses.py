@@ -22,11 +22,12 @@ __all__ = ["bench_loss", "bench_pca"]
 BATCH, FULL_BATCH, WIDTH, RANK = 2048, 8192, 512, 32
 PCA_BATCHES = (128, 1024, 4096)
 SCALE, SMOOTHING = 100.0, 0.1
-WEIGHTS = ((0.8, 1.5), (0.4, 0.5))  # contrastive, KL; of the long and of the short captions
+WEIGHTS = ((0.8, 1.5), (0.4, 0.5))  # (contrastive, KL) for the long captions, then for the short ones
 
 
 def bench_loss(options: BenchOptions) -> Iterator[Row]:
-    """Forward and backward of ITC and KL, long captions and short ones with PCA'd images: time and memory."""
+    """Measure ITC and KL, forward and backward, for long captions and for short ones with PCA'd images: time and
+    memory."""
     batch = FULL_BATCH if options.full else BATCH
     for baseline in BASELINES:
         yield in_own_process(time_case, batch, baseline, options)
@@ -45,7 +46,7 @@ def bench_loss(options: BenchOptions) -> Iterator[Row]:
 
 @dataclass
 class Sides:
-    """Detached features of the pair of sides with long captions or with short ones."""
+    """Detached features of both sides, with the long captions or with the short ones."""
 
     image: Tensor
     text: Tensor
@@ -56,13 +57,13 @@ class Sides:
 
 
 class Problem:
-    """A batch of random features, those of a pair and of student and teacher being alike, and the learned scale."""
+    """A batch of random features and the learned scale. Features of a pair, and of student and teacher, are similar."""
 
     def __init__(self, batch: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         common = torch.randn(batch, WIDTH, generator=generator)
 
-        def features(noise: float) -> Tensor:  # in place: what is freed here would hide what the losses need
+        def features(noise: float) -> Tensor:  # in place: memory freed here would hide what the losses need
             x = torch.randn(batch, WIDTH, generator=generator).mul_(noise).add_(common)
             return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True)).to(device)
 
@@ -77,13 +78,13 @@ class Problem:
         self.leaves = [x.requires_grad_() for side in self.sides for x in (side.image, side.text)] + [self.scale]
 
     def gradient(self, loss: Callable[[Sides, Tensor, float, float], Tensor]) -> tuple[Tensor, ...]:
-        """Of the weighted sum of all losses, with respect to the student's features and scale."""
+        """Return the gradient of the weighted sum of all losses with respect to the student's features and scale."""
         total = sum(loss(side, self.scale, *weights) for side, weights in zip(self.sides, WEIGHTS, strict=True))
         assert isinstance(total, Tensor)
         return torch.autograd.grad(total, self.leaves)
 
     def exact_gradient(self) -> tuple[Tensor, ...]:
-        """The gradient by full matrices in float64, one pair of sides at a time for its memory."""
+        """Return the gradient by full matrices in float64, one pair of sides at a time to save memory."""
         scale = self.scale.detach().double().requires_grad_()
         parts, of_scale = [], torch.zeros_like(scale)
         for side, weights in zip(self.sides, WEIGHTS, strict=True):
@@ -113,14 +114,14 @@ def in_tiles(side: Sides, scale: Tensor, clip_weight: float, crd_weight: float) 
 
 
 def full_matrices(side: Sides, scale: Tensor, clip_weight: float, crd_weight: float) -> Tensor:
-    """A function a loss, each with logits of its own."""
+    """Compute the losses by one function each, with separate logits."""
     clip = clip_loss(side.image, side.text, scale, label_smoothing=SMOOTHING)
     crd = crd_loss(side.image, side.text, side.teacher_image, side.teacher_text, scale, SCALE)
     return clip_weight * clip + crd_weight * crd
 
 
 def logits_once(side: Sides, scale: Tensor, clip_weight: float, crd_weight: float) -> Tensor:
-    """Full matrices, the student's logits being computed once for both losses."""
+    """Compute the losses on full matrices, with the student's logits computed once for both."""
     student = similarity_logits(side.image, side.text, scale)
     teacher = similarity_logits(side.teacher_image, side.teacher_text, SCALE)
     target = torch.arange(len(student), device=student.device)
@@ -137,10 +138,10 @@ LOSSES = {"in tiles": in_tiles, **BASELINES}
 
 
 def time_case(batch: int, baseline: str, options: BenchOptions) -> Row:
-    """Seconds of one forward and backward pass.
+    """Measure the seconds of one forward and backward pass.
 
-    The difference is ours from full matrices in float64, relative to the largest entry of each gradient: in float32
-    full matrices are further from it than we are.
+    The difference compares ours with full matrices in float64, relative to the largest entry of each gradient. In
+    float32, full matrices are further from that reference than ours.
     """
     problem = Problem(batch, options.device)
     pair = [lambda name=name: problem.gradient(LOSSES[name]) for name in ("in tiles", baseline)]
@@ -161,8 +162,8 @@ def time_case(batch: int, baseline: str, options: BenchOptions) -> Row:
 
 
 def memory_case(batch: int, name: str, options: BenchOptions) -> float:
-    """Peak GB of one forward and backward pass above the inputs."""
-    Problem(64, options.device).gradient(LOSSES[name])  # libraries and threads
+    """Return the peak GB of one forward and backward pass above the inputs."""
+    Problem(64, options.device).gradient(LOSSES[name])  # loads libraries and starts threads
     problem = Problem(batch, options.device)
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(options.device)
@@ -175,20 +176,21 @@ def memory_case(batch: int, name: str, options: BenchOptions) -> float:
 
 
 def bench_pca(options: BenchOptions) -> Iterator[Row]:
-    """Forward and backward of the PCA branch against autograd through torch.linalg.svd."""
+    """Measure the PCA branch, forward and backward, against autograd through torch.linalg.svd."""
     for batch in PCA_BATCHES:
         yield in_own_process(pca_case, batch, options)
 
 
 def svd_project(features: Tensor, rank: int) -> Tensor:
-    """As published with Long-CLIP: centre, project on the leading right singular vectors and back, add the mean."""
+    """Project as published with Long-CLIP: centre, project on the leading right singular vectors and back, add the
+    mean."""
     mean = features.mean(dim=0, keepdim=True)
     _, _, vt = torch.linalg.svd(features - mean, full_matrices=False)
     return (features - mean) @ vt[:rank].T @ vt[:rank] + mean
 
 
 def pca_case(batch: int, options: BenchOptions) -> Row:
-    """One size: random unit vectors about a common mean, an upstream gradient of norm 1."""
+    """Measure one size: random unit vectors about a common mean, with an upstream gradient of norm 1."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(batch, WIDTH, generator=generator) + torch.randn(WIDTH, generator=generator) / 2
     features = torch.nn.functional.normalize(features, dim=1).to(options.device).requires_grad_()

@@ -1,4 +1,4 @@
-"""What every bench shares: rows, interleaved medians, memory, the machine."""
+"""Shared parts of the benches: rows, interleaved medians, memory, the machine."""
 
 from __future__ import annotations
 
@@ -32,35 +32,36 @@ class Row:
     ratio: float
     """Above 1 where ours is better."""
     max_abs_diff: float | None
-    """Largest difference of the two results, where they compute the same."""
+    """Largest difference between the two results, if both compute the same."""
     peak_gb: float
-    """Largest resident memory of the case's process, GB of 1e9 bytes; it includes the libraries and the inputs."""
+    """Peak resident memory of the case's process in GB of 1e9 bytes, including libraries and inputs."""
 
 
 @dataclass
 class BenchOptions:
-    """What a bench is told."""
+    """The options of a bench."""
 
     full: bool
-    """The sizes of the largest benchmark, not the small ones."""
+    """Use the sizes of the largest benchmark instead of the small ones."""
     rounds: int
-    """Rounds of each case, at least 1; the figures are their medians."""
+    """Rounds per case, at least 1; the figures are their medians."""
     device: torch.device
-    """Where models run; data and tokenizer benches are the CPU's."""
+    """Device of the models; data and tokenizer benches use the CPU."""
     precision: str
-    """fp32, bf16 or fp16: autocast of both sides."""
+    """fp32, bf16 or fp16: autocast on both sides."""
     preset: str = "digit_scenes"
-    """`run` alone: the preset that both sides train."""
+    """For `run` only: the preset that both sides train."""
     shards: str | None = None
-    """`run` alone: shard pattern; None: the embedded data."""
+    """For `run` only: shard pattern. None is the embedded data."""
     teacher: str | None = None
-    """`run` alone: weights of the teacher; None: the embedded one."""
+    """For `run` only: weights of the teacher. None is the embedded teacher."""
     processes: int = 2
-    """`run` alone: processes under torchrun."""
+    """For `run` only: processes under torchrun."""
 
 
 def medians(functions: list[Callable[[], Any]], rounds: int, device: torch.device | None = None) -> list[float]:
-    """Median seconds of each function; they take turns, so that a slow minute of the machine meets them all."""
+    """Return the median seconds of each function. They take turns, so a slow minute of the machine affects all of
+    them."""
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for function, taken in zip(functions, seconds, strict=True):
@@ -73,19 +74,19 @@ def medians(functions: list[Callable[[], Any]], rounds: int, device: torch.devic
 
 
 def synchronize(device: torch.device | None) -> None:
-    """Wait for a GPU's work; nothing on the CPU."""
+    """Wait for a GPU's work. Do nothing on the CPU."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def in_own_process(function: Callable[..., Result], *args: Any) -> Result:
-    """function(*args) in a fresh process: peak memory is a process's, and never falls."""
+    """Return function(*args) from a fresh process, because the peak memory of a process never falls."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
 
 def machine() -> dict[str, Any]:
-    """Where the figures come from."""
+    """Describe the machine that produced the figures."""
     return {
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -98,7 +99,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name where the system tells it, else its architecture."""
+    """Return the processor's name if the system reports it, else its architecture."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,6 +1,6 @@
-"""memory: a large contrastive batch on one device by cached features (GradCache), and what the memory is spent on.
+"""memory: a large contrastive batch on one device with cached features (GradCache), and what takes the memory.
 
-Shapes: B pairs of the global batch, c of a chunk, D width of the teacher's features.
+Shapes: B pairs of the global batch, c pairs of a chunk, D width of the teacher's features.
 """
 
 from __future__ import annotations
@@ -26,47 +26,47 @@ __all__ = ["ChunkedDistiller", "bench_memory"]
 STUDENT, TEACHER_WIDTH = "s0", 512
 BATCH_SIZE = 8192
 CHUNK, HALF_CHUNK = 64, 32
-_CPU_CHUNKS = 2  # chunks that are run where running them all would take an hour
+_CPU_CHUNKS = 2  # chunks that are run where all of them would take an hour
 
 
 class ChunkedDistiller(Distiller):
-    """Runs the first `real_chunks` chunks of each pass and draws the features of the others at random.
+    """Run the first `real_chunks` chunks of each pass and draw the features of the others at random.
 
-    Every chunk takes the same memory and gives it back, so the peak is that of running them all.
+    Every chunk takes the same memory and frees it, so the peak is that of running all chunks.
     """
 
     real_chunks: int
     chunks_seen: dict[bool, int]
-    """Calls so far, of the pass without a graph (False) and of the replay (True)."""
+    """Calls so far in the pass without a graph (False) and in the replay (True)."""
 
     def forward(
         self, images: Tensor, long_tokens: Tensor, short_tokens: Tensor, traces: dict[str, Trace] | None = None
     ) -> Outputs:
-        """Features of one chunk and the linear logit scale."""
+        """Return the features of one chunk and the linear logit scale."""
         replays = torch.is_grad_enabled()
         self.chunks_seen[replays] += 1
         if self.chunks_seen[replays] <= self.real_chunks:
             return super().forward(images, long_tokens, short_tokens, traces)
         scale = self.model.linear_logit_scale
         shape = (len(images), self.model.embed_dim)
-        # plus nothing times the scale: a graph, so that the replay can push a gradient through it
+        # adding zero times the scale gives a graph, so that the replay can push a gradient through it
         image, long, short = (normalize(torch.randn(shape, device=images.device), dim=-1) + 0 * scale for _ in range(3))
         return Outputs({"image": image, "long": long, "short": short}, {"logit_scale": scale}, {})
 
 
 @dataclass
 class _Peak:
-    """Memory of one process, GB of 1e9 bytes."""
+    """Memory of one process in GB of 1e9 bytes."""
 
     before: float
-    """Parameters, optimiser state and the batch, and on a CPU the libraries."""
+    """Parameters, optimiser state and the batch; on a CPU also the libraries."""
     peak: float
 
 
 def bench_memory(options: BenchOptions) -> Iterator[Row]:
-    """Peak of one step of S0 at batch 8192 from stored features, and its parts; ours in chunks, the baseline in one.
+    """Measure the peak of one S0 step at batch 8192 from stored features, and its parts. Only ours runs in chunks.
 
-    The baseline's towers cannot be run at this size: their memory is two measured sizes' slope times 8192.
+    The baseline's towers cannot run at this size. Their memory is 8192 times the slope between two measured sizes.
     """
     everything = BATCH_SIZE // CHUNK
     num_run = everything if options.device.type == "cuda" else _CPU_CHUNKS
@@ -92,7 +92,7 @@ def bench_memory(options: BenchOptions) -> Iterator[Row]:
         ),
         "losses, streamed against full matrices": (losses[0], losses[1]),
     }
-    drawn = "" if num_run == everything else f", {num_run} of them run and the others drawn"
+    drawn = "" if num_run == everything else f", {num_run} of them run and the others random"
     yield _row(
         f"{STUDENT}, batch {BATCH_SIZE}, stored teacher: peak in {everything} chunks{drawn}; baseline extrapolated",
         (chunked.peak, baseline),
@@ -118,7 +118,7 @@ def _row(case: str, sizes: tuple[float, float], peak: float) -> Row:
 def step_peak(
     variant: str, batch_size: int, accumulation: int, real_chunks: int, streaming: bool, options: BenchOptions
 ) -> _Peak:
-    """Memory of one training step of a random student from stored features, with AdamW's state already there."""
+    """Measure one training step of a random student from stored features, with AdamW's state already allocated."""
     torch.manual_seed(0)
     device = options.device
     model = create_student(variant).to(device).train()
@@ -130,7 +130,7 @@ def step_peak(
     side = Side(distiller.to(device), batch, options.precision, fused=True)
     for parameter in distiller.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    side.optimizer.step()  # makes the averages
+    side.optimizer.step()  # allocates the averages
     side.optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -140,7 +140,7 @@ def step_peak(
 
 
 def _stored(batch: Batch) -> Batch:
-    """The batch with random features of a teacher."""
+    """Return the batch with random teacher features."""
     generator = torch.Generator().manual_seed(0)
 
     def features() -> Tensor:

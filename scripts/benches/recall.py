@@ -19,13 +19,13 @@ _BLOCK_IMAGES, _BLOCK_TEXTS = 1024, 2048  # of the bare matmul
 
 
 def bench_recall(options: BenchOptions) -> Iterator[Row]:
-    """Ranks both ways against a bare matmul."""
+    """Measure ranks both ways against a bare matmul."""
     for num_images, num_texts in RECALL_FULL_CASES if options.full else RECALL_CASES:
         yield in_own_process(recall_case, num_images, num_texts, options.rounds)
 
 
 def recall_case(num_images: int, num_texts: int, rounds: int) -> Row:
-    """One size: random unit vectors, `num_texts / num_images` captions a picture."""
+    """Measure one size: random unit vectors, `num_texts / num_images` captions per picture."""
     generator = torch.Generator().manual_seed(0)
     images = F.normalize(torch.randn(num_images, RECALL_WIDTH, generator=generator), dim=-1)
     texts = F.normalize(torch.randn(num_texts, RECALL_WIDTH, generator=generator), dim=-1)
@@ -44,6 +44,6 @@ def recall_case(num_images: int, num_texts: int, rounds: int) -> Row:
         ours=ours,
         baseline=baseline,
         ratio=baseline / ours,
-        max_abs_diff=None,  # the matmul's results are thrown away; the tests compare ranks
+        max_abs_diff=None,  # the matmul's results are discarded; the tests compare ranks
         peak_gb=peak_memory_gb(),
     )

@@ -1,4 +1,4 @@
-"""run: a whole training run from the teacher cache against the same preset with every saving off."""
+"""run: a complete training run from the teacher cache against the same preset with every saving off."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _EVERY_SAVING_OFF = [
 
 @dataclass
 class _Run:
-    samples_per_second: float  # median over the log's intervals, the first left out
+    samples_per_second: float  # median over the log's intervals, without the first
     peak_gb: float  # of rank 0
 
 
 def bench_run(options: BenchOptions) -> Iterator[Row]:
-    """Both sides in turn under torchrun; the cache is made first, and its cost is part of the second row."""
+    """Run both sides in turn under torchrun. The cache is made first, and the second row includes its cost."""
     shards = options.shards or f"{EMBEDDED_DATA}/train/*.tar"
     teacher = options.teacher or EMBEDDED_TEACHER
     steps = _FULL_STEPS if options.full else _STEPS
@@ -75,7 +75,7 @@ def _train(out_dir: Path, options: BenchOptions, steps: int, arguments: list[str
 
 
 def _call(options: BenchOptions, script: str, *arguments: str) -> None:
-    """Run one of our commands under torchrun; its last line of output is the error's."""
+    """Run one of our commands under torchrun. An error is the last line of its output."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}"]
     done = subprocess.run(
         [sys.executable, *torchrun, str(_ROOT / script), *arguments], capture_output=True, text=True, check=False

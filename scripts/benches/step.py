@@ -26,14 +26,14 @@ __all__ = ["Side", "bench_step", "random_batch", "step_case"]
 
 STUDENT = "s0"
 TEACHERS, FULL_TEACHERS = ("b16",), ("b16", "l14")
-_LONG, _SHORT = 100, 12  # mean tokens of a caption
+_LONG, _SHORT = 100, 12  # mean tokens per caption
 _BATCH_SIZE, _GPU_BATCH_SIZE = 16, 256
-_KEY = (0, 0)  # of drop path; the same in every step
+_KEY = (0, 0)  # key of drop path; the same in every step
 
 
 @dataclass
 class Side:
-    """A distiller with its optimiser, and the batch that every one of its steps reads."""
+    """A distiller with its optimiser, and the batch that each of its steps reads."""
 
     distiller: Distiller
     batch: Batch
@@ -46,7 +46,7 @@ class Side:
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == "fp16")
 
     def step(self, accumulation: int = 1) -> Tensor:
-        """One step as the training loop makes it; returns the loss."""
+        """Run one step as the training loop does. Return the loss."""
         losses = backward_step(
             self.distiller,
             self.batch,
@@ -65,26 +65,26 @@ class Side:
 
 
 def bench_step(options: BenchOptions) -> Iterator[Row]:
-    """Stored features, trimmed captions and every switch on, against the teacher online and every switch off."""
+    """Compare stored features, trimmed captions and every switch on with the teacher online and every switch off."""
     batch_size = _BATCH_SIZE if options.device.type == "cpu" else _GPU_BATCH_SIZE
     for teacher in FULL_TEACHERS if options.full else TEACHERS:
         yield in_own_process(step_case, STUDENT, teacher, batch_size, options, torch.get_num_threads())
 
 
 def step_case(student: str, teacher_name: str, batch_size: int, options: BenchOptions, num_threads: int) -> Row:
-    """One teacher: from the same weights, on the same pictures and captions, of which one side stores the features.
+    """Measure one teacher. Both sides have the same weights, pictures and captions, and one side stores the features.
 
-    max_abs_diff is that of the first step's loss. Freed memory is kept on both sides, as it is the process's.
+    max_abs_diff is that of the first step's loss. Freed memory is kept on both sides, because the process decides it.
     """
     torch.set_num_threads(num_threads)
     keep_freed_memory()
     torch.manual_seed(0)
     teacher = create_teacher(teacher_name).to(options.device).requires_grad_(False).eval()
-    pca_rank = min(32, batch_size // 2)  # PCA of as many components as samples would do nothing
+    pca_rank = min(32, batch_size // 2)  # PCA with as many components as samples would do nothing
     baseline = _baseline(student, teacher, LossOptions(pca_rank=pca_rank), batch_size, options)
     ours = _ours(student, teacher, baseline, options.precision)
 
-    difference = float((ours.step() - baseline.step()).abs())  # the first steps, which warm up too
+    difference = float((ours.step() - baseline.step()).abs())  # the first steps also warm up
     seconds_ours, seconds_baseline = medians([ours.step, baseline.step], options.rounds, options.device)
     return Row(
         case=f"{student} from {teacher_name}, batch {batch_size}, {num_threads} threads, captions of ~{_LONG} and "
@@ -99,7 +99,7 @@ def step_case(student: str, teacher_name: str, batch_size: int, options: BenchOp
 
 
 def _baseline(student: str, teacher: LongCLIP, losses: LossOptions, batch_size: int, options: BenchOptions) -> Side:
-    """The teacher online, captions padded, full matrices, one memory format, AdamW operation by operation."""
+    """Build the baseline: teacher online, captions padded, full matrices, one memory format, AdamW without fusion."""
     teacher.trim_captions = False
     torch.manual_seed(1)
     model = create_student(student).to(options.device).train()
@@ -112,7 +112,7 @@ def _baseline(student: str, teacher: LongCLIP, losses: LossOptions, batch_size: 
 
 
 def _ours(student: str, teacher: LongCLIP, baseline: Side, precision: str) -> Side:
-    """The same student and batch with the teacher's features stored in fp16."""
+    """Build the same student and batch with the teacher's features stored in fp16."""
     torch.manual_seed(1)
     device = baseline.batch.images.device
     model = create_student(student).to(device).train()
@@ -131,7 +131,7 @@ def _ours(student: str, teacher: LongCLIP, baseline: Side, precision: str) -> Si
 
 
 def random_batch(batch_size: int, image_size: int, teacher_image_size: int | None = None) -> Batch:
-    """Random pictures and captions of about 100 and 12 tokens, trimmed to the longest, on the CPU."""
+    """Make random pictures and captions of about 100 and 12 tokens, trimmed to the longest, on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def pictures(side: int) -> Tensor:

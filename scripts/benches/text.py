@@ -1,6 +1,6 @@
-"""Captions: their tokens, the teacher's text pass, the student's text step.
+"""Text benches: tokenising captions, the teacher's text pass, the student's text step.
 
-Shapes: B captions of a batch, N captions, L tokens, D embedding width.
+Shapes: B captions per batch, N captions, L tokens, D embedding width.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["bench_student_text", "bench_teacher_text", "bench_tokenize", "random
 TEACHER = "b16"
 TEACHER_MEANS = (100, 56, 12)  # tokens: long captions, medium ones, short ones
 TEACHER_CAPTIONS, TEACHER_FULL_CAPTIONS = 64, 256
-TEACHER_BATCHES = (8, 16, 32)  # of the baseline, which is timed at the best
+TEACHER_BATCHES = (8, 16, 32)  # of the baseline, which is timed at the best one
 _SPREAD = 0.3  # standard deviation of the logarithm of a caption's length
 
 STUDENT = "s0"
@@ -38,7 +38,7 @@ STUDENT_BATCH, STUDENT_MEAN = 32, 12
 # captions, share with something other than plain ASCII in it
 TOKENIZE_CASES = ((100_000, 0.1), (10_000, 1.0))
 _BLOCK = 1000  # captions tokenised at a time
-_WORDS_A_CAPTION = 78  # 95 tokens, with what is attached to words
+_WORDS_A_CAPTION = 78  # 95 tokens, including what is attached to words
 _NUM_WORDS = 10_000
 _ATTACHED = (*[","] * 5, *["."] * 5, ";", "'s", "-like")
 _ODD = """café naïve jalapeño Zürich São é “quoted” it’s ‘so’ — – … ½ 25°C €5 🎉 👍🏽 👩\u200d👩\u200d👧 日本語 привет
@@ -48,7 +48,7 @@ _BROKEN_PIECES = ["â€™", "cafÃ©", "a\x00b", "&amp;lt;"]  # one odd captio
 
 
 def bench_teacher_text(options: BenchOptions) -> Iterator[Row]:
-    """The teacher's text pass against open_clip's own tower on captions padded to 248."""
+    """Measure the teacher's text pass against open_clip's own tower on captions padded to 248."""
     count = TEACHER_FULL_CAPTIONS if options.full else TEACHER_CAPTIONS
     for mean in TEACHER_MEANS:
         yield in_own_process(teacher_text_case, mean, count, options)
@@ -56,7 +56,7 @@ def bench_teacher_text(options: BenchOptions) -> Iterator[Row]:
 
 @torch.no_grad()
 def teacher_text_case(mean: int, count: int, options: BenchOptions) -> Row:
-    """Distinct captions of `mean` tokens. The best batch of the baseline is chosen on the first 32 of them."""
+    """Measure distinct captions of `mean` tokens. The baseline's best batch is chosen on the first 32 of them."""
     torch.manual_seed(0)
     model = create_teacher(TEACHER).eval()
     del model.visual
@@ -95,7 +95,7 @@ def teacher_text_case(mean: int, count: int, options: BenchOptions) -> Row:
 
 
 def padded_tower(model: LongCLIP) -> OpenClipText:
-    """open_clip's causal text tower with the weights of `model`: it computes all positions of every caption."""
+    """Build open_clip's causal text tower with the weights of `model`. It computes all positions of every caption."""
     config = model.config
     tower = OpenClipText(
         context_length=config.text.context_length,
@@ -115,13 +115,13 @@ def padded_tower(model: LongCLIP) -> OpenClipText:
 
 
 def bench_student_text(options: BenchOptions) -> Iterator[Row]:
-    """The student's text forward and backward on short captions against the same padded to 248."""
+    """Measure the student's text pass, forward and backward, on short captions against the same padded to 248."""
     for pad_mask in (False, True):
         yield in_own_process(student_text_case, pad_mask, options)
 
 
 def student_text_case(pad_mask: bool, options: BenchOptions) -> Row:
-    """A batch in training mode. The baseline attends to pads as published, or masks and computes them (`pad_mask`)."""
+    """Measure a batch in training mode. The baseline attends to pads as published, or masks them (`pad_mask`)."""
     torch.manual_seed(0)
     trimmed = create_student(STUDENT).text_encoder.train().to(options.device)
     padded = create_student(STUDENT, pad_mask=pad_mask).text_encoder.train().to(options.device)
@@ -137,7 +137,7 @@ def student_text_case(pad_mask: bool, options: BenchOptions) -> Row:
         (features - wanted).square().sum().backward()
         return features.detach()
 
-    difference = step(trimmed) - step(padded)  # and warm-up
+    difference = step(trimmed) - step(padded)  # also the warm-up
     ours, baseline = medians([lambda: step(trimmed), lambda: step(padded)], options.rounds, options.device)
     mean = caption_lengths(tokens).float().mean()
     pads = "masked" if pad_mask else "as published"
@@ -153,7 +153,8 @@ def student_text_case(pad_mask: bool, options: BenchOptions) -> Row:
 
 
 def random_captions(mean: int, count: int) -> Int[Tensor, "N L"]:
-    """Distinct captions of random tokens at 248 columns; lengths, SOT and EOT included, are lognormal about `mean`."""
+    """Make distinct captions of random tokens at 248 columns. Lengths, SOT and EOT included, are lognormal about
+    `mean`."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.randn(count, generator=generator) * _SPREAD - _SPREAD**2 / 2
     lengths = (mean * spread.exp()).round().clamp(4, CONTEXT_LENGTH).long()[:, None]
@@ -165,13 +166,14 @@ def random_captions(mean: int, count: int) -> Int[Tensor, "N L"]:
 
 
 def bench_tokenize(options: BenchOptions) -> Iterator[Row]:
-    """Captions to a tensor of ids against open_clip's SimpleTokenizer."""
+    """Measure captions to a tensor of ids against open_clip's SimpleTokenizer."""
     for count, share_odd in TOKENIZE_CASES:
         yield in_own_process(tokenize_case, count, share_odd)
 
 
 def tokenize_case(count: int, share_odd: float) -> Row:
-    """All captions once by both, block by block in turns, from empty memos; the rates are medians over the blocks."""
+    """Tokenise all captions once with both, block by block in turns, with empty memos. Rates are medians over the
+    blocks."""
     captions = written_captions(count, share_odd)
     ours, theirs = CaptionTokenizer(), SimpleTokenizer()
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -194,13 +196,14 @@ def tokenize_case(count: int, share_odd: float) -> Row:
         ours=1 / a,
         baseline=1 / b,
         ratio=b / a,
-        max_abs_diff=difference,  # of ids: anything but 0 is another caption
+        max_abs_diff=difference,  # difference of ids: anything but 0 means another caption
         peak_gb=peak_memory_gb(),
     )
 
 
 def written_captions(count: int, share_odd: float) -> list[str]:
-    """Sentences of CLIP's own words, the first of its vocabulary the most often, and pieces that no word is made of."""
+    """Write sentences of CLIP's own words, with earlier words of its vocabulary more often, and pieces that are no
+    words."""
     draw = random.Random(0)
     merges = list(SimpleTokenizer().encoder)[512:]
     words = [token[:-4] for token in merges if token.endswith("</w>") and token[:-4].isalpha() and token.isascii()]

@@ -1,4 +1,4 @@
-"""The ablation: grids read, shares split, runs run and skipped, tables that refuse what cannot be compared."""
+"""The ablation: grids are read, shares split, runs run or skipped, and incomparable runs refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ overrides = ["--run.max_steps", "1", "--student.init", "{run:first}/last.safeten
 
 @pytest.fixture
 def grid_of(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Grid]:
-    """Reads a grid from its text, in a checkout that has the data."""
+    """Read a grid from its text, in a checkout that has the data."""
     monkeypatch.chdir(checkout)
 
     def read(text: str, *settings: str) -> Grid:
@@ -73,7 +73,7 @@ def grid_of(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def write_run(job: Job, i2t: float, t2i: float, seconds: float = 60.0) -> None:
-    """The folder that a run leaves, with these figures on both tests, stopped and resumed on the way."""
+    """Write the folder that a run leaves, with these figures on both tests, after one stop and resume."""
     steps, batch = job.config.run.max_steps, job.config.run.global_batch_size
     assert steps is not None
     write_text(job.folder / "config.toml", config_to_toml(job.config))
@@ -101,7 +101,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     ablate.main()
 
 
-# --- the whole ---
+# --- end to end ---
 
 
 def test_the_smoke_grid_from_runs_to_table(
@@ -144,9 +144,9 @@ def test_the_smoke_grid_from_runs_to_table(
     assert Image.open(out / "table.png").size[0] > 800
 
     call(monkeypatch, *arguments)
-    assert len(launched) == 2  # both were found finished
-    call(monkeypatch, smoke, "--out", str(out), "--report")  # a report judges what was run
-    with pytest.raises(InputError, match=r"none/seed_0 is a finished run with optim.lr = 0.004, the grid has 0.5"):
+    assert len(launched) == 2  # both were already finished
+    call(monkeypatch, smoke, "--out", str(out), "--report")  # a report takes the runs as they are
+    with pytest.raises(InputError, match=r"none/seed_0 is a finished run with optim.lr = 0.004, but 0.5 in the grid"):
         call(monkeypatch, *arguments, "optim.lr=0.5")
 
 
@@ -228,12 +228,12 @@ overrides.speed.compile = true
     cached = jobs["cached", 1].config
     assert cached.data.shards == ("a/{000..003}.tar", "x y/*.tar")
     assert (cached.data.zeroshot_templates, cached.speed.compile, cached.student.variant) == ("a {}.", True, "small")
-    assert (cached.optim.lr, cached.loss.crd_long, cached.run.max_steps) == (0.5, 2.0, 4)  # --set over the grid's own
+    assert (cached.optim.lr, cached.loss.crd_long, cached.run.max_steps) == (0.5, 2.0, 4)  # --set wins over the grid
     assert cached.data.tests == ("a b=folder:c", "d=folder:e")
     assert (cached.run.seed, cached.run.out_dir) == (1, Path("out/cached/seed_1"))
     second = jobs["second", 1]
     assert second.config.student.init == "out/first/seed_1/last.safetensors"
-    assert second.config.run.max_steps == 1  # a variant's own over all
+    assert second.config.run.max_steps == 1  # a variant's own override wins over all
     assert second.stages == (Path("out/first/seed_1"),)
     assert second.command(1)[1].endswith("training/main.py")
     assert second.command(3)[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
@@ -246,18 +246,18 @@ overrides.speed.compile = true
         (HEAD + CRD.replace("4.0", "-1.0"), [], "variant crd: .*must not be negative"),
         (HEAD + CRD + "overrides.run.global_batch_size = 30", [], "variant crd: PCA of rank 32"),
         (HEAD + CRD + "overrides.data.tests = []", [], "variant crd has no test"),
-        (HEAD + CRD + "colour = 3", [], "crd: there is no key colour"),
+        (HEAD + CRD + "colour = 3", [], "crd: unknown key colour"),
         (HEAD + CRD + 'differs = ["loss.crd_long"]', [], "crd: differs may name data.shards"),
         (HEAD + CRD + 'after = ["nothing"]', [], "crd comes after nothing"),
         (HEAD + STAGES.replace('"first"\n', '"first"\nafter = ["second"]\n'), [], "first after second after first"),
         (HEAD + STAGES.replace('after = ["first"]', ""), [], "name first in its `after`"),
-        (HEAD + CRD + 'overrides.student.init = "{cash}"', [], "nothing stands for {cash}"),
+        (HEAD + CRD + 'overrides.student.init = "{cash}"', [], "{cash} has no value"),
         (HEAD + CRD.replace("crd", "none", 1), [], "two variants are called none"),
-        (HEAD + CRD.replace('"crd"', '"a/b"'), [], "a folder bears it"),
+        (HEAD + CRD.replace('"crd"', '"a/b"'), [], "it names a folder"),
         (HEAD + "overrides.loss = 3", [], "overrides.loss is a section"),
         (HEAD + 'overrides = ["3"]', [], "overrides begin with --section.field"),
         (HEAD.replace("[0, 1]", "[0, 0]"), [], "give different whole numbers"),
-        (HEAD.replace('baseline = "none"', 'baseline = "nine"'), [], "the baseline nine is no variant"),
+        (HEAD.replace('baseline = "none"', 'baseline = "nine"'), [], "the baseline nine is not a variant"),
         (HEAD.replace('baseline = "none"\n', ""), [], "there is no baseline"),
         ("variant = 3", [], "there is no preset"),
         ("[", [], "is not TOML"),
@@ -276,7 +276,7 @@ def test_a_bad_grid_is_refused_in_one_line(
 
 
 def losses_of(grid: Grid, name: str) -> LossOptions:
-    """What the loss overrides of a variant come to, without the price of parsing a whole configuration."""
+    """Parse a variant's loss overrides without the cost of parsing a complete configuration."""
     given = {key[5:]: words[0] for key, words in grid.variants[name].overrides.items() if key.startswith("loss.")}
     return LossOptions(**{field: type(getattr(LossOptions(), field))(value) for field, value in given.items()})
 
@@ -293,7 +293,7 @@ def test_the_stamp_grid_is_valid_and_covers_every_loss(checkout: Path, monkeypat
     for name in ("masked_fd", "hidden_text"):
         assert losses[name].active - losses["none"].active == {name}
 
-    # of those that change the losses alone, two stand for all
+    # two variants stand for all that change only the losses
     kinds = ("", "stages", "cache", "reading", "width")
     others = {name for name, variant in grid.variants.items() if variant.group in kinds}
     jobs = {job.variant.name: job for job in make_jobs(grid, Path("out")) if job.seed == 0}
@@ -376,7 +376,7 @@ def test_the_clock_counts_what_is_left_of_this_call(
 ) -> None:
     monkeypatch.setattr(ablate, "time", SimpleNamespace(monotonic=lambda: 130.0))
     first, second, third, fourth = make_jobs(grid_of(HEAD + CRD), tmp_path)
-    write_text(second.folder / "metrics.jsonl", json.dumps({"step": 2, "group": "train"}) + "\n")  # half done before
+    write_text(second.folder / "metrics.jsonl", json.dumps({"step": 2, "group": "train"}) + "\n")  # half done
     clock = ablate.Clock([first, second, third, fourth], started=100.0)
     assert clock.total == 4 + 2 + 4 + 4 and clock.eta() == "–"
     clock.finish(first)

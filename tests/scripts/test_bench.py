@@ -48,7 +48,7 @@ def test_the_command_writes_its_rows(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["recal"], "error: no bench 'recal': it is one of teacher-text, student-text"),
+        (["recal"], "error: no bench 'recal': choose one of teacher-text, student-text"),
         (["recall", "--rounds", "0"], "error: --rounds 0"),
     ],
 )

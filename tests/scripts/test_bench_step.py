@@ -59,7 +59,7 @@ def test_a_drawn_chunk_trains_the_scale_alone() -> None:
 
 
 def test_memory_names_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic, on peaks that are given."""
+    """Check the arithmetic on given peaks."""
     gigabytes = {(256, 0, True): 1.1, (256, 0, False): 2.0, (256, 2, True): 1.8, (64, 1, True): 1.7, (32, 1, True): 1.4}
 
     def peak(function: object, variant: str, size: int, chunks: int, run: int, streaming: bool, _: object) -> object:
@@ -70,7 +70,7 @@ def test_memory_names_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "in_own_process", peak)
     total, *parts = bench_memory(OPTIONS)
     assert total.case == (
-        "tiny, batch 256, stored teacher: peak in 4 chunks, 2 of them run and the others drawn; baseline extrapolated"
+        "tiny, batch 256, stored teacher: peak in 4 chunks, 2 of them run and the others random; baseline extrapolated"
     )
     assert total.ours == 1.8
     assert total.baseline == pytest.approx(1.8 + 0.3 / 32 * (256 - 64) + 0.9)

@@ -1,4 +1,4 @@
-"""cache_teacher.py as a command: resumable, the same from any number of processes, refusing what does not fit."""
+"""cache_teacher.py as a command: resumable, the same from any number of processes, strict about what does not fit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Run = Callable[..., int]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command in this process; returns its exit code."""
+    """Run the command in this process and return its exit code."""
 
     def call(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["cache_teacher.py", *map(str, arguments)])
@@ -207,7 +207,7 @@ def test_a_folder_made_otherwise_is_refused(
     assert run(*arguments(shards / "s-0.tar", teacher, tmp_path, "--views", 2)) == 0
     assert run(*arguments(shards, teacher, tmp_path, "--views", 2, *more)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {tmp_path} holds a cache made otherwise: {message}")
+    assert error.startswith(f"error: {tmp_path} holds a cache with other settings: {message}")
 
 
 def test_another_teacher_in_the_same_folder_is_refused(
@@ -217,7 +217,7 @@ def test_another_teacher_in_the_same_folder_is_refused(
     save_teacher(create_teacher("tiny"), tmp_path / "other.safetensors")
     assert run(*arguments(shards / "s-0.tar", teacher, tmp_path / "out")) == 0
     assert run(*arguments(shards / "s-0.tar", tmp_path / "other.safetensors", tmp_path / "out")) == 2
-    assert "made otherwise: teacher_sha256 is" in capsys.readouterr().err
+    assert "with other settings: teacher_sha256 is" in capsys.readouterr().err
 
 
 def test_verify_names_what_is_damaged(
@@ -225,7 +225,7 @@ def test_verify_names_what_is_damaged(
 ) -> None:
     assert run(*arguments(shards, teacher, tmp_path)) == 0
     assert run("--out", tmp_path, "--verify") == 0
-    assert "3 sidecars are whole" in capsys.readouterr().out
+    assert "3 sidecars are intact" in capsys.readouterr().out
     damaged, header = (
         bytearray((tmp_path / "s-1.safetensors").read_bytes()),
         (tmp_path / "s-0.safetensors").read_bytes(),
@@ -261,12 +261,12 @@ def test_bad_input_ends_in_one_line(
         ([*arguments("nowhere/*.tar", teacher, out)], "no shard matches"),
         ([*arguments("https://a.example/x.tar", teacher, out)], "sidecars belong to local shards"),
         ([*arguments(shards, tmp_path / "no.safetensors", out)], "no checkpoint at"),
-        ([*arguments(shards, tmp_path / "student.safetensors", out)], "is no Long-CLIP or CLIP of ours"),
+        ([*arguments(shards, tmp_path / "student.safetensors", out)], "is not a Long-CLIP or CLIP of"),
         ([*arguments(shards, tmp_path / "nan.safetensors", out)], "features that are not finite"),
         ([*arguments(shards, teacher, out), "--batch-size", 0], "--batch-size 1 or more"),
         ([*arguments(shards, teacher, out), "--augment.centre"], "give --views 0"),
         ([*arguments(f"{shards}/s-0.tar", teacher, out), "--shards", shards, second], "would share one sidecar"),
-        (["--teacher", teacher, "--device", "cpu", "--shards", shards, second], "say with --out"),
+        (["--teacher", teacher, "--device", "cpu", "--shards", shards, second], "give --out for"),
         ([*arguments(shards, teacher, out), "--device", "cuda:77"], "cuda"),
     ]
     for command, message in cases:

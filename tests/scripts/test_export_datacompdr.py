@@ -33,7 +33,7 @@ def picture(number: int, form: str = "JPEG") -> bytes:
 
 
 def members(number: int) -> dict[str, bytes]:
-    if number == 4:  # cannot be read, when the cache is made as later
+    if number == 4:  # unreadable, both when the cache is made and later
         return {"jpg": b"no picture", "json": caption_member("gone")}
     form = {"png": picture(number, "PNG")} if number == 2 else {"jpg": picture(number)}
     long = [f"Picture {number} is long. It goes on: café {part}." for part in range(1 + number % 3)]
@@ -108,9 +108,9 @@ def test_shards_that_have_changed_since_and_the_same_folder_are_refused(cached: 
         run(cached, cached / "shards")
     other = tmp_path / "shards"
     other.mkdir()
-    for name, old, new, message in [  # as many bytes, so that the cache as a whole still fits
-        ("captions", b"It goes on", b"It goes up", "sample k0 has other captions now than when the teacher cache"),
-        ("picture", b"JFIF", b"JFIX", "sample k0 has other picture now"),
+    for name, old, new, message in [  # the same number of bytes, so that the cache still fits
+        ("captions", b"It goes on", b"It goes up", "the captions of sample k0 changed after the teacher cache"),
+        ("picture", b"JFIF", b"JFIX", "the picture of sample k0 changed"),
     ]:
         changed = [(f"k{n}", {kind: data.replace(old, new) for kind, data in members(n).items()}) for n in range(3)]
         write_shard(other / "s-0.tar", changed)

@@ -1,4 +1,4 @@
-"""make_shards.py: every layout in, true shards out; resumable, deterministic, honest about what is missing."""
+"""make_shards.py: every layout in, valid shards out; resumable, deterministic, honest about what is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[..., int]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command in this process; returns its exit code."""
+    """Run the command in this process and return its exit code."""
 
     def call(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments)])
@@ -43,7 +43,7 @@ def write_pictures(folder: Path, names: list[str], size: tuple[int, int] = (30, 
 
 
 def contents(out: Path) -> dict[str, dict[str, object]]:
-    """Captions by key, through the reader that training uses."""
+    """Return the captions by key, through the reader that training uses."""
     index = ShardIndex(sorted(out.glob("*.tar")))
     return {index.key(i): json.loads(index.read(i).json or b"") for i in range(index.num_samples)}
 
@@ -248,7 +248,7 @@ def test_bad_input_ends_in_one_line(run: Run, tmp_path: Path, capsys: pytest.Cap
         (["sharegpt4v", "--json", "nowhere.json", "--images", root, "--out", tmp_path / "o"], "no annotation file"),
         (["sharegpt4v", "--json", tmp_path / "cut.json", "--images", root, "--out", tmp_path / "o", *every], "JSON"),
         (["sharegpt4v", "--json", tmp_path / "other.json", "--images", root, "--out", tmp_path / "o", *every], "row 0"),
-        (["coco", "--json", tmp_path / "other.json", "--images", root, "--out", tmp_path / "o"], "no COCO"),
+        (["coco", "--json", tmp_path / "other.json", "--images", root, "--out", tmp_path / "o"], "not a COCO"),
         (["folder", "--images", tmp_path / "none", "--out", tmp_path / "o"], "no folder"),
         (["tsv", "--file", tmp_path / "one.tsv", "--out", tmp_path / "o"], "second column"),
         ([*sharegpt4v(root, tmp_path / "o"), *every, "--include", "nix/*"], "no pictures are left"),

@@ -1,4 +1,5 @@
-"""The planner: its bytes are a written sidecar's, its hours plain arithmetic, its rates say where they come from."""
+"""The planner: its bytes are those of a written sidecar, its hours plain arithmetic, and its rates name their
+source."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def test_the_bytes_are_those_of_a_written_sidecar(
     write_sidecar(tmp_path / "a.safetensors", entries, num_ops, image_features, features)
     mean_tokens = sum(map(len, tokens)) / len(tokens)
     planned = num_samples * sidecar_bytes_per_sample(embed_dim, views, captions, mean_tokens, num_ops)
-    assert abs((tmp_path / "a.safetensors").stat().st_size / planned - 1) < 0.02  # the header is what is left out
+    assert abs((tmp_path / "a.safetensors").stat().st_size / planned - 1) < 0.02  # the header is left out
 
 
 def test_datacompdrs_bytes_are_the_published_ones() -> None:
@@ -72,7 +73,8 @@ def test_rates_without_a_measurement_come_from_flops_and_say_so() -> None:
     rates = find_rates(options)
     config = TEACHERS["tiny"]
     tower, tokens = config.image, (config.image.size // config.image.patch) ** 2 + 1
-    # 12 width^2 weights a block, each one multiplication and one addition a token; attention's two products beside
+    # 12 width^2 weights per block, each one multiplication and one addition per token; attention's two products are
+    # extra
     blocks = tower.layers * tokens * (2 * 12 * tower.width**2 + 4 * tokens * tower.width)
     flops = 0.5e12 / rates.teacher_images.per_second
     assert blocks < flops < 1.6 * blocks  # the convolutional stem and the projection come on top
@@ -117,9 +119,9 @@ def test_rates_are_read_from_a_benchs_json(tmp_path: Path) -> None:
         ("0", "must be positive"),
         ("nan", "must be positive"),
         ("{folder}/gone.json", "cannot read"),
-        ("{folder}/text.json:mean", "2 rates of .* have 'mean' in their case: mean 12 tokens"),
-        ("{folder}/text.json:whole", "0 rates of "),
-        ("{folder}/other.json:x", "is no file that scripts/bench.py"),
+        ("{folder}/text.json:mean", "has 2 rates whose case contains 'mean': mean 12 tokens"),
+        ("{folder}/text.json:whole", "has 0 rates "),
+        ("{folder}/other.json:x", "was not written by scripts/bench.py"),
     ],
 )
 def test_a_rate_that_cannot_be_read_is_one_line(tmp_path: Path, value: str, message: str) -> None:
@@ -133,8 +135,8 @@ def test_a_rate_that_cannot_be_read_is_one_line(tmp_path: Path, value: str, mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": "b32"}, "--teacher b32: it is one of tiny, small, b16, l14"),
-        ({"student": "s9"}, "--student s9: it is one of"),
+        ({"teacher": "b32"}, "--teacher b32: choose one of tiny, small, b16, l14"),
+        ({"student": "s9"}, "--student s9: choose one of"),
         ({"views": -1}, "--views"),
         ({"samples": 0}, "--samples 0"),
         ({"epochs": float("nan")}, "--epochs nan"),
@@ -156,7 +158,7 @@ def test_the_command_prints_and_writes_the_plan(
     monkeypatch.setattr("sys.argv", ["plan_run.py", *arguments.split()])
     plan_run.main()
     printed = capsys.readouterr().out
-    for text in ("1.2 million", "12 million", "1.28 billion", "500 samples/s a GPU, student (given)", "1.67 epochs"):
+    for text in ("1.2 million", "12 million", "1.28 billion", "500 samples/s per GPU, student (given)", "1.67 epochs"):
         assert text in printed
     assert "2 stored views for 5 epochs" in printed
     figures = json.loads((tmp_path / "plan.json").read_text())

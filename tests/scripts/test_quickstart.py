@@ -1,4 +1,4 @@
-"""The quickstart from data to report, with trainings of two steps in this process instead of torchrun's."""
+"""The quickstart from data to report, with trainings of two steps in this process instead of under torchrun."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MODELS = ["teacher", "distilled", "undistilled", "cut77", "reparameterized"]
 
 @pytest.fixture
 def quickstart(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as a module, in a folder of its own that shares the checkout's data and teacher."""
+    """Load the script as a module, in its own folder that shares the checkout's data and teacher."""
     for name in ("data", "runs"):
         (tmp_path / name).mkdir()
     (tmp_path / "data" / "digit_scenes").symlink_to(checkout / "data" / "digit_scenes")
@@ -44,7 +44,7 @@ def quickstart(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def launched(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands that would have been launched; what they would run is run here, on batches of 36."""
+    """Record the commands that would be launched, and run their trainings here on batches of 36."""
     commands: list[list[str]] = []
 
     def run(command: list[str]) -> int:
@@ -56,7 +56,7 @@ def launched(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[li
         return 0
 
     monkeypatch.setattr(quickstart, "launch", run)
-    monkeypatch.setattr(training.main, "report_run", lambda *_: None)  # each run's own report is another test's matter
+    monkeypatch.setattr(training.main, "report_run", lambda *_: None)  # each run's own report has another test
     return commands
 
 
