@@ -34,7 +34,8 @@ from typing import Any
 from eval.benchmarks.named_sets import is_plain_name
 from longclip_teacher.errors import InputError
 from training.build import check_config
-from training.settings.tree import TrainConfig, parse_config
+from training.settings.own_data import run_config
+from training.settings.tree import TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -121,7 +122,7 @@ class Job:
     def config(self) -> TrainConfig:
         """The configuration that the arguments give. It is parsed on demand, because that takes a fifth of a second."""
         try:
-            return parse_config(self.arguments)
+            return run_config(self.arguments)[0]
         except InputError as error:
             raise InputError(f"variant {self.variant.name}: {error}") from None
 

@@ -145,12 +145,13 @@ def test_bad_input_ends_in_one_line(
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pt")
     (tmp_path / "short.safetensors").write_bytes((checkout / "runs/tiny_teacher/best.safetensors").read_bytes()[:9000])
     (tmp_path / "bad.toml").write_text("[loss]\nclip_lang = 1\n")
+    teacher = ["--teacher.checkpoint", "runs/tiny_teacher"]  # named: other data are not given to it by default
     cases = [
-        (["--data.shards", "nowhere/*.tar"], "nowhere"),
-        (["--data.shards", str(tmp_path / "empty.tar")], "empty.tar"),
-        (["--data.shards", str(tmp_path / "truncated.tar")], "mend the data"),
-        (["--data.shards", str(tmp_path / "text.tar")], "not a picture"),
-        (["--data.shards", "pipe:cat x.tar"], "pipe:"),
+        ([*teacher, "--data.shards", "nowhere/*.tar"], "nowhere"),
+        ([*teacher, "--data.shards", str(tmp_path / "empty.tar")], "empty.tar"),
+        ([*teacher, "--data.shards", str(tmp_path / "truncated.tar")], "mend the data"),
+        ([*teacher, "--data.shards", str(tmp_path / "text.tar")], "not a picture"),
+        ([*teacher, "--data.shards", "pipe:cat x.tar"], "pipe:"),
         (["--teacher.checkpoint", str(tmp_path / "missing.pt")], "missing.pt"),
         (["--teacher.checkpoint", str(tmp_path / "code.pt")], "code.pt"),
         (["--teacher.checkpoint", str(tmp_path / "other.pt")], "other.pt"),
@@ -163,6 +164,7 @@ def test_bad_input_ends_in_one_line(
         (["--run.device", "cuda:9"], "cuda:9"),
         (["--data.tests", "twins"], "NAME=PROTOCOL:FOLDER"),
         (["--data.val", "nowhere"], "nowhere"),
+        (["--data.shards", "own/*.tar"], "give --teacher.checkpoint (longclip-b"),
     ]
     for number, (args, words) in enumerate(cases):
         out_dir = tmp_path / f"run{number}"

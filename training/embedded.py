@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
+from longclip_teacher.errors import InputError
 from training.build import build_distiller, build_training_loader, check_config, frozen_teacher
 from training.cache.manifest import CACHE_MANIFEST, shard_facts, write_cache_manifest
 from training.cache.writer import SidecarWriter, cache_settings
@@ -14,7 +15,8 @@ from training.data.digit_scenes import is_outdated, write_digit_scenes
 from training.data.index import ShardIndex, expand_patterns
 from training.distributed import Runtime
 from training.loop import train
-from training.settings.options import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER
+from training.settings.options import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER, DataOptions
+from training.settings.own_data import is_embedded, trains_on_embedded
 from training.settings.tree import TrainConfig, parse_config
 
 __all__ = ["prepare_embedded"]
@@ -26,10 +28,11 @@ _CACHE_BATCH = 256
 
 def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
     """Make what `config` names of the embedded inputs and is missing: the digit scenes and, by the same training loop,
-    the tiny teacher, its stored features, and the first stages of two_stage."""
-    shards = () if config.data.images or config.data.captions else config.data.shards
-    named = (*shards, str(config.data.val), str(config.data.zeroshot), *config.data.tests)
-    if any(f"{EMBEDDED_DATA}/" in name for name in named):
+    the tiny teacher, its stored features, and the first stages of two_stage.
+
+    Raises InputError where a first stage is missing and the run is on other data: that stage would learn from digits.
+    """
+    if _names_embedded_data(config.data):
         if runtime.is_main:
             _make_data()
         runtime.barrier()
@@ -41,9 +44,20 @@ def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
         if runtime.is_main:
             _write_cache(config)
         runtime.barrier()
-    for source in (config.init.image, config.init.text):
-        if source in _STAGES:
-            _run_first(_STAGES[source], Path(source), config, runtime)
+    for tower, source in (("image", config.init.image), ("text", config.init.text)):
+        if source not in _STAGES:
+            continue
+        if not (trains_on_embedded(config.data) or _is_finished(Path(source))):
+            raise InputError(
+                f"--init.{tower} {source}: no finished run there; train it on your data first with preset "
+                f"{_STAGES[source]}, or give another --init.{tower}"
+            )
+        _run_first(_STAGES[source], Path(source), config, runtime)
+
+
+def _names_embedded_data(data: DataOptions) -> bool:
+    judged = (data.val, data.zeroshot, *(entry.partition(":")[2] for entry in data.tests))
+    return trains_on_embedded(data) or any(path is not None and is_embedded(path) for path in judged)
 
 
 def _make_data() -> None:
@@ -59,13 +73,18 @@ def _make_data() -> None:
 
 
 def _run_first(preset: str, out_dir: Path, config: TrainConfig, runtime: Runtime) -> None:
-    if (out_dir / "best.safetensors").exists():
+    if _is_finished(out_dir):
         return
     logger.info("nothing in %s yet: running preset %s first", out_dir, preset)
     first = parse_config([preset, "--run.device", config.run.device])
     check_config(first, runtime.world_size)
+    prepare_embedded(first, runtime)
     distiller = build_distiller(first, runtime)
     train(first, runtime, distiller, build_training_loader(first, runtime, distiller))
+
+
+def _is_finished(out_dir: Path) -> bool:
+    return (out_dir / "best.safetensors").exists()
 
 
 def _write_cache(config: TrainConfig) -> None:

@@ -16,18 +16,20 @@ from training.embedded import prepare_embedded
 from training.loop import train
 from training.record.evaluate import check_sets
 from training.record.run_report import report_run
-from training.settings.tree import parse_config
+from training.settings.own_data import run_config
 
 
 def main() -> None:
     """Parse, set up, build, train, report."""
     with _told_once():
-        config = parse_config(sys.argv[1:])
+        config, notes = run_config(sys.argv[1:])
     if config.speed.keep_memory:
         keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     with start(config.run.device) as runtime:
         logging.getLogger().setLevel(logging.INFO if runtime.is_main else logging.WARNING)
+        for note in notes:
+            logging.getLogger(__name__).info(note)
         with _told_once():
             check_config(config, runtime.world_size)
             prepare_embedded(config, runtime)

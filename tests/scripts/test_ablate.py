@@ -219,6 +219,7 @@ def test_overrides_settings_and_placeholders(grid_of: Callable[..., Grid]) -> No
 name = "cached"
 preset = "small_student"
 overrides.data = { shards = ["a/{000..003}.tar", "{cache}/*.tar"], zeroshot_templates = "a {}." }
+overrides.teacher.checkpoint = "longclip-b"
 overrides.speed.compile = true
 """
     )

@@ -39,7 +39,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["PRESETS", "TrainConfig", "config_from_toml", "config_to_toml", "parse_config"]
+__all__ = ["PRESETS", "TrainConfig", "config_from_toml", "config_to_toml", "named_fields", "parse_config"]
 
 PRESETS = Path(__file__).parents[1] / "presets"
 DEFAULT_PRESET = "digit_scenes"
@@ -86,8 +86,18 @@ def parse_config(args: Sequence[str]) -> TrainConfig:
     preset_args = _toml_arguments(_preset_path(preset))
     for arg in args:
         if arg.startswith("--") and arg != "--help":
-            _check_key(arg[2:].split("=")[0].replace("-", "_"), "the command line")
+            _check_key(_field_of(arg), "the command line")
     return _parse(args, default=_parse(preset_args))
+
+
+def named_fields(args: Sequence[str]) -> frozenset[str]:
+    """The fields (section.field) that the user gave in the arguments of `parse_config`: on the command line, or in a
+    TOML preset that is not one of ours."""
+    given = list(args)
+    if given and not given[0].startswith("-"):
+        path = _preset_path(given[0])
+        given[:1] = [] if path.resolve().parent == PRESETS.resolve() else _toml_arguments(path)
+    return frozenset(_field_of(arg) for arg in given if arg.startswith("--"))
 
 
 def config_from_toml(path: Path) -> TrainConfig:
@@ -157,6 +167,11 @@ def _toml_arguments(path: Path) -> list[str]:
             values = value if isinstance(value, list) else [value]
             args += [f"--{section}.{name}", *(str(item) for item in values)]
     return args
+
+
+def _field_of(arg: str) -> str:
+    """section.field of an argument --section.field, --section.field=VALUE or --section.other-field."""
+    return arg[2:].split("=")[0].replace("-", "_")
 
 
 def _check_key(key: str, where: str) -> None:

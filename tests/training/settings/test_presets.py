@@ -17,7 +17,9 @@ import torch
 from eval.towers.models import load_model
 from training.main import main
 from training.record.run_log import read_metrics
-from training.settings.tree import PRESETS, config_from_toml, parse_config
+from training.settings.options import EMBEDDED_TEACHER
+from training.settings.own_data import is_embedded, run_config, trains_on_embedded
+from training.settings.tree import PRESETS, config_from_toml
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.toml"))
 SHORT = [
@@ -81,4 +83,9 @@ def test_a_header_tells_source_cost_and_a_command_that_parses(name: str) -> None
     assert words[:program] == ["python"] or re.fullmatch(r"torchrun --nproc_per_node=\d", " ".join(words[:program]))
     arguments = words[program + 1 :]
     assert (arguments[0] if arguments else "digit_scenes") == name  # the default needs no name
-    parse_config(arguments)
+    config, _ = run_config(arguments)
+    if not trains_on_embedded(config.data):
+        assert config.data.val is not None and not is_embedded(config.data.val)
+        assert config.data.tests and not any(is_embedded(entry.partition(":")[2]) for entry in config.data.tests)
+        assert config.data.zeroshot is None or not is_embedded(config.data.zeroshot)
+        assert not (config.distils and config.teacher.checkpoint == EMBEDDED_TEACHER)
