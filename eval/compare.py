@@ -22,6 +22,7 @@ from eval.base.environment import environment_record
 from eval.benchmarks.labelled_images import find_labelled_images
 from eval.benchmarks.named_sets import is_plain_name, parse_sets, set_digest
 from eval.benchmarks.protocols import RetrievalSet
+from eval.command_line import show_recognised
 from eval.cost import measure_costs
 from eval.long_captions import long_caption_behaviour
 from eval.measures.compare_measures import Kept, measure_retrieval, model_digest
@@ -32,7 +33,8 @@ from eval.pages.compare_tables import Comparison, comparison_json, comparison_ma
 from eval.pages.report import write_report
 from eval.towers.encoding_options import EncodingOptions
 from eval.towers.feature_cache import FeatureCache
-from eval.towers.models import ClipModel, load_model, weights_file
+from eval.towers.models import ClipModel, describe_model, weights_file
+from eval.towers.named_models import ReadSettings, parse_models
 from longclip_teacher.errors import InputError, run_command
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -45,13 +47,17 @@ class Options(EncodingOptions):
     python eval/compare.py longclip-b runs/distil --protocols urban=urban1k:data/Urban1k coco=coco2017val:data/coco
     python eval/compare.py teacher=longclip-b student=runs/s0,runs/s1,runs/s2 --protocols urban=urban1k:data/Urban1k
 
+    python eval/compare.py full=runs/s0 cut=runs/s0@context_length=77 --protocols urban=urban1k:data/Urban1k
+
     NAME=A,B,C are runs of one model with different seeds: its figures are means. What is measured is kept in --out: a
     comparison that was stopped goes on, and one more model costs only its own time.
     """
 
     models: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Each a checkpoint (a weight file, a run's folder, a hub name, an open_clip name), NAME=CHECKPOINT, or several
-    seeds of one model: NAME=CHECKPOINT,CHECKPOINT,... The first is what the others are compared with."""
+    """Each is a checkpoint (a weight file, a run folder, a hub name, an open_clip name), NAME=CHECKPOINT, or several
+    seeds of one model: NAME=CHECKPOINT,CHECKPOINT,... The others are compared with the first. Settings may follow an @,
+    for all seeds of the entry: context_length=N, pad_mask=True|False, variant=V (published students) and activation=A
+    (CLIP teachers), as in official=mobileclip_s0.pt@variant=s0,context_length=248,pad_mask=True."""
     protocols: tuple[str, ...] = ()
     """Retrieval tests, each NAME=PROTOCOL:FOLDER, such as urban=urban1k:data/Urban1k; `python eval/retrieval.py
     --protocol list` explains the protocols."""
@@ -97,17 +103,18 @@ def main() -> None:
 
 def compare(options: Options) -> Comparison:
     """Everything checked first, then measured; what --out has already is not measured again."""
-    checkpoints = parse_models(options.models)
-    if options.teacher is not None and options.teacher not in checkpoints:
-        raise InputError(f"--teacher {options.teacher} is none of the models: {', '.join(checkpoints)}")
+    models = parse_models(options.models)
+    if options.teacher is not None and options.teacher not in models:
+        raise InputError(f"--teacher {options.teacher} is none of the models: {', '.join(models)}")
     sets = parse_sets(options.protocols, "--protocols")
     folders = parse_folders(options.zeroshot, taken=sets)
-    for name in (*checkpoints, *sets, *folders):
+    for name in (*models, *sets, *folders):
         if not is_plain_name(name):
             raise InputError(f"{name!r} cannot name a file: use letters, digits, . _ + and -, as in NAME=...")
     console.print("checking every model and set", markup=False)
     candidates = {
-        name: [Candidate(options, checkpoint) for checkpoint in places] for name, places in checkpoints.items()
+        name: [Candidate(options, checkpoint, model.settings) for checkpoint in model.checkpoints]
+        for name, model in models.items()
     }
     for seeds in candidates.values():
         for candidate in seeds:
@@ -115,7 +122,9 @@ def compare(options: Options) -> Comparison:
     work = Work(options, sets, folders, candidates)
     measured = {name: [work.measure(name, seed) for seed in range(len(seeds))] for name, seeds in candidates.items()}
     return Comparison(
-        checkpoints=checkpoints,
+        checkpoints={name: model.checkpoints for name, model in models.items()},
+        settings={name: model.settings.given() for name, model in models.items()},
+        read_as={name: seeds[0].read_as for name, seeds in candidates.items()},
         measured=measured,
         sets=sets,
         set_digests=work.digests,
@@ -125,25 +134,6 @@ def compare(options: Options) -> Comparison:
         precision=options.precision,
         environment=environment_record(),
     )
-
-
-def parse_models(entries: Sequence[str]) -> dict[str, list[str]]:
-    """Checkpoints by the model's name; a checkpoint without a name is called as its file or folder is."""
-    models: dict[str, list[str]] = {}
-    for entry in entries:
-        name, equals, places = entry.partition("=")
-        if not equals or Path(entry).exists():
-            path = Path(entry)
-            name, places = (path.parent.name if path.name == "best.safetensors" else path.name), entry
-        checkpoints = places.split(",")
-        if not name or not all(checkpoints):
-            raise InputError(f"{entry}: write NAME=CHECKPOINT or NAME=CHECKPOINT,CHECKPOINT,...")
-        if name in models:
-            raise InputError(f"two models are called {name}: name them, as in first={entry}")
-        if len(set(checkpoints)) < len(checkpoints):
-            raise InputError(f"{entry}: the same checkpoint twice is no second seed")
-        models[name] = checkpoints
-    return models
 
 
 def parse_folders(entries: Sequence[str], taken: Mapping[str, object]) -> dict[str, Path]:
@@ -163,18 +153,19 @@ def parse_folders(entries: Sequence[str], taken: Mapping[str, object]) -> dict[s
 class Candidate:
     """A checkpoint that is loaded when something is measured of it."""
 
-    def __init__(self, options: Options, checkpoint: str) -> None:
-        self.options, self.checkpoint = options, checkpoint
-        self.digest = ""
+    def __init__(self, options: Options, checkpoint: str, settings: ReadSettings) -> None:
+        self.options, self.checkpoint, self.settings = options, checkpoint, settings
+        self.digest = self.read_as = ""
 
     @cached_property
     def model(self) -> ClipModel:
         """The model in eval mode on the device."""
-        return load_model(self.checkpoint, device=self.options.torch_device())
+        return self.settings.load(self.checkpoint, self.options.torch_device())
 
     def check(self) -> None:
         """Load it once to see that it can be, and what it is."""
-        self.digest = model_digest(self.model)
+        with show_recognised():
+            self.digest, self.read_as = model_digest(self.model), describe_model(self.model)
         self.release()
 
     def release(self) -> None:

@@ -72,8 +72,10 @@ def examples_of(measured: Mapping[str, Any]) -> list[Example]:
 
 
 def model_digest(model: ClipModel) -> str:
-    """sha256 of the weights and of what else decides the features: context length, picture size, preprocessing."""
-    digest = hashlib.sha256(f"{type(model).__name__} {model.context_length} {model.preprocess}".encode())
+    """sha256 of the weights and of what else decides the features: the configuration (context length, pad mask,
+    activation, picture size ...) and the preprocessing."""
+    config = getattr(model, "config", None)  # open_clip's models have none
+    digest = hashlib.sha256(f"{type(model).__name__} {model.context_length} {config} {model.preprocess}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))

@@ -35,6 +35,7 @@ def comparison_report(comparison: Comparison, summary: Summary) -> Report:
         "Recall against time": _time_charts(comparison, summary, colours),
     }
     tables = {
+        "What was compared": _model_table(comparison),
         **{f"{test}: R@1, R@5, R@10": _recall_table(comparison, summary, test) for test in comparison.sets},
         **_difference_tables(comparison, summary),
         **_agreement_tables(comparison),
@@ -82,6 +83,19 @@ def _paragraphs(comparison: Comparison) -> list[str]:
 
 
 # --- tables ---
+
+
+def _model_table(comparison: Comparison) -> PlainTable:
+    rows = [
+        [name, "\n".join(checkpoints), _settings(comparison.settings[name]) or "–", comparison.read_as[name]]
+        for name, checkpoints in comparison.checkpoints.items()
+    ]
+    meaning = "The weights of each model, the settings that were given for reading them, and the model that came of it."
+    return PlainTable(meaning, ["model", "weights", "settings", "read as"], rows)
+
+
+def _settings(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in given.items())
 
 
 def _recall_table(comparison: Comparison, summary: Summary, test: str) -> PlainTable:
@@ -275,8 +289,6 @@ def _time_charts(comparison: Comparison, summary: Summary, colours: Mapping[str,
 
 def _facts(comparison: Comparison) -> dict[str, str]:
     facts = environment_facts(comparison.environment)
-    for name, checkpoints in comparison.checkpoints.items():
-        facts[name] = ", ".join(checkpoints)
     for name, found in comparison.sets.items():
         facts[f"test {name}"] = (
             f"{found.name}: {found.description} Pictures and captions have the sha256 {comparison.set_digests[name]}"

@@ -34,7 +34,11 @@ class Comparison:
     """All that was measured."""
 
     checkpoints: Mapping[str, Sequence[str]]
-    """Of each model, one or, with several seeds, more."""
+    """The weights of each model: one, or one for each of its seeds."""
+    settings: Mapping[str, Mapping[str, Any]]
+    """The settings that the user gave for reading each model, by their names; empty where the file alone decides."""
+    read_as: Mapping[str, str]
+    """What each model's first checkpoint turned out to be, in one phrase."""
     measured: Mapping[str, Sequence[Mapping[str, Any]]]
     """Of each model and seed: `retrieval`, `zeroshot`, `agreement`, `behaviour`, each by the test's name."""
     sets: Mapping[str, RetrievalSet]
@@ -163,6 +167,8 @@ def comparison_json(comparison: Comparison, summary: Summary) -> dict[str, Any]:
     for name, seeds in comparison.measured.items():
         models[name] = {
             "checkpoints": list(comparison.checkpoints[name]),
+            "settings": dict(comparison.settings[name]),
+            "read_as": comparison.read_as[name],
             "figures": {
                 key: {
                     "value": value,
@@ -228,6 +234,10 @@ def comparison_markdown(comparison: Comparison, summary: Summary) -> str:
             cells.append(text)
         lines.append(_row(cells))
     notes = [
+        *(
+            f"{name}: {', '.join(comparison.checkpoints[name])}; {comparison.read_as[name]}."
+            for name in summary.figures
+        ),
         f"In brackets: {INTERVAL_METHOD}",
         *(
             f"{name}: {found.name}, {len(found.images)} pictures, {len(found.captions)} captions, "

@@ -22,7 +22,7 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import read_weights, run_weights
 from mobileclip_student import MobileCLIP, load_student
 
-__all__ = ["ClipModel", "load_model", "weights_file"]
+__all__ = ["ClipModel", "describe_model", "load_model", "weights_file"]
 
 ClipModel: TypeAlias = LongCLIP | MobileCLIP | OpenClipModel | TowerPair
 Kind = Literal["student", "teacher"]
@@ -70,6 +70,16 @@ def load_model(
     if variant is not None or pad_mask is not None:
         raise InputError(f"{checkpoint} is a teacher: --variant and --pad-mask are for students, leave them out")
     return load_teacher(source, device, context_length=context_length, activation=activation)
+
+
+def describe_model(model: ClipModel) -> str:
+    """The model in one phrase for people, such as `MobileCLIP student s0, 77 tokens, pads attended`."""
+    if isinstance(model, (LongCLIP, MobileCLIP)):
+        return model.config.describe()
+    if isinstance(model, TowerPair):
+        image, text = model.config
+        return f"image tower of {image.describe()}; text tower of {text.describe()}"
+    return f"open_clip model, {model.context_length} tokens"
 
 
 def weights_file(checkpoint: str | Path) -> Path | None:

@@ -13,12 +13,12 @@ import torch
 
 import eval.compare
 from eval.benchmarks.protocols import load_retrieval_set
-from eval.compare import parse_models
+from eval.measures.compare_measures import model_digest
 from eval.measures.retrieval_set import evaluate_retrieval
 from eval.pages.compare_page import length_bins
 from eval.towers.models import load_model
 from longclip_teacher import create_teacher, save_teacher
-from longclip_teacher.errors import InputError, run_command
+from longclip_teacher.errors import run_command
 from mobileclip_student import create_student, save_student
 
 
@@ -29,7 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     save_teacher(create_teacher("tiny", context_length=32), paths["teacher"])
     for name in ("s0", "s1"):
-        save_student(create_student("tiny", context_length=32), paths[name])
+        save_student(create_student("tiny", context_length=64), paths[name])
     return paths
 
 
@@ -116,6 +116,9 @@ def test_bad_input_ends_in_one_line_before_any_encoding(
         ([good, f"a={weights['s1']}", "--protocols", test], "two models are called a"),
         ([f"a/b={weights['s0']}", "--protocols", test], "cannot name a file"),
         ([good, "--protocols", test, "--num-failures", "-1"], "--num-failures"),
+        ([f"{good}@context_length=0", "--protocols", test], "context_length is a number of tokens"),
+        ([f"{good}@context_length=900", "--protocols", test], "64 positions"),
+        ([f"{good}@activation=gelu", "--protocols", test], "--activation is for teachers"),
     ]
     for arguments, words in cases:
         assert compare(monkeypatch, *arguments, "--out", tmp_path / "out") == 2, arguments
@@ -124,16 +127,34 @@ def test_bad_input_ends_in_one_line_before_any_encoding(
     assert not (tmp_path / "out").exists()
 
 
-def test_names_of_models(tmp_path: Path) -> None:
-    odd = tmp_path / "a=b.pt"
-    odd.touch()
-    assert parse_models(["longclip-b", "runs/x/best.safetensors", "runs/y", "s=p,q", str(odd)]) == {
-        "longclip-b": ["longclip-b"], "x": ["runs/x/best.safetensors"], "y": ["runs/y"], "s": ["p", "q"],
-        "a=b.pt": [str(odd)],
-    }  # fmt: skip
-    for wrong in ("=p", "a=", "a=p,,q", "a=p,p"):
-        with pytest.raises(InputError):
-            parse_models([wrong])
+def test_one_file_at_two_lengths(
+    weights: dict[str, Path], colour_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for caption in (colour_folder / "caption").iterdir():  # all alike until a short model stops reading
+        caption.write_text("board " * 40 + caption.read_text())
+    out, models = tmp_path / "out", [f"full={weights['s0']}", f"cut={weights['s0']}@context_length=20"]
+    arguments = ["--protocols", f"colours=folder:{colour_folder}", "--out", out]
+    assert compare(monkeypatch, *models, *arguments) == 0
+    results = json.loads((out / "results.json").read_text())
+    full, cut = results["models"]["full"], results["models"]["cut"]
+    assert (full["settings"], cut["settings"]) == ({}, {"context_length": 20})
+    assert (full["read_as"], cut["read_as"]) == (
+        "MobileCLIP student tiny, 64 tokens, pads masked", "MobileCLIP student tiny, 20 tokens, pads masked",
+    )  # fmt: skip
+    truncated = [model["seeds"][0]["retrieval"]["colours"]["num_truncated"] for model in (full, cut)]
+    assert truncated == [0, 8]
+    # captions that read alike: each is picture 1's answer as much as any other's, and the earlier counts
+    assert [cut["figures"][f"colours_{way}_r1"]["value"] for way in ("i2t", "t2i")] == [12.5, 12.5]
+    kept = [json.loads((out / "kept" / f"{name}.0.colours.json").read_text())["result"] for name in ("full", "cut")]
+    assert kept[0]["ranks"] != kept[1]["ranks"] and kept[1]["ranks"]["i2t"] == list(range(1, 9))
+    for text in ((out / "report.html").read_text(), (out / "table.md").read_text()):
+        assert "MobileCLIP student tiny, 20 tokens, pads masked" in text
+    assert "context_length=20" in (out / "report.html").read_text()
+
+
+def test_a_kept_result_is_not_taken_for_another_setting(weights: dict[str, Path]) -> None:
+    digests = [model_digest(load_model(weights["s0"], pad_mask=pad_mask)) for pad_mask in (None, True, False)]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_bins_hold_every_query_once_and_like_lengths_together() -> None:
