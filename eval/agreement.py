@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from eval.base.atomic_files import write_json
 from eval.base.processes import is_main_process, start
 from eval.benchmarks.protocols import load_retrieval_set
 from eval.command_line import EvaluationOptions
 from eval.measures.recall import DirectionRanks, retrieval_ranks
 from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 from longclip_teacher.text import CaptionTokenizer
 

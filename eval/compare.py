@@ -17,7 +17,6 @@ import tyro
 from rich.console import Console
 
 from eval.agreement import agreement
-from eval.base.atomic_files import write_json, write_text
 from eval.base.environment import environment_record
 from eval.benchmarks.labelled_images import find_labelled_images
 from eval.benchmarks.named_sets import is_plain_name, parse_sets, set_digest
@@ -35,6 +34,7 @@ from eval.towers.encoding_options import EncodingOptions
 from eval.towers.feature_cache import FeatureCache
 from eval.towers.models import ClipModel, describe_model, weights_file
 from eval.towers.named_models import ReadSettings, parse_models
+from longclip_teacher.atomic_files import write_json, write_text
 from longclip_teacher.errors import InputError, run_command
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -28,11 +28,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.base.atomic_files import write_json
 from eval.command_line import EvaluationOptions
 from eval.towers.features import Precision, evaluation_mode, model_device
 from eval.towers.models import ClipModel, weights_file
 from eval.towers.open_clip_model import OpenClipModel
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 from mobileclip_student import MobileCLIP, reparameterize, save_student
 

@@ -20,7 +20,6 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from eval.base.atomic_files import write_json
 from eval.base.images import is_picture, open_image
 from eval.benchmarks.annotation_files import first_json_rows, inside_root, one_line
 from eval.benchmarks.protocols import load_retrieval_set
@@ -28,6 +27,7 @@ from eval.leaks.audit_parts import FileList, Part, Shard, hash_parts
 from eval.leaks.leakage_audit import FILES_PER_PART, LEAKS, MIN_CAPTION_LENGTH, SIGNS, Audit, load_benchmark
 from eval.pages.pair_sheet import PicturePair, draw_pairs
 from eval.towers.features import show_track
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 
 __all__ = ["Options", "pair_sheet", "picture_files", "protocol_files", "run_audit", "shard_parts", "sharegpt4v_parts"]

@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from eval.base.atomic_files import write_json
 from eval.base.processes import start
 from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
 from eval.command_line import EvaluationOptions
@@ -43,6 +42,7 @@ from eval.pages.long_caption_plots import plot_long_captions
 from eval.towers.features import Encoding, encode_captions, evaluation_mode, model_device, show_track
 from eval.towers.models import ClipModel
 from eval.towers.open_clip_model import OpenClipModel
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 
 __all__ = ["long_caption_behaviour", "padding_cosines"]

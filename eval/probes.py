@@ -24,13 +24,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from eval.base.atomic_files import write_json
 from eval.benchmarks.labelled_features import LabelledFeatures, encode_labelled
 from eval.benchmarks.labelled_images import DatasetName, LabelledImages, find_labelled_images
 from eval.command_line import EvaluationOptions
 from eval.measures.confusion import confusion_matrix, mean_recall
 from eval.towers.features import Encoding, show_track
 from eval.towers.models import ClipModel
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 
 __all__ = ["SweepStep", "evaluate_probes", "knn_answers", "linear_answers", "search_c", "stratified_split"]

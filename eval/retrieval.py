@@ -18,13 +18,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from eval.base.atomic_files import write_json
 from eval.base.processes import all_results, is_main_process, start
 from eval.benchmarks.checksums import SHA256SUMS, verify_sha256sums
 from eval.benchmarks.protocols import PROTOCOLS, TIES, load_retrieval_set
 from eval.command_line import EvaluationOptions
 from eval.measures.retrieval_set import encode_retrieval_set, retrieval_figures
 from eval.measures.retrieved_text import retrieved_text_quality
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 
 

@@ -14,13 +14,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.base.atomic_files import write_json
 from eval.base.processes import start
 from eval.benchmarks.class_prompts import read_classnames, read_templates
 from eval.benchmarks.labelled_images import DatasetName, find_labelled_images
 from eval.command_line import EvaluationOptions
 from eval.measures.confusion import check_plot_path, draw_confusion
 from eval.measures.zeroshot import classify, zeroshot_figures
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 
 # Where the layout of the validation folder is described

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import pickle
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -22,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from longclip_teacher.atomic_files import atomic_file
 from longclip_teacher.errors import InputError
 
 __all__ = [
@@ -118,21 +117,9 @@ def torch_load(path: Path) -> object:
 
 def write_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write safetensors atomically: readers see the old file or the whole new one, also after a crash."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
-        save_file(
-            {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
-            temporary,
-            dict(metadata),
-        )
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep a shared run folder unreadable
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    contents = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    with atomic_file(Path(path)) as temporary:
+        save_file(contents, temporary, dict(metadata))
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

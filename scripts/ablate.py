@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
 from ablation_runs import RECORD, comparison_facts, config_differences, gather
 from ablation_table import write_table
-from eval.base.atomic_files import write_json, write_text
+from longclip_teacher.atomic_files import write_json, write_text
 from longclip_teacher.errors import InputError, run_command
 from training.record.run_log import read_metrics
 

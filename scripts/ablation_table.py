@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from ablation_grid import Grid
 from ablation_runs import Difference, Row
-from eval.base.atomic_files import write_json, write_text
+from longclip_teacher.atomic_files import write_json, write_text
 
 __all__ = ["write_table"]
 

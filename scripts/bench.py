@@ -20,8 +20,8 @@ from benches.recall import bench_recall
 from benches.run import bench_run
 from benches.step import bench_step
 from benches.text import bench_student_text, bench_teacher_text, bench_tokenize
-from eval.base.atomic_files import write_json
 from eval.base.processes import process_device
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 
 BENCHES: dict[str, Callable[[BenchOptions], Iterator[Row]]] = {

@@ -21,6 +21,7 @@ from rich.progress import track
 
 from caption_sources import Pair, read_coco, read_folder, read_sharegpt4v, read_table
 from eval.base.images import IMAGE_SUFFIXES, open_image
+from longclip_teacher.atomic_files import remove_leftovers
 from longclip_teacher.errors import InputError, run_command
 from training.data.index import ShardRecord, expand_patterns, read_manifest
 from training.data.writer import caption_member, index_shard, write_manifest, write_shard
@@ -304,8 +305,7 @@ def make_shards(args: Output, pairs: Iterator[Pair]) -> None:
     """Select, check, write the missing shards, then write the manifest."""
     chosen = select(args, progress(pairs, "reading captions"))
     args.out.mkdir(parents=True, exist_ok=True)
-    for leftover in args.out.glob(f"{args.name}-*.tar.*.tmp"):  # left by a run that was killed
-        leftover.unlink()
+    remove_leftovers(args.out, f"{args.name}-*.tar")
     missing = [pair.name for pair in chosen if not (pair.caption_long and pair.path.is_file())]
     check_missing(args, len(chosen), missing)
     absent = set(missing)

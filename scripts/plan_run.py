@@ -13,11 +13,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.base.atomic_files import write_json
 from eval.cost import count_flops
 from eval.towers.features import evaluation_mode
 from eval.towers.models import ClipModel
 from longclip_teacher import create_teacher
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.config import TEACHERS
 from longclip_teacher.errors import InputError, run_command
 from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT

@@ -20,13 +20,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.base.atomic_files import write_json
 from eval.cost import measure_costs
 from eval.measures.figures import Column, best_models, figure_columns, format_figure, model_figures
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.report import Report, model_colours, write_report
 from eval.towers.models import ClipModel, load_model
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 from mobileclip_student import MobileCLIP, reparameterize, save_student
 from training.data.digit_scenes import is_outdated, write_digit_scenes

@@ -7,14 +7,15 @@ state besides tensors: killed and resumed equals never killed.
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longclip_teacher import LongCLIP, save_teacher
+from longclip_teacher.atomic_files import atomic_file, remove_leftovers
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import load_strictly, torch_load
 from mobileclip_student import MobileCLIP, save_student
@@ -74,13 +75,9 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "best": state.best,
         "config": config.to_dict(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
+    remove_leftovers(path.parent, escape(path.name))
+    with atomic_file(path, sync=True) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:

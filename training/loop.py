@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eval.base.atomic_files import write_json
 from eval.base.memory import peak_memory_gb
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError
 from training.build import validation_teacher
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights

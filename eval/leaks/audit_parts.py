@@ -12,10 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import re
 import signal
-import tempfile
 import unicodedata
 import zipfile
 from collections import deque
@@ -32,6 +30,7 @@ from jaxtyping import Int, UInt8
 from eval.base.images import IMAGE_SUFFIXES, open_image
 from eval.benchmarks.shard_samples import MAX_MEMBER_BYTES, shard_samples
 from eval.leaks.picture_hashes import THUMBNAIL_SIZE, hash_picture
+from longclip_teacher.atomic_files import atomic_file
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import first_sentence
 
@@ -292,17 +291,12 @@ def _json_captions(content: Any) -> list[str]:
 
 def _save(path: Path, hashed: HashedPart) -> None:
     """Atomically: a killed audit leaves the whole file or none."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
-            np.savez(file, **{field.name: getattr(hashed, field.name) for field in fields(HashedPart)})
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror})") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **{field.name: getattr(hashed, field.name) for field in fields(HashedPart)})
+        except OSError as error:
+            raise InputError(f"cannot write {path} ({error.strerror})") from None
 
 
 def _load(path: Path) -> HashedPart | None:

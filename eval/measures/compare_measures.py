@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.base.atomic_files import write_json
 from eval.benchmarks.protocols import RetrievalSet
 from eval.measures.recall import retrieval_ranks
 from eval.measures.retrieval_examples import Answer, Example, worst_examples
 from eval.measures.retrieval_set import EncodedSet, retrieval_figures
 from eval.towers.models import ClipModel
+from longclip_teacher.atomic_files import write_json
 
 __all__ = ["Kept", "examples_of", "measure_retrieval", "model_digest"]
 

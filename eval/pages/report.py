@@ -17,11 +17,11 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval.base.atomic_files import write_text
 from eval.base.images import open_image
 from eval.measures.figures import Column, Figures, best_models, format_figure
 from eval.measures.retrieval_examples import Answer, Example
 from eval.pages.charts import NUM_COLOURS
+from longclip_teacher.atomic_files import write_text
 
 __all__ = ["Chart", "PlainTable", "Report", "model_colours", "write_report"]
 

@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -25,6 +24,8 @@ from torch import Tensor
 import longclip_teacher
 import mobileclip_student
 from eval.towers.models import ClipModel
+from longclip_teacher.atomic_files import atomic_file
+from longclip_teacher.errors import InputError
 
 __all__ = ["FeatureCache"]
 
@@ -69,18 +70,11 @@ class FeatureCache:
     def save(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keep `tensors` under `key`: whole or not at all. A folder that cannot be written costs a line on stderr."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        temporary = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{key}.", suffix=".part")
-            os.close(handle)
-            save_file(tensors, temporary, {"sha256": _tensors_hash(tensors)})
-            os.replace(temporary, self._path(key))
-        except (OSError, SafetensorError) as error:
+            with atomic_file(self._path(key)) as temporary:
+                save_file(tensors, temporary, {"sha256": _tensors_hash(tensors)})
+        except (InputError, OSError, SafetensorError) as error:
             print(f"warning: features are not kept in {self.folder} ({error})", file=sys.stderr)
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -22,7 +22,7 @@ import training.main
 from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
 from ablation_runs import comparison_facts, gather, paired_difference
 from ablation_table import write_table
-from eval.base.atomic_files import write_json, write_text
+from longclip_teacher.atomic_files import write_json, write_text
 from longclip_teacher.errors import InputError
 from training.settings.losses import FEATURE_LOSSES, PAIR_LOSSES, LossOptions
 from training.settings.tree import config_to_toml

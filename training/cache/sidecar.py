@@ -27,17 +27,17 @@ Each read compares checksums, so that damage is found where it is read. The feat
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from longclip_teacher.atomic_files import atomic_file, remove_leftovers
 from longclip_teacher.errors import InputError
 from training.data.transforms import RAND_AUGMENT_OPS, Augmentation
 
@@ -120,23 +120,12 @@ def write_sidecar(
     Raises InputError where the place cannot be written.
     """
     arrays = _arrays(entries, num_ops, image_features, captions)
-    for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed here
-        leftover.unlink(missing_ok=True)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror})") from None
-    try:
-        save_file(arrays, temporary, _METADATA)
-        with Path(temporary).open("rb") as file:
-            os.fsync(file.fileno())  # a name must not survive a crash that its contents do not
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would keep it from the others of a cluster
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path} ({error})") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    remove_leftovers(path.parent, escape(path.name))
+    with atomic_file(path, sync=True) as temporary:
+        try:
+            save_file(arrays, temporary, _METADATA)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write {path} ({error})") from None
 
 
 def _arrays(

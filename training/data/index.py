@@ -15,6 +15,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -25,6 +26,7 @@ from rich.progress import track
 
 from eval.base.images import IMAGE_SUFFIXES
 from eval.base.tar_samples import TarMember, tar_samples
+from longclip_teacher.atomic_files import write_text
 from longclip_teacher.errors import InputError
 
 __all__ = [
@@ -324,10 +326,6 @@ def _cached_scan(path: Path) -> ShardRecord:
     except (OSError, *BAD_JSON):
         pass  # absent, foreign or damaged: the tar itself is the truth
     record = scan_tar(path)
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps({"version": MANIFEST_VERSION, "stamp": stamp, "shard": record.to_json()}))
-        temporary.replace(cache)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a read-only folder: scan again next time
+    with suppress(InputError):  # a read-only folder: scan again next time
+        write_text(cache, json.dumps({"version": MANIFEST_VERSION, "stamp": stamp, "shard": record.to_json()}))
     return record

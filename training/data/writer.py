@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from longclip_teacher.atomic_files import atomic_file, write_text
 from longclip_teacher.errors import InputError
 from training.data.index import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, ShardRecord, scan_tar
 
@@ -31,9 +31,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
 
     The same samples give the same bytes (times, owners and modes are fixed). The file gets its name only when whole.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     num_samples = 0
-    try:
+    with atomic_file(path) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for num_samples, (key, members) in enumerate(samples, start=1):  # noqa: B007 -- used below
                 for suffix, data in members.items():
@@ -43,9 +42,6 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
         if not num_samples:
             raise InputError(f"{path} would be an empty shard: not one of its samples can be read")
         record = index_shard(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return replace(record, name=path.name)
 
 
@@ -72,6 +68,4 @@ def write_manifest(folder: Path, records: Sequence[ShardRecord], settings: Mappi
         "settings": dict(settings),
         "shards": [record.to_json() for record in records],
     }
-    temporary = folder / f"{MANIFEST_NAME}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(folder / MANIFEST_NAME)
+    write_text(folder / MANIFEST_NAME, json.dumps(manifest, ensure_ascii=False))

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from eval.base.atomic_files import write_json, write_text
 from eval.base.environment import environment_record, uncommitted_changes
+from longclip_teacher.atomic_files import write_json, write_text
 from training.distributed import Runtime
 from training.settings.tree import TrainConfig, config_to_toml
 

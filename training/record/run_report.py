@@ -8,13 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.base.atomic_files import write_json
 from eval.cost import measure_costs
 from eval.measures.figures import Figures, best_models, figure_columns, format_figure, model_figures
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.report import Report, model_colours, write_report
 from eval.towers.models import ClipModel, load_model
+from longclip_teacher.atomic_files import write_json
 from training.build import DATACOMPDR, frozen_teacher, validation_teacher
 from training.distributed import Runtime
 from training.record.curves import run_facts, training_curves
