@@ -45,7 +45,7 @@ def tar_samples(path: Path, most_bytes: Callable[[str], int]) -> Iterator[TarSam
                 raise tarfile.ReadError("its last block is cut short")
     except (tarfile.TarError, ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error.args[0])
-        raise InputError(f"{path} is not a whole tar file ({reason}): make or fetch it again") from None
+        raise InputError(f"{path} is not a complete tar file ({reason}): make or fetch it again") from None
 
 
 def streamed_tar_samples(file: Any, most_bytes: Callable[[str], int]) -> Iterator[TarSample]:

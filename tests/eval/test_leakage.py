@@ -238,7 +238,7 @@ def test_a_damaged_picture_is_named_and_its_bytes_and_captions_still_count(bench
 def test_a_broken_shard_is_one_line(cut: int, benchmark_root, tmp_path) -> None:
     shard = write_shard(tmp_path / "a.tar", [{".jpg": encoded(draw_scene(0), "JPEG")} for _ in range(8)])
     shard.write_bytes(shard.read_bytes()[:-cut])
-    with pytest.raises(InputError, match=r"a\.tar is not a whole tar file \(.+\): make or fetch it again"):
+    with pytest.raises(InputError, match=r"a\.tar is not a complete tar file \(.+\): make or fetch it again"):
         audit(benchmark_root, tmp_path)
 
 

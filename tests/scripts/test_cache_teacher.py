@@ -262,7 +262,7 @@ def test_bad_input_ends_in_one_line(
         ([*arguments("https://a.example/x.tar", teacher, out)], "sidecars belong to local shards"),
         ([*arguments(shards, tmp_path / "no.safetensors", out)], "no checkpoint at"),
         ([*arguments(shards, tmp_path / "student.safetensors", out)], "is not a Long-CLIP or CLIP of"),
-        ([*arguments(shards, tmp_path / "nan.safetensors", out)], "features that are not finite"),
+        ([*arguments(shards, tmp_path / "nan.safetensors", out)], "features are not finite"),
         ([*arguments(shards, teacher, out), "--batch-size", 0], "--batch-size 1 or more"),
         ([*arguments(shards, teacher, out), "--augment.centre"], "give --views 0"),
         ([*arguments(f"{shards}/s-0.tar", teacher, out), "--shards", shards, second], "would share one sidecar"),

@@ -1,18 +1,18 @@
-"""DataCompDR's shards: a sample's teacher features, augmentations and synthetic captions stand beside its picture.
+"""DataCompDR's shards, which hold teacher features, augmentations and synthetic captions beside each sample's picture.
 
-Layout: "MobileCLIP" (Vasu et al., CVPR 2024, section 3) and Apple's public generator of the data. Of sample KEY:
+Layout: "MobileCLIP" (Vasu et al., CVPR 2024, section 3) and Apple's public generator of the data. Sample KEY has:
 
-    KEY.syn.json    {"syn_text": [n captions]}, more lists under keys that begin with syn_text
-    KEY.paug.json   {"param_aug": [A augmentations]}, or the same list as a JSON string (so on the hub)
+    KEY.syn.json    {"syn_text": [n captions]}, with more lists under keys that begin with syn_text
+    KEY.paug.json   {"param_aug": [A augmentations]}, or the same list as a JSON string (as on the hub)
     KEY.npz         image_emb [A, D] and text_emb [1 + n, D], row 0 the ground truth's; in newer shards text_emb [1, D]
-                    and syn_text_emb [n, D]. Two teachers' features stand side by side in D
-    KEY.pth.gz      the same as bfloat16 tensors, gzipped; the npz is preferred where both are there
+                    and syn_text_emb [n, D]. The features of two teachers stand side by side in D
+    KEY.pth.gz      the same as bfloat16 tensors, gzipped; the npz is preferred if both exist
     KEY.txt         the ground-truth caption
 
-One augmentation is [crop, flip?, ops?]: crop [top, left, height, width], flip true or false where the recipe has it,
-ops [[op, magnitude], ...] with op counting RandAugment's operations, or null for none.
+One augmentation is [crop, flip?, ops?]: crop is [top, left, height, width]; flip is true or false if the recipe has it;
+ops is [[op, magnitude], ...] with op an index of RandAugment's operations, or null for none.
 
-All of it is data from strangers: sizes are bounded before anything is unpacked, nothing is unpickled but tensors.
+All of it is untrusted: sizes are bounded before anything is unpacked, and only tensors are unpickled.
 Shapes: A augmentations, n captions, D width of the features.
 """
 
@@ -40,29 +40,29 @@ from training.data.transforms import RAND_AUGMENT_OPS, Augmentation
 
 __all__ = ["DataCompDRStore", "datacompdr_facts", "write_datacompdr_sample"]
 
-OPS_SIZE = 224  # pixels of the pictures whose RandAugment magnitudes are stored
+OPS_SIZE = 224  # size in pixels of the pictures for which RandAugment magnitudes are stored
 CONTEXT_LENGTH = 77  # tokens that CLIP, DataCompDR's teacher, reads
 _MAX_UNPACKED_BYTES = 16 << 20
-_MAX_PIXELS = 1 << 20  # of a crop's side
+_MAX_PIXELS = 1 << 20  # bound on a crop's side
 _MAX_OPS = 16
-_FIRST_SAMPLES = 100  # of which one must be usable
+_FIRST_SAMPLES = 100  # at least one of these must be usable
 
 
 class DataCompDRStore:
     """Draws of samples whose shard holds the teacher's features (`RawSample.extra`); a `TeacherStore`.
 
     The long caption is one of the synthetic captions, drawn anew each epoch; the short one is the ground-truth caption
-    (txt). A sample without txt takes a synthetic caption for the short one too, drawn on its own. Features are float32
-    and divided by the norm of each teacher's part: DataCompDR stores them with unit norm, but in bfloat16 that is off
-    by up to 2e-3.
+    (txt). For a sample without txt, the short caption is a synthetic one too, drawn separately. Features are float32,
+    divided by the norm of each teacher's part: DataCompDR stores them with unit norm, but bfloat16 changes it by up to
+    2e-3.
     """
 
     def __init__(self, facts: TeacherFacts) -> None:
-        """`facts` as `datacompdr_facts` tells them."""
+        """Keep the teacher's description from `datacompdr_facts`."""
         self.facts = facts
 
     def draw(self, raw: RawSample, seed: int, key: tuple[int, ...]) -> StoredDraw:
-        """The draw of `raw` that (seed, key) decides, see `TeacherStore`. Raises BadSample with the cause."""
+        """Return the draw of `raw` that (seed, key) decides; see `TeacherStore`. Raise BadSample with the cause."""
         arrays = _features(raw)
         image_rows, augmentations = _rows(arrays, "image_emb"), _augmentations(raw)
         if not len(augmentations) or len(augmentations) != len(image_rows):
@@ -83,9 +83,9 @@ class DataCompDRStore:
         )
 
     def _unit(self, row: np.ndarray) -> np.ndarray:
-        """`row` [D] as float32, each teacher's part divided by its norm."""
+        """Return `row` [D] as float32, with each teacher's part divided by its norm."""
         if len(row) != self.facts.embed_dim:
-            raise BadSample("features of another width than the first sample's")
+            raise BadSample("the width of the features differs from the first sample's")
         row = row.astype(np.float32)
         if not np.isfinite(row).all():
             raise BadSample("features are not finite")
@@ -97,12 +97,12 @@ class DataCompDRStore:
 
 
 def datacompdr_facts(shards: Sequence[str | Path], widths: Sequence[int] | None = None) -> TeacherFacts:
-    """The teacher of `shards` (paths or URLs, see `expand_patterns`), as the first usable sample of the first tells it.
+    """Read the teacher of `shards` (paths or URLs, see `expand_patterns`) from the first shard's first usable sample.
 
-    widths    of the teachers side by side; None: as our own exports tell them, else two of 768 in 1536, else one
+    widths    of the teachers side by side. None: as our own exports record them, else two of 768 in 1536, else one
 
-    The logit scale is None unless our own export tells it: DataCompDR's shards do not. Raises InputError in one line
-    where the shards hold no such members or their features do not fit `widths`.
+    The logit scale is None unless our own export records it: DataCompDR's shards do not. Raise a one-line InputError if
+    the shards hold no such members or their features do not fit `widths`.
     """
     shard = str(shards[0])
     causes: list[InputError] = []
@@ -121,7 +121,7 @@ def _samples(shard: str) -> Iterator[RawSample]:
         return
     try:
         yield from read_remote_shard(shard)
-    except Exception as error:  # each network library has its own
+    except Exception as error:  # each network library has its own errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"cannot read {shard} ({reason})") from None
 
@@ -140,7 +140,7 @@ def _facts(raw: RawSample, shard: str, widths: Sequence[int] | None) -> TeacherF
         widths = tuple(widths or told.get("widths") or ((768, 768) if width == 1536 else (width,)))
         if sum(widths) != width or min(widths) < 1:
             raise InputError(
-                f"{shard}: sample {raw.key} has features of width {width}, not of {' + '.join(map(str, widths))}: "
+                f"{shard}: sample {raw.key} has features of width {width}, not {' + '.join(map(str, widths))}: "
                 "set --teacher.stored_widths to the widths of the teachers side by side"
             )
         facts = TeacherFacts(widths, told.get("logit_scale"), told.get("context_length", CONTEXT_LENGTH))
@@ -151,7 +151,7 @@ def _facts(raw: RawSample, shard: str, widths: Sequence[int] | None) -> TeacherF
 
 
 def _told(raw: RawSample) -> dict[str, Any]:
-    """What `write_datacompdr_sample` wrote of the teacher into the json member; empty for others' shards."""
+    """Return what `write_datacompdr_sample` recorded of the teacher in the json member; empty for shards of others."""
     try:
         told = json.loads(raw.json or b"{}")["stored_teacher"]
         scale = None if told["logit_scale"] is None else float(told["logit_scale"])
@@ -165,7 +165,7 @@ def _told(raw: RawSample) -> dict[str, Any]:
 
 
 def _synthetic(raw: RawSample, arrays: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
-    """The synthetic captions and their features [n, D], of all lists whose key begins with syn_text."""
+    """Return the synthetic captions and their features [n, D], from all lists whose key begins with syn_text."""
     by_key = {key: _texts(value) for key, value in _object(raw, "syn.json").items() if key.startswith("syn_text")}
     with_own = [key for key in by_key if f"{key}_emb" in arrays]
     if with_own:
@@ -185,7 +185,7 @@ def _synthetic(raw: RawSample, arrays: Mapping[str, np.ndarray]) -> tuple[list[s
 
 
 def _ground_truth(raw: RawSample, arrays: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
-    """The ground-truth caption and its features [1, D]; no caption where there is no txt, or an empty one."""
+    """Return the ground-truth caption and its features [1, D]; no caption if the txt is missing or empty."""
     rows = _rows(arrays, "text_emb")[:1]
     if not len(rows):
         raise BadSample("text_emb is empty")
@@ -203,7 +203,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _object(raw: RawSample, name: str) -> dict[str, Any]:
-    """The JSON object in the member `name`."""
+    """Return the JSON object in the member `name`."""
     if name not in raw.extra:
         raise BadSample(f"no {name}, or one of more than 4 MB")
     try:
@@ -211,7 +211,7 @@ def _object(raw: RawSample, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise BadSample(f"{name} is damaged") from None
     if not isinstance(value, dict):
-        raise BadSample(f"{name} is no object")
+        raise BadSample(f"{name} is not an object")
     return value
 
 
@@ -219,7 +219,7 @@ def _object(raw: RawSample, name: str) -> dict[str, Any]:
 
 
 def _augmentations(raw: RawSample) -> list[Any]:
-    """The entries of param_aug, unread."""
+    """Return the entries of param_aug, not yet parsed."""
     value = _object(raw, "paug.json").get("param_aug")
     if isinstance(value, str):
         try:
@@ -232,7 +232,8 @@ def _augmentations(raw: RawSample) -> list[Any]:
 
 
 def _augmentation(entry: Any) -> Augmentation:
-    """One augmentation. Recipes that also resize, erase or mix pictures are not ours to replay: BadSample."""
+    """Parse one augmentation. Raise BadSample for recipes that also resize, erase or mix pictures, which we cannot
+    replay."""
     if not isinstance(entry, list) or not 1 <= len(entry) <= 3:
         raise BadSample("an augmentation is not [crop, flip, ops]")
     crop, *rest = entry
@@ -251,23 +252,23 @@ def _augmentation(entry: Any) -> Augmentation:
 
 
 def _operations(ops: Any) -> tuple[tuple[str, float], ...]:
-    """RandAugment's operations by name, with signed magnitudes; none for null."""
+    """Return RandAugment's operations by name, with signed magnitudes; none for null."""
     if ops is None:
         return ()
     if not isinstance(ops, list) or len(ops) > _MAX_OPS:
-        raise BadSample("stored operations are no list of [op, magnitude]")
+        raise BadSample("stored operations are not a list of [op, magnitude]")
     named = []
     for pair in ops:
         if not isinstance(pair, list) or len(pair) != 2 or not _are_whole(pair[:1], 1, len(RAND_AUGMENT_OPS) - 1):
-            raise BadSample("stored operations are no list of [op, magnitude]")
+            raise BadSample("stored operations are not a list of [op, magnitude]")
         if type(pair[1]) not in (int, float) or (type(pair[1]) is int and abs(pair[1]) > _MAX_PIXELS):
-            raise BadSample("a stored magnitude is no number in bounds")
+            raise BadSample("a stored magnitude is not a number in bounds")
         named.append((RAND_AUGMENT_OPS[pair[0]], float(pair[1])))
     return tuple(named)
 
 
 def _are_whole(numbers: Any, count: int, largest: int = _MAX_PIXELS) -> bool:
-    """Whether `numbers` is a list of `count` whole numbers from 0 to `largest`."""
+    """Return whether `numbers` is a list of `count` integers from 0 to `largest`."""
     return (
         isinstance(numbers, list)
         and len(numbers) == count
@@ -279,7 +280,7 @@ def _are_whole(numbers: Any, count: int, largest: int = _MAX_PIXELS) -> bool:
 
 
 def _rows(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """The two-dimensional array `name`."""
+    """Return the two-dimensional array `name`."""
     if name not in arrays:
         raise BadSample(f"no {name} among the features")
     if arrays[name].ndim != 2 or not arrays[name].shape[1]:
@@ -288,20 +289,20 @@ def _rows(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _features(raw: RawSample) -> dict[str, np.ndarray]:
-    """All float arrays of the npz, or of the pth.gz where there is no npz."""
+    """Return all float arrays of the npz, or of the pth.gz if there is no npz."""
     for name, read in (("npz", _read_npz), ("pth.gz", _read_pth)):
         if name in raw.extra:
             try:
                 return read(raw.extra[name])
-            except Exception:  # zipfile, numpy and torch raise what they please; whatever it is, these are no features
+            except Exception:  # zipfile, numpy and torch may raise anything; either way the features are unusable
                 raise BadSample(f"{name} is damaged") from None
     raise BadSample("no npz or pth.gz, or one of more than 4 MB")
 
 
 def _read_npz(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an npz, as np.load(allow_pickle=False) reads them, but no more bytes than are bounded.
+    """Return the arrays of an npz as np.load(allow_pickle=False) reads them, but with a bound on the bytes.
 
-    bfloat16, which numpy does not know, is told by its two bytes: void (as ml_dtypes writes it) or uint16.
+    numpy does not know bfloat16, so its two bytes identify it: void (as ml_dtypes writes it) or uint16.
     """
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -319,9 +320,10 @@ def _read_npz(data: bytes) -> dict[str, np.ndarray]:
     return arrays
 
 
-@functools.lru_cache(maxsize=64)  # it takes longer to read than the rest, and is the same in most samples
+@functools.lru_cache(maxsize=64)  # parsing takes longer than all the rest, and most samples have the same header
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array in numpy's format 1.0, the one that such arrays have; ValueError for any other."""
+    """Return shape and type of an array in numpy's format 1.0, the one such arrays use. Raise ValueError for any
+    other."""
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("an array of another format than 1.0")
@@ -332,11 +334,11 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _read_pth(data: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a gzipped `torch.save({name: tensor})`."""
+    """Return the tensors of a gzipped `torch.save({name: tensor})`."""
     unpacked = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(data, _MAX_UNPACKED_BYTES)  # 16: gzip
     with zipfile.ZipFile(
         io.BytesIO(unpacked)
-    ) as archive:  # torch's older format cannot be bounded: not a zip, an error
+    ) as archive:  # torch's older format is not a zip and cannot be bounded: an error
         _check_archive(archive)
     tensors = torch.load(io.BytesIO(unpacked), map_location="cpu", weights_only=True)
     return {name: torch.as_tensor(value).float().numpy() for name, value in tensors.items() if name.endswith("_emb")}
@@ -363,19 +365,19 @@ def write_datacompdr_sample(
     augmentations: Sequence[Augmentation],
     facts: TeacherFacts,
 ) -> dict[str, bytes]:
-    """The members of one sample in DataCompDR's layout, by suffix: {"jpg": ..., "npz": ...}.
+    """Return the members of one sample in DataCompDR's layout, by suffix: {"jpg": ..., "npz": ...}.
 
-    image             the picture's file, written as it is
-    image_features    [A, D], one row an augmentation
+    image             the picture's file, written unchanged
+    image_features    [A, D], one row per augmentation
     text_features     [1 + n, D]: the ground truth's, then the captions'
     captions          n synthetic captions, from which the long one is drawn
     ground_truth      the short caption
 
-    The json member tells what DataCompDR does not: widths, logit scale and context length of the teacher. Raises
+    The json member records what DataCompDR does not: widths, logit scale and context length of the teacher. Raise
     InputError for an augmentation that DataCompDR cannot hold.
     """
     if len(augmentations) != len(image_features) or 1 + len(captions) != len(text_features):
-        raise InputError("as many features as augmentations, and as captions and one, are needed")
+        raise InputError("give one row of features per augmentation, and per caption plus one")
     arrays = io.BytesIO()
     np.savez(arrays, image_emb=image_features, text_emb=text_features)
     has_flip = any(augmentation.flip for augmentation in augmentations)
@@ -398,11 +400,11 @@ def _image_suffix(image: bytes) -> str:
 
 
 def _entry(augmentation: Augmentation, has_flip: bool) -> list[Any]:
-    """The inverse of `_augmentation`; all entries of a file have a flip or none has."""
+    """Invert `_augmentation`. Either all entries of a file have a flip or none has."""
     left, top, right, bottom = augmentation.box
     if augmentation.ops and augmentation.ops_size != OPS_SIZE:
         raise InputError(
-            f"RandAugment was drawn at {augmentation.ops_size} pixels, DataCompDR's magnitudes are for {OPS_SIZE}: "
+            f"RandAugment was drawn at {augmentation.ops_size} pixels, but DataCompDR's magnitudes are for {OPS_SIZE}: "
             "this cache cannot be exported"
         )
     ops = [[RAND_AUGMENT_OPS.index(name), magnitude] for name, magnitude in augmentation.ops] or None

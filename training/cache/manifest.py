@@ -1,9 +1,9 @@
-"""What a folder of sidecars is: how it was made, a record of each finished sidecar, the shards they belong to.
+"""The manifest of a folder of sidecars: how they were made, a record of each finished one, and their shards.
 
-A cache is a folder of one sidecar a shard (sidecar.py), beside each sidecar a small record NAME.teacher.json, written
-last, and teacher_cache.json: how the cache was made and all records. A process that dies, or another node, can at
-worst leave a record out of the manifest; readers and later runs of scripts/cache_teacher.py then find it beside its
-sidecar.
+A cache is a folder with one sidecar per shard (sidecar.py). Beside each sidecar lies a small record NAME.teacher.json,
+which is written last. teacher_cache.json says how the cache was made and holds all records. At worst, a process that
+dies, or another node, leaves a record out of the manifest; readers and later runs of scripts/cache_teacher.py then find
+it beside its sidecar.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ __all__ = [
 CACHE_MANIFEST = "teacher_cache.json"
 _FORMAT, _VERSION = "compact-longclip teacher cache", 1
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
-_PROBE = "A photo of 3 naïve cats; it's 'Élan' & <em>more</em> &amp; 中文 🙂"  # tokenised, it tells tokenizers apart
+_PROBE = "A photo of 3 naïve cats; it's 'Élan' & <em>more</em> &amp; 中文 🙂"  # its tokens differ between tokenizers
 _RECORD = ".teacher.json"
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """How a cache was made. All but `teacher` (a name) and `libraries` must be the same for every sidecar in it."""
+    """How a cache was made. All fields but `teacher` (a name) and `libraries` must be the same for every sidecar in
+    it."""
 
     teacher: str
     teacher_sha256: str
@@ -65,7 +66,7 @@ class CacheSettings:
     logit_scale: float
     """Linear."""
     activation: str
-    """Some weight files do not tell it."""
+    """Some weight files do not record it."""
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -74,7 +75,7 @@ class CacheSettings:
     tokenizer: str
     """`tokenizer_digest`."""
     views: int
-    """A: random views of a picture; 0 is the centre view."""
+    """A: random views per picture; 0 is the centre view."""
     augment: AugmentConfig
     seed: int
     decoder: str
@@ -83,12 +84,12 @@ class CacheSettings:
 
     @property
     def num_stored_views(self) -> int:
-        """V: the centre view counts."""
+        """V; the centre view counts as one."""
         return max(self.views, 1)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CacheSettings:
-        """Inverse of `dataclasses.asdict`; KeyError, TypeError or ValueError for anything else."""
+        """Invert `dataclasses.asdict`. Raise KeyError, TypeError or ValueError for anything else."""
         augment = AugmentConfig(
             **{field.name: as_tuple(data["augment"][field.name]) for field in dataclasses.fields(AugmentConfig)}
         )
@@ -104,20 +105,20 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What tells one shard from another."""
+    """What distinguishes one shard from another."""
 
     shard: str
     """File name."""
     shard_bytes: int
     shard_sha256: str
-    """"" where the shard's own manifest does not tell it."""
+    """"" if the shard's own manifest does not give it."""
     num_samples: int
     keys_sha256: str
 
 
 @dataclass(frozen=True)
 class SidecarRecord(ShardFacts):
-    """A finished sidecar and the shard that it was made from."""
+    """A finished sidecar and the shard from which it was made."""
 
     num_bytes: int
     sha256: str
@@ -127,7 +128,7 @@ class SidecarRecord(ShardFacts):
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SidecarRecord:
-        """Inverse of `dataclasses.asdict`; KeyError, TypeError or ValueError for anything else."""
+        """Invert `dataclasses.asdict`. Raise KeyError, TypeError or ValueError for anything else."""
         read: dict[str, Any] = {
             f.name: (int if f.type == "int" else str)(data[f.name]) for f in dataclasses.fields(cls)
         }
@@ -138,14 +139,14 @@ class SidecarRecord(ShardFacts):
 
 
 def sidecar_path(folder: Path, shard: str | Path) -> Path:
-    """Where the sidecar of a shard lies; only the shard's name counts."""
+    """Return the path of a shard's sidecar. Only the shard's name matters."""
     return folder / f"{Path(shard).name.removesuffix('.tar')}.safetensors"
 
 
 def read_cache(folder: Path) -> tuple[CacheSettings, dict[str, SidecarRecord]]:
-    """How the cache in `folder` was made, and the records in its manifest by shard name.
+    """Return how the cache in `folder` was made, and the records in its manifest by shard name.
 
-    Raises InputError where there is no cache, or a damaged one.
+    Raise InputError if there is no cache, or a damaged one.
     """
     path = folder / CACHE_MANIFEST
     try:
@@ -160,12 +161,12 @@ def read_cache(folder: Path) -> tuple[CacheSettings, dict[str, SidecarRecord]]:
         ) from None
     except BAD_JSON as error:
         raise InputError(
-            f"{path} is no teacher cache of ours ({error!r}): make it again with scripts/cache_teacher.py"
+            f"{path} is not a valid teacher cache ({error!r}): make it again with scripts/cache_teacher.py"
         ) from None
 
 
 def read_record(folder: Path, shard: str) -> SidecarRecord | None:
-    """The record beside a shard's sidecar; None where there is none, or none that is whole."""
+    """Return the record beside a shard's sidecar. None if there is none, or if it is incomplete."""
     try:
         return SidecarRecord.from_json(json.loads(_record_path(folder, shard).read_bytes()))
     except (OSError, *BAD_JSON):
@@ -173,12 +174,12 @@ def read_record(folder: Path, shard: str) -> SidecarRecord | None:
 
 
 def write_record(folder: Path, record: SidecarRecord) -> None:
-    """Say that a sidecar is finished."""
+    """Record that a sidecar is finished."""
     write_json(_record_path(folder, record.shard), dataclasses.asdict(record))
 
 
 def read_records(folder: Path) -> dict[str, SidecarRecord]:
-    """All records of a cache by shard name: those in its manifest, if it has one, and newer ones beside sidecars."""
+    """Return all records of a cache by shard name: those in its manifest, if any, and newer ones beside sidecars."""
     records = read_cache(folder)[1] if (folder / CACHE_MANIFEST).is_file() else {}
     for path in sorted(folder.glob(f"*{_RECORD}")):
         record = read_record(folder, path.name.removesuffix(_RECORD))
@@ -188,7 +189,7 @@ def read_records(folder: Path) -> dict[str, SidecarRecord]:
 
 
 def write_cache_manifest(folder: Path, settings: CacheSettings) -> dict[str, SidecarRecord]:
-    """Write the manifest anew with all records; returns them by shard name."""
+    """Write the manifest anew with all records, and return them by shard name."""
     records = read_records(folder)
     content = {
         "format": _FORMAT,
@@ -213,28 +214,28 @@ def _record_path(folder: Path, shard: str) -> Path:
 
 
 def teacher_sha256(checkpoint: str) -> str:
-    """The sha256 of the weight file that `checkpoint` (a file, a run's folder or a hub name) means."""
+    """Return the sha256 of the weight file that `checkpoint` (a file, a run's folder or a hub name) refers to."""
     return file_sha256(weights_file(checkpoint) or teacher_file(checkpoint))
 
 
 def tokenizer_digest(context_length: int) -> str:
-    """A hash of the ids that our tokenizer gives to a fixed text of letters, entities, accents and signs."""
+    """Return a hash of the ids that our tokenizer gives to a fixed text of letters, entities, accents and symbols."""
     ids = CaptionTokenizer(context_length)([_PROBE])
     return hashlib.sha256(json.dumps(ids.tolist()).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decode, crop and encode."""
+    """Return the versions of the libraries that decode, crop and encode."""
     return {name: metadata.version(name) for name in _LIBRARIES}
 
 
 def decoder_name(fast: bool) -> str:
-    """The name under which a cache keeps its decoder."""
+    """Return the name under which a cache records its decoder."""
     return "fast" if fast else "pil"
 
 
 def shard_facts(index: ShardIndex) -> list[ShardFacts]:
-    """The facts of each of the index's shards; the sha256 is what the shards' manifest says."""
+    """Describe each of the index's shards. The sha256 comes from the shards' manifest."""
     facts, start = [], 0
     for path, size, sha256 in zip(index.paths, index.shard_sizes.tolist(), index.shard_sha256, strict=True):
         digest = hashlib.sha256(json.dumps([index.key(i) for i in range(start, start + size)]).encode()).hexdigest()
@@ -244,9 +245,9 @@ def shard_facts(index: ShardIndex) -> list[ShardFacts]:
 
 
 def changes(record: SidecarRecord, facts: ShardFacts) -> list[tuple[str, Any, Any]]:
-    """Fields in which a shard differs from the one that a sidecar was made from, with both values.
+    """Return the fields in which a shard differs from the one that a sidecar was made from, with both values.
 
-    A sha256 that the shards' manifest does not tell is not compared.
+    A sha256 that the shards' manifest does not give is not compared.
     """
     return [
         (field.name.replace("_", " "), getattr(record, field.name), getattr(facts, field.name))
@@ -257,7 +258,7 @@ def changes(record: SidecarRecord, facts: ShardFacts) -> list[tuple[str, Any, An
 
 
 def refuse_same_names(paths: Sequence[Path]) -> None:
-    """Raise InputError where two shards would share a sidecar."""
+    """Raise InputError if two shards would share a sidecar."""
     seen: dict[str, Path] = {}
     for path in paths:
         other = seen.setdefault(sidecar_path(Path(), path).name, path)
@@ -266,5 +267,5 @@ def refuse_same_names(paths: Sequence[Path]) -> None:
 
 
 def as_tuple(value: Any) -> Any:
-    """A list, which is what JSON makes of a tuple, as a tuple; other values as they are."""
+    """Return a list, which is how JSON stores a tuple, as a tuple, and other values unchanged."""
     return tuple(value) if isinstance(value, list) else value

@@ -1,6 +1,6 @@
-"""Stored teacher features for training: whether a cache fits a run, and the draws that it answers with.
+"""Stored teacher features for training: the check that a cache fits a run, and the draws from it.
 
-What a cache is: cache_manifest.py; the file beside a shard: sidecar.py.
+manifest.py describes the cache, sidecar.py the file beside a shard.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _MAX_OPEN_SIDECARS = 128
 
 
 def cache_facts(folder: Path) -> TeacherFacts:
-    """What the losses must know of the cache's teacher. Raises InputError where there is no cache."""
+    """Return what the losses need to know about the cache's teacher. Raise InputError if there is no cache."""
     settings, _ = read_cache(folder)
     return TeacherFacts((settings.embed_dim,), settings.logit_scale, settings.context_length)
 
@@ -53,13 +53,13 @@ def open_cache(
     teacher_checkpoint: str | None,
     fast_decode: bool = True,
 ) -> TeacherCacheStore:
-    """The cache in `folder` for a run over the shards of `index`.
+    """Open the cache in `folder` for a run over the shards of `index`.
 
-    augment             the run's; must be the cache's, and centre=True for a cache of centre views
-    teacher_checkpoint  the run's teacher, whose weights must be the cache's; None takes whichever the cache has
+    augment             the run's; must equal the cache's, or have centre=True for a cache of centre views
+    teacher_checkpoint  the run's teacher, whose weights must be the cache's; None accepts any cached teacher
 
-    Raises InputError, in one line that names the field and both values, for a cache of another teacher, tokenizer,
-    recipe or other shards. Other library versions or another decoder cost a warning: they move pixels by little.
+    Raise a one-line InputError, which names the field and both values, for a cache of another teacher, tokenizer,
+    recipe or other shards. Only warn about other library versions or another decoder, which change pixels little.
     """
     settings, records = read_cache(folder)
     if teacher_checkpoint is not None:
@@ -77,7 +77,7 @@ def open_cache(
 
 def _check_augment(folder: Path, settings: CacheSettings, augment: AugmentConfig) -> None:
     if settings.augment.centre and augment.centre:
-        return  # the other fields then mean nothing
+        return  # the other fields have no effect then
     fields = sorted(dataclasses.fields(AugmentConfig), key=lambda field: field.name != "centre")
     for field in fields:
         cached, wanted = getattr(settings.augment, field.name), getattr(augment, field.name)
@@ -121,12 +121,12 @@ def _warn_of_versions(folder: Path, settings: CacheSettings, fast_decode: bool) 
 def _misfit(folder: Path, field: str, cached: object, wanted: object, note: str = "") -> InputError:
     return InputError(
         f"teacher cache {folder} does not fit: {field} is {cached} there and {wanted} here{note}; "
-        "make the cache again, or set the run as the cache was made"
+        "make the cache again, or give the run the cache's settings"
     )
 
 
 class TeacherCacheStore:
-    """Sidecars as a TeacherStore (stored.py). Picklable; each process maps the files that it reads from."""
+    """Sidecars as a TeacherStore (store.py). Picklable; each process maps the files that it reads."""
 
     def __init__(self, folder: Path, settings: CacheSettings, index: ShardIndex) -> None:
         self.folder = folder
@@ -141,7 +141,7 @@ class TeacherCacheStore:
         sidecar = self._sidecar(shard)
         stored = sidecar.view(row, choose_view(sidecar.num_views, seed, key), raw.key)
         if not stored.is_valid:
-            raise BadSample("no stored features: it could not be read when the teacher cache was made")
+            raise BadSample("no stored features: unreadable when the teacher cache was made")
         if zlib.crc32(raw.image or b"") != stored.picture_crc:
             raise InputError(
                 f"{self.index.paths[shard]}: the picture of {raw.key} is not the one that the teacher cache was made "
@@ -167,7 +167,7 @@ class TeacherCacheStore:
             wanted = (int(self.index.shard_sizes[shard]), self.settings.num_stored_views, self.settings.embed_dim)
             if sizes != wanted:
                 raise InputError(
-                    f"{path} holds samples, views, width {sizes}, its manifest says {wanted}: "
+                    f"{path} holds samples, views, width {sizes}, but its manifest says {wanted}: "
                     "delete it and run scripts/cache_teacher.py again"
                 )
             self._sidecars[shard] = sidecar

@@ -1,27 +1,27 @@
-"""The file beside a shard that holds what a teacher makes of its samples: safetensors, read through a memory map.
+"""The file beside a shard with the teacher's results for its samples: safetensors, read through a memory map.
 
-Shapes: N samples, V stored views (crops) of each, K RandAugment operations of a view, U distinct captions, D width.
+Shapes: N samples, V stored views (crops) per sample, K RandAugment operations per view, U distinct captions, D width.
 
-    image_features     float16 [N, V, D]  unit norm: normalised in float32, then rounded, so that norms are 1 to 5e-4;
-                                          who reads them in float32 normalises again
+    image_features     float16 [N, V, D]  unit norm: normalised in float32, then rounded, so norms are 1 to within 5e-4;
+                                          code that reads them in float32 normalises again
     boxes              int32 [N, V, 4]    crop: left, top, right, bottom
     flips              uint8 [N, V]
-    op_ids             uint8 [N, V, K]    place in RAND_AUGMENT_OPS, 255 for none
+    op_ids             uint8 [N, V, K]    index into RAND_AUGMENT_OPS, 255 for none
     op_magnitudes      float32 [N, V, K]  signed, in torchvision's units
     sizes              int32 [N, 2]       width and height of the decoded picture
     picture_crcs       uint32 [N]         CRC-32 of the picture's file
-    valid              uint8 [N]          0 for a sample that could not be read; it has no captions
+    valid              uint8 [N]          0 for an unreadable sample, which has no captions
     keys               uint8 [N, longest]
-    long_rows, short_rows  int32          rows of caption_features, sample by sample, cut at
+    long_rows, short_rows  int32          rows of caption_features, sample by sample, split at
     long_offsets, short_offsets  int64 [N + 1]
-    shorts_follow      uint8 [N]          1 where the short captions are the first sentences of the long ones, in order
+    shorts_follow      uint8 [N]          1 if the short captions are the first sentences of the long ones, in order
     caption_features   float16 [U, D]     unit norm, as above
-    tokens             uint16             from SOT to EOT, caption by caption, cut at
+    tokens             uint16             from SOT to EOT, caption by caption, split at
     token_offsets      int64 [U + 1]
-    view_crcs          uint32 [N, V]      of all that is stored of the sample and of this view
+    view_crcs          uint32 [N, V]      of everything stored for the sample and this view
     caption_crcs       uint32 [U]         of features and tokens
 
-Each read compares checksums, so that damage is found where it is read. The features are never PCA'd.
+Each read compares checksums, so damage is found where it is read. PCA is never applied to the features.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from training.data.transforms import RAND_AUGMENT_OPS, Augmentation
 __all__ = ["CaptionRows", "SampleEntry", "Sidecar", "StoredView", "write_sidecar"]
 
 _FORMAT = "compact-longclip sidecar, version "
-_METADATA = {"format": f"{_FORMAT}1"}  # one entry: safetensors writes several in any order
+_METADATA = {"format": f"{_FORMAT}1"}  # a single entry, because safetensors writes several in any order
 _NO_OPERATION = 255
-# type and shape of each array; a name stands for a size that must be the same everywhere, None for any
+# type and shape of each array; a name stands for a size that must be the same everywhere, None for any size
 _LAYOUT: dict[str, tuple[str, tuple[str | int | None, ...]]] = {
     "image_features": ("float16", ("N", "V", "D")),
     "boxes": ("int32", ("N", "V", 4)),
@@ -72,13 +72,13 @@ _LAYOUT: dict[str, tuple[str, tuple[str | int | None, ...]]] = {
 
 @dataclass(frozen=True)
 class SampleEntry:
-    """What is stored of one sample beside its features."""
+    """What is stored for one sample beside its features."""
 
     key: str
     size: tuple[int, int] = (0, 0)
     picture_crc: int = 0
     augmentations: list[Augmentation] = field(default_factory=list)
-    """One a view; none of a sample that could not be read."""
+    """One per view; empty for an unreadable sample."""
     long: list[int] = field(default_factory=list)
     """Rows of the long captions."""
     short: list[int] = field(default_factory=list)
@@ -112,12 +112,12 @@ class StoredView:
 def write_sidecar(
     path: Path, entries: Sequence[SampleEntry], num_ops: int, image_features: np.ndarray, captions: CaptionRows
 ) -> None:
-    """Write the sidecar of N samples; it gets its name only when it is whole, and is the same for the same contents.
+    """Write the sidecar of N samples. It gets its name only once complete, and the same contents give the same bytes.
 
     image_features  float16 [N, V, D], unit norm
-    num_ops         K, the most operations of a view
+    num_ops         K, the most operations per view
 
-    Raises InputError where the place cannot be written.
+    Raise InputError if the folder cannot be written.
     """
     arrays = _arrays(entries, num_ops, image_features, captions)
     remove_leftovers(path.parent, escape(path.name))
@@ -179,7 +179,7 @@ def _offsets(parts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
 
 def _piece(arrays: dict[str, np.ndarray], values: str, offsets: str, row: int) -> np.ndarray:
     start, stop = arrays[offsets][row : row + 2].tolist()
-    return arrays[values][max(start, 0) : max(stop, 0)]  # damaged offsets give what they give: their checksum differs
+    return arrays[values][max(start, 0) : max(stop, 0)]  # damaged offsets give arbitrary data, whose checksum differs
 
 
 def _view_crc(arrays: dict[str, np.ndarray], row: int, view: int) -> int:
@@ -203,10 +203,10 @@ def _caption_crc(arrays: dict[str, np.ndarray], row: int) -> int:
 
 
 class Sidecar:
-    """A sidecar opened for reading: nothing is read but what is asked for, and that is compared with its checksum."""
+    """A sidecar opened for reading. Only what is asked for is read, and compared with its checksum."""
 
     def __init__(self, path: Path) -> None:
-        """Map the file. Raises InputError for one that is absent, cut short or laid out otherwise."""
+        """Map the file. Raise InputError if it is absent, cut short or laid out differently."""
         self.path = path
         if not path.is_file():
             raise InputError(f"no sidecar at {path}: run scripts/cache_teacher.py again")
@@ -215,9 +215,9 @@ class Sidecar:
                 metadata = file.metadata() or {}
                 found = metadata.get("format", "")
                 if not found.startswith(_FORMAT):
-                    raise ValueError("it is no sidecar of ours")
+                    raise ValueError("it is not a sidecar of this project")
                 if found != _METADATA["format"]:
-                    raise ValueError(f"it is of version {found.removeprefix(_FORMAT)}, this code reads 1")
+                    raise ValueError(f"it is of version {found.removeprefix(_FORMAT)}, but this code reads 1")
                 self._arrays = {name: file.get_tensor(name).numpy() for name in _LAYOUT}
             sizes = _checked_sizes(self._arrays)
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, json.JSONDecodeError) as error:
@@ -226,7 +226,7 @@ class Sidecar:
         self.num_captions, self.embed_dim = sizes["U"], sizes["D"]
 
     def view(self, row: int, view: int, key: str) -> StoredView:
-        """View `view` of sample `row`, which must be called `key`. Raises InputError for damage or another key."""
+        """Return view `view` of sample `row`, whose key must be `key`. Raise InputError for damage or another key."""
         arrays = self._arrays
         if int(arrays["view_crcs"][row, view]) != _view_crc(arrays, row, view):
             raise self._damaged(f"sample {key}, view {view}")
@@ -252,18 +252,19 @@ class Sidecar:
         )
 
     def caption(self, row: int, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Features (float16 [D]) and tokens (uint16) of caption `row`, of sample `key`. InputError for damage."""
+        """Return features (float16 [D]) and tokens (uint16) of caption `row` of sample `key`. Raise InputError for
+        damage."""
         arrays = self._arrays
         if not 0 <= row < self.num_captions or int(arrays["caption_crcs"][row]) != _caption_crc(arrays, row):
             raise self._damaged(f"sample {key}, caption {row}")
         return arrays["caption_features"][row], _piece(arrays, "tokens", "token_offsets", row)
 
     def key(self, row: int) -> str:
-        """The key of sample `row`."""
+        """Return the key of sample `row`."""
         return self._arrays["keys"][row].tobytes().rstrip(b"\0").decode(errors="replace")
 
     def damage(self) -> Iterator[str]:
-        """Read everything; name each view and each caption whose checksum differs."""
+        """Read everything, and name each view and each caption whose checksum differs."""
         arrays = self._arrays
         for row in range(self.num_samples):
             for view in range(self.num_views):
@@ -274,7 +275,7 @@ class Sidecar:
                 yield f"sample {self._owner(row)}, caption {row}"
 
     def _owner(self, caption: int) -> str:
-        """The key of the first sample that has a caption."""
+        """Return the key of the first sample that has a caption."""
         for kind in ("long", "short"):
             places = np.flatnonzero(self._arrays[f"{kind}_rows"] == caption)
             if len(places):
@@ -287,7 +288,7 @@ class Sidecar:
 
 
 def _checked_sizes(arrays: dict[str, np.ndarray]) -> dict[str, int]:
-    """The sizes N, V, K, U and D, if the arrays agree on them; ValueError otherwise."""
+    """Return the sizes N, V, K, U and D if the arrays agree on them. Raise ValueError otherwise."""
     sizes: dict[str, int] = {}
     for name, (dtype, shape) in _LAYOUT.items():
         array = arrays[name]

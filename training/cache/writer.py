@@ -1,8 +1,8 @@
-"""Run the teacher once: the sidecars of a list of shards, each from its pictures and captions alone.
+"""Run the teacher once: write the sidecars of a list of shards, each from its own pictures and captions alone.
 
-Loader workers decode each picture once and render all its views; views are encoded in batches over the borders of
-samples, and a shard's distinct captions once each, sorted by length. No batch crosses a shard, so that a sidecar is the
-same whichever process makes it.
+Loader workers decode each picture once and render all its views. Views are encoded in batches that cross the borders of
+samples; a shard's distinct captions are encoded once each, sorted by length. No batch crosses a shard, so a sidecar
+does not depend on the process that makes it.
 
 Shapes: N samples of a shard, V views, M samples of a piece, U distinct captions, L tokens, D width.
 """
@@ -58,7 +58,7 @@ def cache_settings(
     precision: Precision = "fp32",
     fast_decode: bool = True,
 ) -> CacheSettings:
-    """The settings of a cache of `model`, which was loaded from `teacher`, with `views` crops a picture (0: centre)."""
+    """Return the settings of a cache of `model`, loaded from `teacher`, with `views` crops per picture (0: centre)."""
     preprocess = model.preprocess_cfg
     return CacheSettings(
         teacher=teacher,
@@ -82,7 +82,7 @@ def cache_settings(
 
 
 class _ReadSample(NamedTuple):
-    """A sample as a worker has read it."""
+    """A sample as a worker reads it."""
 
     entry: SampleEntry  # captions not yet numbered
     long: list[str]
@@ -90,7 +90,7 @@ class _ReadSample(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Some consecutive samples of a shard; `images` are all views of those that could be read."""
+    """Consecutive samples of a shard. `images` are all views of the readable ones."""
 
     shard: int
     is_last: bool
@@ -100,11 +100,12 @@ class _Piece(NamedTuple):
 
 @dataclass
 class _Pieces(Dataset):
-    """Pieces by number, in the order of the shards. An InputError is returned, not raised: workers would wrap it."""
+    """Pieces by number, in the order of the shards. An InputError is returned, not raised, because workers would wrap
+    it."""
 
     index: ShardIndex
     settings: CacheSettings
-    pieces: list[tuple[int, int, int]]  # shard, first and last row + 1
+    pieces: list[tuple[int, int, int]]  # shard, first row, last row + 1
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -133,9 +134,7 @@ class _Pieces(Dataset):
         except (BadSample, InputError):
             return _ReadSample(SampleEntry(raw.key), [], []), []
         size = picture_size(picture)
-        name = zlib.crc32(
-            self.index.paths[shard].name.encode()
-        )  # not the place in a list that may be another next time
+        name = zlib.crc32(self.index.paths[shard].name.encode())  # not its place in a list, which may differ next time
         augmentations = [
             draw_augmentation(size, settings.augment, sample_generator(settings.seed, name, row, view))
             for view in range(settings.num_stored_views)
@@ -150,7 +149,7 @@ class _Pieces(Dataset):
 
 @dataclass(frozen=True)
 class SidecarWriter:
-    """What all sidecars of a cache have in common."""
+    """What all sidecars of a cache share."""
 
     model: LongCLIP
     settings: CacheSettings
@@ -162,9 +161,9 @@ class SidecarWriter:
     def write(
         self, shards: Sequence[tuple[int, ShardFacts]], progress: Callable[[int], None] = lambda num_samples: None
     ) -> Iterator[SidecarRecord]:
-        """Make the sidecars of `shards`, by their place in the index; gives each record once it is on disk.
+        """Write the sidecars of `shards`, given by their place in the index. Yield each record once it is on disk.
 
-        `progress` is told of samples as they are encoded. Raises InputError for a shard that cannot be read.
+        `progress` counts samples as they are encoded. Raise InputError for an unreadable shard.
         """
         facts = dict(shards)
         step = max(1, self.batch_size // self.settings.num_stored_views)
@@ -199,7 +198,7 @@ class SidecarWriter:
         if features:
             encoded = self._checked(torch.cat(features), shard)
             image_features[is_valid] = encoded.reshape(-1, *image_features.shape[1:])
-        captions: dict[str, int] = {}  # row of each
+        captions: dict[str, int] = {}  # caption to row
         entries = [
             replace(
                 sample.entry,
@@ -224,7 +223,8 @@ class SidecarWriter:
         return record
 
     def _encode_images(self, images: Tensor) -> list[Tensor]:
-        """Unit-norm float16 features, on the model's device: nothing waits for them until the shard is finished."""
+        """Return unit-norm float16 features on the model's device. Nothing waits for them until the shard is
+        finished."""
         device = model_device(self.model)
         mean, std = (torch.tensor(value, device=device) for value in (self.settings.mean, self.settings.std))
         features = []
@@ -255,7 +255,7 @@ class SidecarWriter:
     def _checked(self, features: Tensor, shard: Path) -> np.ndarray:
         array = features.cpu().numpy()
         if not np.isfinite(array).all():
-            raise InputError(f"{shard}: the teacher gives features that are not finite: use --precision fp32 or bf16")
+            raise InputError(f"{shard}: the teacher's features are not finite: use --precision fp32 or bf16")
         return array
 
 

@@ -1,15 +1,15 @@
 """The embedded data: boards of real handwritten digits with long captions, written in the public layouts.
 
-A board is 48 px: a coloured ground in a coloured frame and a 3x3 grid of tiles, each with one of scikit-learn's 1,797
-handwritten digits in one of 8 inks and 2 sizes on a dark or a light tile. Its caption of about 100 tokens says in
-reading order what stands where; the first sentence names the ground and the frame alone. Most boards are full, some
-sparse. One in five belongs to one of a few series, boards that all begin alike, so that a batch holds captions which
-only their ends tell apart: without them, nothing asks a model to read to the end. One in eight shows a single huge
-digit, always in the same colours: nothing but the handwriting tells these apart, so that they teach to read digits,
-which full boards, told apart by their colours, do not. Zero-shot classification is tested on them.
+A board is 48 px: a coloured ground in a coloured frame, with a 3x3 grid of tiles. Each tile shows one of scikit-learn's
+1,797 handwritten digits in one of 8 inks and 2 sizes, on a dark or a light tile. The caption of about 100 tokens
+describes the tiles in reading order; its first sentence names only the ground and the frame. Most boards are full, some
+are sparse. One in five belongs to one of a few series of boards that begin alike, so a batch holds captions that differ
+only at their ends; without them nothing makes a model read to the end. One in eight shows a single huge digit, always
+in the same colours. Only the handwriting tells these apart, so they teach a model to read digits; full boards do not,
+because their colours tell them apart. They are also the test of zero-shot classification.
 
-What is held out: the glyphs (handwritten digits) of validation and test never appear in training, nor do the layouts
-(which digit in which ink stands where) of their boards. Nothing downstream knows that these pictures are generated.
+Held out: the glyphs (handwritten digits) of validation and test never appear in training, nor do the layouts (which
+digit in which ink is where) of their boards. Nothing downstream knows that these pictures are generated.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from training.data.writer import caption_member, write_manifest, write_shard
 __all__ = ["CLASSNAMES", "DIGIT_TEMPLATES", "Board", "Part", "Tile", "is_outdated", "layout_part", "write_digit_scenes"]
 
 FORMAT = "compact-longclip digit scenes"
-VERSION = 5  # raise it with any change of the pictures or captions, so that a folder made before is not taken for these
+VERSION = 5  # raise it when pictures or captions change, so that older folders are not taken for these
 
 CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CELLS = (
@@ -64,38 +64,38 @@ SIZES = {"small": 8, "large": 12}  # pixels of the glyph's square; scikit-learn'
 BOARD_PX, FRAME_PX, CELL_PX, TILE_PX = 48, 3, 14, 12
 NUM_TRAIN_GLYPHS, NUM_VAL_GLYPHS = 1297, 150  # of 1,797; the other 350 are the test's
 SINGLE_SHARE, SPARSE_SHARE = 0.12, 0.05  # training boards with one huge digit, with two to eight
-SERIES_SHARE, NUM_SERIES = 0.2, 20  # training boards that begin as the others of their series, as twins do
+SERIES_SHARE, NUM_SERIES = 0.2, 20  # training boards that begin like the others of their series, as twins do
 TWINS_PER_FAMILY, NUM_SHARED_CELLS = 4, 7  # the first seven cells' sentences reach past token 77
 SHARD_SIZE = 4000
 
 Part = Literal["train", "val", "test"]
 
-WHOLE_BOARD = len(CELLS)  # the cell of a single digit, which takes up all of the board
+WHOLE_BOARD = len(CELLS)  # the cell of a single digit, which fills the board
 HUGE, HUGE_PX = "huge", 40
-# Prompts for zero-shot classification of single-digit boards: their caption, the digit left out
+# Prompts for zero-shot classification of single-digit boards: their caption without the digit
 DIGIT_TEMPLATES = (f"A beige board in a black frame. the whole board shows a {HUGE} blue {{}} on light.",)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One digit on the board: where it stands, what it is, how it is drawn."""
+    """One digit on the board: its place, its value and its look."""
 
     cell: int  # index into CELLS, reading order
     digit: int
     ink: str
     size: str
-    shade: str  # of the tile under the digit
+    shade: str  # the tile's, under the digit
 
     @property
     def sentence(self) -> str:
-        """What the caption says of this tile."""
+        """The caption's sentence about this tile."""
         place = "the whole board" if self.cell == WHOLE_BOARD else CELLS[self.cell]
         return f"{place} shows a {self.size} {self.ink} {CLASSNAMES[self.digit]} on {self.shade}."
 
 
 @dataclass(frozen=True)
 class Board:
-    """All that a caption says of a picture; the picture adds the handwriting."""
+    """Everything that a caption says about a picture. The picture adds the handwriting."""
 
     ground: str
     frame: str
@@ -113,14 +113,16 @@ class Board:
 
 
 def layout_part(board: Board) -> Part:
-    """Which part of the data a board's layout (which digit in which ink stands where) belongs to: 10% test, 10% val."""
+    """Return the part of the data to which a board's layout (which digit in which ink is where) belongs: 10% test, 10%
+    val."""
     layout = ",".join(f"{tile.cell}{tile.digit}{tile.ink}" for tile in board.tiles)
     fate = zlib.crc32(layout.encode()) % 10
     return "test" if fate == 0 else "val" if fate == 1 else "train"
 
 
 def draw_board(rng: random.Random, part: Part, num_tiles: int = 9, family: Board | None = None) -> Board:
-    """A random board whose layout belongs to `part`; with `family`, one like it in ground, frame and first cells."""
+    """Draw a board whose layout belongs to `part`. With `family`, it shares that board's ground, frame and first
+    cells."""
     while True:
         ground, frame = (
             (family.ground, family.frame) if family else (rng.choice(list(GROUNDS)), rng.choice(list(FRAMES)))
@@ -138,8 +140,9 @@ def draw_board(rng: random.Random, part: Part, num_tiles: int = 9, family: Board
 
 @lru_cache(maxsize=1)
 def _glyphs() -> dict[Part, dict[int, list[dict[str, np.ndarray]]]]:
-    """part -> digit -> handwritten examples, each as ink coverage 0..1 [px, px, 1] by size. The split never changes."""
-    from sklearn.datasets import load_digits  # slow to import, and needed here alone
+    """Return handwritten examples by part and digit, each as ink coverage 0..1 [px, px, 1] by size. The split is
+    fixed."""
+    from sklearn.datasets import load_digits  # slow to import and needed only here
 
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
@@ -159,7 +162,7 @@ def _glyphs() -> dict[Part, dict[int, list[dict[str, np.ndarray]]]]:
 
 
 def render(board: Board, rng: random.Random, part: Part) -> Image.Image:
-    """The picture of a board, each digit in a handwriting of `part` drawn by `rng`."""
+    """Draw the picture of a board, with each digit in a handwriting of `part` that `rng` chooses."""
     pixels = np.empty((BOARD_PX, BOARD_PX, 3), dtype=np.float32)
     pixels[:] = FRAMES[board.frame]
     pixels[FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX] = GROUNDS[board.ground]
@@ -180,20 +183,20 @@ def render(board: Board, rng: random.Random, part: Part) -> Image.Image:
 
 
 def _jpeg(picture: Image.Image) -> bytes:
-    """JPEG at full colour resolution: 4:2:0 would smear the ink of an 8 px digit."""
+    """Encode as JPEG at full colour resolution, because 4:2:0 would smear the ink of an 8 px digit."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
 def single_digit(digit: int) -> Board:
-    """The board of a single huge digit, in the colours that all of them have."""
+    """Return the board of a single huge digit, in the colours that all of them share."""
     return Board("beige", "black", (Tile(WHOLE_BOARD, digit, "blue", HUGE, "light"),))
 
 
 def draw_boards(rng: random.Random, part: Part) -> Iterator[Board]:
-    """Endless boards for training or validation: full, sparse, single, in series; no two captions of several digits
-    alike."""
+    """Yield boards for training or validation without end: full, sparse, single, in series. No two captions of several
+    digits are equal."""
     seen: set[str] = set()
     series = [draw_board(rng, part) for _ in range(NUM_SERIES)]
     kinds = {"single": SINGLE_SHARE, "sparse": SPARSE_SHARE, "series": SERIES_SHARE}
@@ -210,7 +213,7 @@ def draw_boards(rng: random.Random, part: Part) -> Iterator[Board]:
 
 
 def draw_full_boards(rng: random.Random, part: Part) -> Iterator[Board]:
-    """Endless full boards, no two captions alike."""
+    """Yield full boards without end, no two with the same caption."""
     seen: set[str] = set()
     while True:
         board = draw_board(rng, part)
@@ -220,7 +223,8 @@ def draw_full_boards(rng: random.Random, part: Part) -> Iterator[Board]:
 
 
 def draw_twins(rng: random.Random, part: Part) -> Iterator[Board]:
-    """Endless families of four full boards in a row: their captions share the first 77 tokens and differ after."""
+    """Yield families of four full boards without end. Their captions share the first 77 tokens and differ after
+    that."""
     for first in draw_full_boards(rng, part):
         family = {first.caption: first}
         while len(family) < TWINS_PER_FAMILY:
@@ -239,21 +243,21 @@ def write_digit_scenes(
     seed: int = 0,
     show_progress: bool = False,
 ) -> bool:
-    """Write the digit scenes to the folder `out`, whole or not at all; False if the same scenes were there already.
+    """Write the digit scenes to the folder `out` atomically. Return False if the same scenes were there already.
 
     train/, val/              indexed shards
     val_twins/                `num_val_twins` pairs, Urban-1k folder, for choosing settings and the best checkpoint
     random/, twins/           `num_test` pairs each, Urban-1k folders (image/N.jpg, caption/N.txt)
     digits/val/CLASS/*.jpg    `num_test` boards of a single digit, with classnames.txt and templates.txt beside val/
 
-    Raises InputError if `out` holds anything else, or scenes of other settings.
+    Raise InputError if `out` holds anything else, or scenes with other settings.
     """
     settings = {
         "format": FORMAT, "version": VERSION, "num_train": num_train, "num_val": num_val, "num_test": num_test,
         "num_val_twins": num_val_twins, "seed": seed,
     }  # fmt: skip
     if min(num_train, num_val, num_test, num_val_twins) < 1:
-        raise InputError("every part of the digit scenes needs a sample or more")
+        raise InputError("each part of the digit scenes needs at least one sample")
     if _is_finished(out, settings):
         return False
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -277,10 +281,10 @@ def write_digit_scenes(
         (folder / "manifest.json").write_text(json.dumps(settings, indent=2) + "\n")
         folder.chmod(0o755)
         if out.is_dir():
-            out.rmdir()  # empty, as _is_finished has seen
+            out.rmdir()  # empty, as _is_finished has checked
         folder.rename(out)
     except OSError:
-        if _is_finished(out, settings):  # another process was quicker
+        if _is_finished(out, settings):  # another process was faster
             return False
         raise
     finally:
@@ -303,7 +307,7 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
 
 
 def is_outdated(folder: Path) -> bool:
-    """Whether `folder` holds digit scenes that another version of this code wrote: other pictures or captions."""
+    """Return whether `folder` holds digit scenes of another version of this code, with other pictures or captions."""
     found = _settings(folder)
     return found.get("format") == FORMAT and found.get("version") != VERSION
 
@@ -317,7 +321,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _draw_singles(rng: random.Random, part: Part) -> Iterator[Board]:
-    """Endless boards of a single digit, the ten classes in turn."""
+    """Yield boards of a single digit without end, the ten classes in turn."""
     while True:
         yield from map(single_digit, range(10))
 
@@ -344,7 +348,7 @@ def _write_pairs(folder: Path, pictures: Iterator[Picture]) -> None:
 
 def _write_singles(folder: Path, pictures: Iterator[Picture]) -> None:
     for i, (board, jpeg) in enumerate(pictures):
-        class_folder = folder / "val" / str(board.tiles[0].digit)  # sorted as CLASSNAMES are
+        class_folder = folder / "val" / str(board.tiles[0].digit)  # sorted like CLASSNAMES
         class_folder.mkdir(parents=True, exist_ok=True)
         (class_folder / f"{i:04d}.jpg").write_bytes(jpeg)
     (folder / "classnames.txt").write_text("\n".join(CLASSNAMES) + "\n")

@@ -1,9 +1,9 @@
-"""Where each sample lies: shard patterns, the manifest beside the shards, and reads by byte offset.
+"""Where each sample is: shard patterns, the manifest beside the shards, and reads by byte offset.
 
-A shard is a plain webdataset tar: `KEY.jpg` (or another picture suffix) with `KEY.json` and / or `KEY.txt`, in
-DataCompDR's shards also `EXTRA_MEMBERS`. With the byte index of its members any sample is one `pread` away, which is
-what makes an exact, resumable order possible. The index comes from `manifest.json` beside the shards, or from one scan
-of a tar's headers, kept as `NAME.tar.index.json`. Tars are read, never extracted; nothing in them is executed or
+A shard is a plain webdataset tar: `KEY.jpg` (or another picture suffix) with `KEY.json`, `KEY.txt` or both.
+DataCompDR's shards also have `EXTRA_MEMBERS`. With the byte index of its members any sample is one `pread` away, which
+makes an exact, resumable order possible. The index comes from `manifest.json` beside the shards, or from one scan of a
+tar's headers, stored as `NAME.tar.index.json`. Tars are read, never extracted; nothing in them is executed or
 unpickled.
 """
 
@@ -51,28 +51,28 @@ MAX_IMAGE_BYTES = 64 << 20
 MAX_TEXT_BYTES = 4 << 20
 MAX_EXTRA_BYTES = 4 << 20
 EXTRA_MEMBERS = ("syn.json", "paug.json", "npz", "pth.gz")
-"""What else a sample of DataCompDR holds; read as bytes, see datacompdr.py."""
+"""Further members of a DataCompDR sample, read as bytes; see datacompdr.py."""
 _MAX_OPEN_FILES = 128
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:")
 _ALLOWED_URL = re.compile(r"(https://|s3://|http://(localhost|127\.0\.0\.1)(:\d+)?/)")
-# what reading JSON of another shape than ours raises
+# errors from reading JSON of another shape than ours
 BAD_JSON = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _COLUMNS = ("image", "json", "txt")
 
 Stage: TypeAlias = Literal["both", "image", "text"]
-"""What is read of a sample: picture and captions, the picture alone, the captions alone."""
+"""Which members of a sample are read: picture and captions, only the picture, or only the captions."""
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """The undecoded members of one sample; None for a member that is absent or over its size bound."""
+    """The undecoded members of one sample. A member that is absent or over its size bound is None."""
 
     key: str
     image: bytes | None
     json: bytes | None
     txt: bytes | None
     extra: dict[str, bytes] = field(default_factory=dict)
-    """`EXTRA_MEMBERS` by suffix, as far as the sample has them within their bound."""
+    """The sample's `EXTRA_MEMBERS` by suffix, without those that are absent or over their bound."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class ShardRecord:
     sha256: str
     keys: np.ndarray  # bytes [N]
     spans: np.ndarray  # int64 [N, 3, 2]: offset and size of the image, json and txt member; size 0 if absent
-    inputs: str = ""  # a hash of what the shard was made from, by which an interrupted import knows what is done
+    inputs: str = ""  # hash of what the shard was made from, by which an interrupted import knows what is done
     extra: dict[str, np.ndarray] = field(default_factory=dict)
-    """Of each of `EXTRA_MEMBERS` that the shard has: int64 [N, 2], offset and size; size 0 where absent."""
+    """For each of `EXTRA_MEMBERS` that the shard has: int64 [N, 2], offset and size; size 0 if absent."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for the manifest. A kind of member that no sample has is left out."""
+        """Return plain data for the manifest. A kind of member that no sample has is left out."""
         index: dict[str, Any] = {"key": [key.decode() for key in self.keys]}
         for column, name in enumerate(_COLUMNS):
             if self.spans[:, column, 1].any():
@@ -106,7 +106,7 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ShardRecord:
-        """The inverse of `to_json`; ValueError, KeyError or TypeError for anything else."""
+        """Invert `to_json`. Raise ValueError, KeyError or TypeError for anything else."""
         index, num_bytes = data["index"], int(data["bytes"])
         keys = np.array([key.encode() for key in index["key"]], dtype=np.bytes_)
         spans = np.zeros((len(keys), len(_COLUMNS), 2), dtype=np.int64)
@@ -128,14 +128,15 @@ def _is_outside(spans: np.ndarray, num_bytes: int) -> bool:
 
 
 def is_remote(shard: str) -> bool:
-    """Whether `shard` is a URL rather than a local path."""
+    """Return whether `shard` is a URL rather than a local path."""
     return _SCHEME.match(shard) is not None
 
 
 def expand_patterns(shards: str | Path | Sequence[str | Path]) -> list[str]:
-    """Shard paths or URLs from one pattern or a list: braces, globs, or a folder of tars; sorted within a pattern.
+    """Return shard paths or URLs from one pattern or a list: braces, globs, or a folder of tars; sorted within a
+    pattern.
 
-    Raises InputError for a pattern without a match and for every URL scheme but https and s3 (http on loopback alone).
+    Raise InputError for a pattern without a match and for every URL scheme but https and s3 (http only on loopback).
     """
     patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
     found: list[str] = []
@@ -144,16 +145,16 @@ def expand_patterns(shards: str | Path | Sequence[str | Path]) -> list[str]:
             parts = list(braceexpand(pattern))
         except ValueError as error:
             raise InputError(f"shards {pattern!r}: {error}") from None
-        for part in parts:  # judged once expanded: braces could hide a scheme
+        for part in parts:  # checked after expansion: braces could hide a scheme
             if is_remote(part) and (not _ALLOWED_URL.match(part) or "::" in part):
                 raise InputError(
-                    f"shards {part!r}: only local paths, https:// and s3:// are read (http:// on localhost alone)"
+                    f"shards {part!r}: only local paths, https:// and s3:// are read (http:// only on localhost)"
                 )
             found += [part] if is_remote(part) else _local_matches(part)
     if not found:
         raise InputError("no shards given: pass a pattern such as 'data/train/*.tar'")
     if len({is_remote(shard) for shard in found}) > 1:
-        raise InputError("shards are part local, part remote: pass one kind")
+        raise InputError("shards are partly local, partly remote: pass one kind")
     return list(dict.fromkeys(found))
 
 
@@ -168,7 +169,7 @@ def _local_matches(pattern: str) -> list[str]:
 
 
 def scan_tar(path: Path) -> ShardRecord:
-    """Index a tar by reading its headers alone. Raises InputError naming a tar that is broken, cut short or empty."""
+    """Index a tar from its headers alone. Raise InputError naming a tar that is broken, cut short or empty."""
     num_bytes = path.stat().st_size
     samples = list(tar_samples(path, lambda _: -1))
     if not samples:
@@ -193,9 +194,9 @@ def _span(member: TarMember | None) -> tuple[int, int]:
 
 
 class OpenFiles:
-    """Reads by offset from many files, of which the last used stay open.
+    """Read by offset from many files, and keep the last used ones open.
 
-    Picklable and safe in several processes: files are opened where they are read, and `pread` shares no position.
+    Picklable and safe in several processes: each process opens its own files, and `pread` shares no position.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -203,7 +204,8 @@ class OpenFiles:
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` of file `number`. Raises InputError naming a file that is gone or too short."""
+        """Return `size` bytes from `offset` of file `number`. Raise InputError naming a file that is missing or too
+        short."""
         path = self._paths[number]
         if number not in self._files:
             while len(self._files) >= _MAX_OPEN_FILES:
@@ -226,9 +228,9 @@ class ShardIndex:
     """The samples of a list of local shards, numbered 0 .. num_samples - 1 in shard order. Picklable."""
 
     def __init__(self, paths: Sequence[str | Path], show_progress: bool = False, stage: Stage = "both") -> None:
-        """Read the manifests, scan what has none. `stage` says which members `read` reads.
+        """Read the manifests, and scan shards that have none. `stage` decides which members `read` reads.
 
-        Raises InputError for a broken shard or one unlike its manifest.
+        Raise InputError for a broken shard or one that differs from its manifest.
         """
         self.paths = [Path(path) for path in paths]
         self._stage = stage
@@ -236,7 +238,7 @@ class ShardIndex:
         steps = track(self.paths, description="indexing shards", disable=not show_progress, transient=True)
         records = [_checked(manifests[path.parent].get(path.name), path) or _cached_scan(path) for path in steps]
         self.shard_sizes = np.array([len(record.keys) for record in records])
-        self.shard_sha256 = [record.sha256 for record in records]  # "" where no manifest tells it
+        self.shard_sha256 = [record.sha256 for record in records]  # "" if no manifest gives it
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._keys = np.concatenate([record.keys for record in records])
         self._spans = np.concatenate([record.spans for record in records])  # [N, 3, 2]
@@ -251,24 +253,24 @@ class ShardIndex:
 
     @property
     def num_samples(self) -> int:
-        """Samples in all shards together."""
+        """The number of samples in all shards."""
         return len(self._keys)
 
     def key(self, index: int) -> str:
-        """The key of sample `index`: its members' name without the suffix."""
+        """Return the key of sample `index`: the name of its members without the suffix."""
         return bytes(self._keys[index]).decode()
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The shard that sample `index` lies in, as its place in `paths`, and the sample's row among the shard's."""
+        """Return the shard of sample `index`, as its place in `paths`, and the sample's row in that shard."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, int(index - self._starts[shard])
 
     def read(self, index: int) -> RawSample:
-        """The members of sample `index` that the stage asks for, undecoded; the others are None, as if absent.
+        """Read the members of sample `index` that the stage needs, undecoded. The others are None, as if absent.
 
-        Raises InputError naming a shard that has shrunk since.
+        Raise InputError naming a shard that has shrunk since.
         """
         shard, _ = self.locate(index)
         image_bound = 0 if self._stage == "text" else MAX_IMAGE_BYTES
@@ -286,7 +288,8 @@ class ShardIndex:
 
 
 def read_manifest(folder: Path) -> dict[str, ShardRecord]:
-    """The records of `folder`'s manifest by shard name; empty if there is none. Raises InputError for a damaged one."""
+    """Return the records of `folder`'s manifest by shard name; empty if there is none. Raise InputError if it is
+    damaged."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return {}
@@ -297,13 +300,13 @@ def read_manifest(folder: Path) -> dict[str, ShardRecord]:
         records = [ShardRecord.from_json(entry) for entry in manifest["shards"]]
     except BAD_JSON as error:
         raise InputError(
-            f"{path} is no shard manifest of ours ({error}): write it again with make_shards.py index"
+            f"{path} is not a valid shard manifest ({error}): write it again with make_shards.py index"
         ) from None
     return {record.name: record for record in records}
 
 
 def _checked(record: ShardRecord | None, path: Path) -> ShardRecord | None:
-    """`record` if the shard still has the size that it was written with."""
+    """Return `record` if the shard still has its recorded size."""
     if record is None:
         return None
     num_bytes = path.stat().st_size
@@ -315,7 +318,7 @@ def _checked(record: ShardRecord | None, path: Path) -> ShardRecord | None:
 
 
 def _cached_scan(path: Path) -> ShardRecord:
-    """`scan_tar`, kept beside the tar where that is writable; valid while the tar's size and modification time stay."""
+    """Return `scan_tar`'s record, stored beside the tar if possible. It is valid while the tar's size and time stay."""
     cache = path.with_name(path.name + ".index.json")
     status = path.stat()
     stamp = [status.st_size, status.st_mtime_ns]
@@ -324,7 +327,7 @@ def _cached_scan(path: Path) -> ShardRecord:
         if data["stamp"] == stamp and data["version"] == MANIFEST_VERSION:
             return ShardRecord.from_json(data["shard"])
     except (OSError, *BAD_JSON):
-        pass  # absent, foreign or damaged: the tar itself is the truth
+        pass  # absent, foreign or damaged: the tar itself decides
     record = scan_tar(path)
     with suppress(InputError):  # a read-only folder: scan again next time
         write_text(cache, json.dumps({"version": MANIFEST_VERSION, "stamp": stamp, "shard": record.to_json()}))

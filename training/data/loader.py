@@ -1,9 +1,9 @@
-"""Training batches from shards or loose files: an exact, resumable order over an index of samples.
+"""Training batches from shards or loose files, in an exact, resumable order over an index of samples.
 
-The order of epoch e is a permutation keyed by (seed, e); batch k is its k-th run of `global_batch_size` samples, and
-rank r of W takes the r-th W-th of it. So the whole state of the sampler is (seed, epoch, step): any number of workers
-and processes gives the same global batches, a resumed run goes on where it stopped, and every rank takes the same
-number of steps. An epoch leaves out only the remainder smaller than a batch. Remote shards: shard_stream.py.
+The order of epoch e is a permutation keyed by (seed, e). Batch k is its k-th run of `global_batch_size` samples, and
+rank r of W takes the r-th W-th of it. The complete state of the sampler is therefore (seed, epoch, step): any number of
+workers and processes gives the same global batches, a resumed run continues where it stopped, and every rank takes the
+same number of steps. An epoch drops only the remainder that is smaller than a batch. For remote shards see stream.py.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = ["Batch", "OpenStore", "SampleIndex", "ShardLoader", "build_loader", "
 
 OpenStore: TypeAlias = Callable[[ShardIndex | None], TeacherStore]
 _MAX_ATTEMPTS = 20  # samples tried for one place in a batch
-_MIN_JUDGED = 1000  # the share of bad samples counts as if at least so many had been read
+_MIN_JUDGED = 1000  # the share of bad samples is computed as if at least this many had been read
 
 
 def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, shuffle_shards: int) -> np.ndarray:
-    """The order of an epoch: int64 [N], a permutation of all samples.
+    """Return the order of an epoch: int64 [N], a permutation of all samples.
 
-    Shards are shuffled, then the samples of `shuffle_shards` shards at a time, so that reads stay within so many files.
+    Shards are shuffled, then the samples of `shuffle_shards` shards at a time, so reads stay within that many files.
     """
     generator = sample_generator(seed, epoch)
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
@@ -51,7 +51,7 @@ def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, 
 
 
 class SampleIndex(Protocol):
-    """Samples by number: of shards, of a folder of pictures, of caption files. Picklable: workers read through it."""
+    """Samples by number, from shards, a folder of pictures or caption files. Picklable: workers read through it."""
 
     shard_sizes: np.ndarray
     """int64 [shards]; they sum to `num_samples`. Loose files are one shard."""
@@ -60,13 +60,14 @@ class SampleIndex(Protocol):
     def num_samples(self) -> int: ...
 
     def read(self, index: int) -> RawSample:
-        """Sample `index`, undecoded. Raises InputError for a file that is not what it was."""
+        """Return sample `index`, undecoded. Raise InputError for a file that has changed."""
         ...
 
 
 @dataclass
 class _IndexedBatches(Dataset):
-    """Batch (epoch, step) of one rank, by number. An InputError is returned, not raised: workers would wrap it."""
+    """The batches of one rank by (epoch, step). An InputError is returned, not raised, because workers would wrap
+    it."""
 
     index: SampleIndex
     decoder: SampleDecoder
@@ -96,7 +97,7 @@ class _IndexedBatches(Dataset):
         return collate(samples, self.tokenizer, self.context_length, dict(skipped), self.trim_captions)
 
     def _sample(self, epoch: int, index: int, skipped: Counter[str]) -> Sample:
-        """Sample `index`, or the first usable one of those drawn in its place."""
+        """Return sample `index`, or the first usable one of those drawn in its place."""
         candidate = index
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
@@ -107,11 +108,11 @@ class _IndexedBatches(Dataset):
                     sample_generator(self.decoder.seed, epoch, index, attempt).integers(self.index.num_samples)
                 )
         causes = ", ".join(f"{count} x {cause}" for cause, count in skipped.most_common())
-        raise InputError(f"{_MAX_ATTEMPTS} samples drawn in a row cannot be used ({causes}): mend the data")
+        raise InputError(f"{_MAX_ATTEMPTS} samples drawn in a row cannot be used ({causes}): fix the data")
 
 
 class _Steps(Sampler[tuple[int, int]]):
-    """The steps of one epoch from a given one on; set anew for each epoch, so that workers persist."""
+    """The steps of one epoch from a given step on. They are set anew for each epoch, so that workers persist."""
 
     def __init__(self) -> None:
         self.epoch, self.start, self.stop = 0, 0, 0
@@ -124,7 +125,7 @@ class _Steps(Sampler[tuple[int, int]]):
 
 
 class ShardLoader:
-    """Batches of one rank. Built by `build_loader`.
+    """The batches of one rank. `build_loader` creates it.
 
     num_samples      samples in the data; None for a stream
     steps_per_epoch  the same on every rank
@@ -152,11 +153,11 @@ class ShardLoader:
         self._steps = _Steps()
         self._batches: DataLoader = DataLoader(
             source,
-            batch_size=None,  # the source makes whole batches
+            batch_size=None,  # the source yields complete batches
             sampler=self._steps if self.is_exact else None,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            persistent_workers=self.is_exact and num_workers > 0,  # a stream is told its steps at the start
+            persistent_workers=self.is_exact and num_workers > 0,  # a stream gets its steps when it starts
         )
 
     @property
@@ -165,9 +166,9 @@ class ShardLoader:
         return dict(self._skipped)
 
     def batches(self, epoch: int, step: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` from `step` on, always full.
+        """Yield the batches of `epoch` from `step` on, always full.
 
-        Raises InputError for a broken shard, and once the share of samples that cannot be used passes the bound.
+        Raise InputError for a broken shard, and when the share of unusable samples exceeds the bound.
         """
         if isinstance(self._source, ShardStream):
             self._source.begin(epoch, step, self.steps_per_epoch)
@@ -187,7 +188,7 @@ class ShardLoader:
             causes = ", ".join(f"{count} x {cause}" for cause, count in self._skipped.most_common())
             raise InputError(
                 f"{num_bad} of {self._seen} samples cannot be used ({causes}): more than max_bad_share allows "
-                f"({self._max_bad_share:g}); mend the data or raise it"
+                f"({self._max_bad_share:g}); fix the data or raise it"
             )
 
 
@@ -216,35 +217,35 @@ def build_loader(
     pin_memory: bool = False,
     show_progress: bool = False,
 ) -> ShardLoader:
-    """A loader over shards (see `expand_patterns`) or, for one tower, loose files, for one rank.
+    """Build one rank's loader over shards (see `expand_patterns`) or, for a single tower, over loose files.
 
-    views             of each picture: the student's, then the teachers' where they differ
-    global_batch_size over all ranks; divided by `world_size`
-    stage             image: samples need no caption; text: they need no picture, and none is read; views are not used
+    views             of each picture: the student's, then those of teachers with other settings
+    global_batch_size total of all ranks; divided by `world_size`
+    stage             image: samples need no caption; text: they need no picture, none is read, views are unused
     images            image stage: a folder of pictures instead of `shards` (see `PictureFolder`)
     captions          text stage: caption files instead of `shards` (see `CaptionFiles`)
     max_bad_share     share of samples that may be unusable (and are replaced) before the run stops
-    shuffle_shards    how many shards' samples are mixed at a time; of loose files all are
-    epoch_samples     samples in an epoch: a must for a stream; a shorter epoch over indexed samples
-    open_store        stored teacher features of the indexed shards (None is passed for a stream); their crops and
-                      captions are replayed; `stored_features` False leaves the features themselves out
+    shuffle_shards    number of shards whose samples are mixed at a time; loose files are all mixed
+    epoch_samples     samples per epoch: required for a stream; makes an epoch over indexed samples shorter
+    open_store        opens the stored teacher features of the indexed shards (None for a stream). Their crops and
+    captions are replayed; `stored_features` False leaves the features themselves out
     fast_decode       see training/data/pictures.py
     trim_captions     False pads captions to `context_length`
     pin_memory        batches in page-locked memory, for a GPU
-    show_progress     a bar while shards without a manifest are indexed
+    show_progress     show a bar while shards without a manifest are indexed
 
-    Raises InputError for whatever is wrong with the data or these numbers.
+    Raise InputError for whatever is wrong with the data or these numbers.
     """
     if not views and stage != "text":
-        raise InputError("no views: give one of each picture for the student, and more for teachers of other sizes")
+        raise InputError("no views: give one for the student, and one for each teacher with another size")
     if global_batch_size < 1 or global_batch_size % world_size:
         raise InputError(f"global_batch_size {global_batch_size} is not divisible by the {world_size} processes")
     if not 0 <= max_bad_share <= 1 or shuffle_shards < 1 or seed < 0 or num_workers < 0:
-        raise InputError("data: max_bad_share is 0 to 1, shuffle_shards 1 or more, seed and num_workers 0 or more")
+        raise InputError("data: max_bad_share must be 0 to 1, shuffle_shards 1 or more, seed and num_workers 0 or more")
     loose = _loose_files(stage, images, captions)
     if loose is not None and open_store is not None:
-        raise InputError("stored teacher features belong to shards: give --data.shards, or leave --teacher.cache out")
-    members: Stage = stage if open_store is None else "both"  # a store knows a sample by its picture and captions
+        raise InputError("stored teacher features belong to shards: give --data.shards, or drop --teacher.cache")
+    members: Stage = stage if open_store is None else "both"  # a store identifies a sample by its picture and captions
     paths = [] if loose is not None else expand_patterns(shards)
     is_stream = bool(paths) and is_remote(paths[0])
     index = None if loose is not None or is_stream else ShardIndex(paths, show_progress, members)
@@ -255,13 +256,13 @@ def build_loader(
     samples: SampleIndex | None = loose or index
     if samples is None:
         if epoch_samples is None:
-            raise InputError("remote shards have no index: say with epoch_samples how many samples make an epoch")
+            raise InputError("remote shards have no index: set epoch_samples to the number of samples per epoch")
         source = ShardStream(paths, decoder, tokenizer, context_length, batch_size, rank, trim_captions, members)
         num_samples, num_epoch = None, epoch_samples
     else:
         num_samples, num_epoch = samples.num_samples, epoch_samples or samples.num_samples
         if num_epoch > num_samples:
-            raise InputError(f"epoch_samples {num_epoch} is more than the {num_samples} samples there are: lower it")
+            raise InputError(f"epoch_samples {num_epoch} exceeds the {num_samples} samples of the data: lower it")
         source = _IndexedBatches(
             samples, decoder, tokenizer, context_length, batch_size, rank, world_size, shuffle_shards, trim_captions
         )
@@ -278,11 +279,11 @@ def build_loader(
 
 
 def _loose_files(stage: Stage, images: Path | None, captions: Sequence[str]) -> SampleIndex | None:
-    """The index of the loose files that are given instead of shards."""
+    """Return the index of the loose files that are given instead of shards, if any."""
     if images is not None and stage != "image":
-        raise InputError(f"--data.images {images} belongs to --run.stage image, this is {stage}: give --data.shards")
+        raise InputError(f"--data.images {images} belongs to --run.stage image, not {stage}: give --data.shards")
     if captions and stage != "text":
-        raise InputError(f"--data.captions belongs to --run.stage text, this is {stage}: give --data.shards")
+        raise InputError(f"--data.captions belongs to --run.stage text, not {stage}: give --data.shards")
     if images is not None:
         return PictureFolder(images)
     return CaptionFiles(captions) if captions else None

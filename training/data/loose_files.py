@@ -1,8 +1,8 @@
-"""Training data of one tower alone: a folder of pictures without captions, caption files without pictures.
+"""Training data of a single tower: a folder of pictures without captions, or caption files without pictures.
 
-Both are indexes of samples, as shards are (shard_index.py): numbered in an order that does not change, read one at a
-time. What they remember of a sample is a few bytes in numpy arrays, which loader workers share with the process that
-forked them: millions of lines make no Python strings. Files are data from strangers: reads are bounded.
+Both are indexes of samples, like shards (index.py): numbered in a fixed order and read one at a time. They keep a few
+bytes per sample in numpy arrays, which loader workers share with the process that forked them, so millions of lines
+create no Python strings. The files are untrusted: reads are bounded.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class PictureFolder:
-    """The pictures of a folder and its sub-folders by path, their names sorted; samples without captions.
+    """The pictures of a folder and its subfolders, sorted by path; samples without captions.
 
-    Hidden files and folders are passed over. Links are followed within the folder alone, those to folders not at all.
+    Hidden files and folders are skipped. Links are followed only within the folder, and never to folders.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Find them. Raises InputError for a folder that is not there or holds no picture."""
+        """Find the pictures. Raise InputError for a folder that does not exist or holds no picture."""
         if not folder.is_dir():
             raise InputError(f"--data.images {folder}: no such folder")
         self.folder = folder
@@ -55,11 +55,11 @@ class PictureFolder:
         return len(self._names)
 
     def key(self, index: int) -> str:
-        """The picture's path below the folder."""
+        """Return the picture's path below the folder."""
         return os.fsdecode(self._names[index])
 
     def read(self, index: int) -> RawSample:
-        """The file of picture `index`; `image` is None if it is gone, no plain file or over its bound."""
+        """Read the file of picture `index`. `image` is None if it is missing, not a plain file or over its bound."""
         key = self.key(index)
         return RawSample(key, _read_picture(self.folder / key), None, None)
 
@@ -67,16 +67,17 @@ class PictureFolder:
 class CaptionFiles:
     """The captions of files, in the order of the files; samples without pictures, each with one long caption.
 
-    .txt             a caption a line
-    .tsv             Conceptual Captions: the caption is what stands before the first tab of a line
-    .json            COCO captions, {"annotations": [{"caption": ...}]}; or ShareGPT4V's array of rows, whose first 1000
-                     are Long-CLIP's test and are left out
+    .txt             one caption per line
+    .tsv             Conceptual Captions: the caption is the part of a line before its first tab
+    .json            COCO captions, {"annotations": [{"caption": ...}]}; or ShareGPT4V's array of rows, without the
+    first
+    1000, which are Long-CLIP's test
 
-    Empty lines are passed over. Of .txt and .tsv the offsets of the lines are kept, and the lines read when asked for.
+    Empty lines are skipped. For .txt and .tsv only the offsets of lines are kept; lines are read on demand.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
-        """Index `files`, paths or patterns with *. Raises InputError for a file that is missing or of another kind."""
+        """Index `files`, paths or patterns with *. Raise InputError for a file that is missing or of another kind."""
         paths = list(dict.fromkeys(path for pattern in files for path in _matches(pattern)))
         self._sources = [_source(path) for path in paths]
         self._names = [path.name for path in paths]
@@ -89,11 +90,11 @@ class CaptionFiles:
 
     @property
     def num_samples(self) -> int:
-        """Captions in all files together."""
+        """The number of captions in all files."""
         return int(self._starts[-1])
 
     def read(self, index: int) -> RawSample:
-        """Caption `index` as `txt`, None if it is over its bound; the key is its file and its number there, from 0."""
+        """Return caption `index` as `txt`, None if over its bound. The key is its file and its number there, from 0."""
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = int(index - self._starts[file])
         return RawSample(f"{self._names[file]}:{row}", None, None, self._sources[file][row])
@@ -117,7 +118,7 @@ class _Texts:
 
 
 class _Lines:
-    """The lines of a file that are not empty, or what stands in them before the first `delimiter`."""
+    """The non-empty lines of a file, or the part of each before the first `delimiter`."""
 
     def __init__(self, path: Path, delimiter: bytes | None = None) -> None:
         self._files, self._delimiter = OpenFiles([path]), delimiter
@@ -135,7 +136,9 @@ class _Lines:
 
 
 def _line_spans(path: Path) -> np.ndarray:
-    """Offset and size of each line that is not empty, without its end (\\n or \\r\\n): int64 [N, 2]."""
+    """Return the offset and size of each non-empty line, without its end (\
+    or \\r\
+    ): int64 [N, 2]."""
     ends, returns, position = [], [], 0
     with path.open("rb") as file:
         first = len(_BYTE_ORDER_MARK) if file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK else 0
@@ -171,7 +174,7 @@ def _first_column(path: Path) -> _Lines:
     lines = _Lines(path, delimiter=b"\t")
     first = (lines[0] or b"") if len(lines) else b""
     if is_picture(Path(first.decode("utf-8", "replace"))):
-        raise InputError(f"--data.captions {path}: the first column names pictures; the captions must stand there")
+        raise InputError(f"--data.captions {path}: the first column holds picture names; it must hold the captions")
     return lines
 
 
@@ -202,7 +205,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _picture_names(root: Path) -> Iterator[str]:
-    """Paths below `root` of its pictures, in the order in which the file system gives them."""
+    """Yield the paths of the pictures below `root`, in the order of the file system."""
     folders = [root]
     while folders:
         with os.scandir(folders.pop()) as entries:

@@ -1,7 +1,7 @@
-"""What is done to the pictures of a whole batch: mixup, CutMix and random erasing, in uint8, on the batch's device.
+"""Changes to the pictures of a batch: mixup, CutMix and random erasing, in uint8, on the batch's device.
 
-Shapes: B batch, H W sides of the pictures in pixels. A box is (top, left, bottom, right) as shares of the sides: the
-same part of a picture at every resolution.
+Shapes: B batch, H W sides of the pictures in pixels. A box is (top, left, bottom, right) as shares of the sides, so it
+is the same part of a picture at every resolution.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from training.settings.options import MixOptions
 
 __all__ = ["mix"]
 
-_STREAM = 0x6D6978  # random numbers of their own, whatever else is keyed by the same numbers
+_STREAM = 0x6D6978  # separates these random numbers from others with the same key
 _ERASED_AREA = (0.02, 0.33)  # Zhong et al. 2020, section 4.1, here and below
 _ERASED_LOG_ASPECT = (math.log(0.3), -math.log(0.3))
 
 
 def mix(batch: Batch, options: MixOptions, key: tuple[int, ...]) -> Batch:
-    """`batch` with its pictures mixed and erased as `options` say; a function of the batch and of `key` alone.
+    """Return `batch` with its pictures mixed and erased as `options` say. It depends only on the batch and on `key`.
 
-    Mixup, CutMix: one partner for each picture, one share and one box for all, drawn anew for each batch; student and
-    teachers see the same mixture, each at its resolution, so the teacher must be run on it. Captions stay: they tell
-    nothing of a mixture.
+    Mixup, CutMix: each picture gets one partner; the share and the box are drawn once per batch. Student and teachers
+    see the same mixture, each at its resolution, so the teacher must be run on it. Captions stay as they are: they say
+    nothing about a mixture.
 
-    Erasing: in each picture with probability `erase` a rectangle is replaced with noise, uniform in each pixel and
-    channel. `images` alone, which the student sees. The pictures before it then lead `teacher_images`, which otherwise
-    begin with the second view: those that read the first view, too, find it whole.
+    Erasing: with probability `erase` a rectangle of a picture is replaced with noise, uniform in each pixel and
+    channel. Only `images`, which the student sees, are erased. The pictures before erasing then lead `teacher_images`,
+    which otherwise start with the second view, so that teachers reading the first view see complete pictures.
     """
     generator = sample_generator(*key, _STREAM)
     if options.mixup > 0 or options.cutmix > 0:
@@ -46,10 +46,10 @@ def mix(batch: Batch, options: MixOptions, key: tuple[int, ...]) -> Batch:
 
 
 def _mixed(batch: Batch, options: MixOptions, generator: np.random.Generator) -> Batch:
-    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of all views; either at even odds if both are on."""
+    """Apply mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) to all views, at even odds if both are on."""
     cuts = options.cutmix > 0 and (options.mixup == 0 or generator.random() < 0.5)
     alpha = options.cutmix if cuts else options.mixup
-    share = float(generator.beta(alpha, alpha))  # of a mixture that is the picture's own
+    share = float(generator.beta(alpha, alpha))  # the picture's own share of a mixture
     half_side, centre = np.sqrt(1 - share) / 2, generator.random(2)
     box = np.concatenate([centre - half_side, centre + half_side]).clip(0, 1)
     partners = torch.from_numpy(generator.permutation(len(batch.images)))
@@ -68,7 +68,7 @@ def _mixed(batch: Batch, options: MixOptions, generator: np.random.Generator) ->
 def _erased(
     images: UInt8[Tensor, "B 3 H W"], probability: float, generator: np.random.Generator
 ) -> UInt8[Tensor, "B 3 H W"]:
-    """Random erasing (Zhong et al. 2020); the rectangles are windows on one field of noise a batch."""
+    """Apply random erasing (Zhong et al. 2020). The rectangles are windows on one field of noise per batch."""
     count = len(images)
     is_erased = generator.random(count) < probability
     area = generator.uniform(*_ERASED_AREA, count)
@@ -81,7 +81,7 @@ def _erased(
 
 
 def _inside(boxes: np.ndarray, images: UInt8[Tensor, "B 3 H W"]) -> Bool[Tensor, "N 1 H W"]:
-    """Which pixels of the pictures lie in `boxes` [N, 4], whose edges are rounded to whole pixels."""
+    """Return which pixels lie in `boxes` [N, 4], with edges rounded to full pixels."""
     height, width = images.shape[-2:]
     edges = torch.from_numpy(np.rint(boxes * [height, width, height, width]).astype(np.int64)).to(images.device)
     top, left, bottom, right = edges[:, :, None].unbind(1)  # N 1 each

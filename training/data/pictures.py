@@ -1,12 +1,12 @@
-"""Pictures of training samples: decoded, cropped and resized, with torchvision and torch or with PIL alone.
+"""Pictures of training samples: decoding, cropping and resizing, with torchvision and torch or with PIL alone.
 
-The fast form is a uint8 tensor [3, H, W]: a JPEG is decoded by torchvision's libjpeg-turbo, any other file by PIL, and
-torch resizes on bytes. The slow form is a PIL image. Both refuse the same files, know no EXIF rotation, crop first and
-resize after, so that no pixel outside the crop is read, and antialias.
+The fast form is a uint8 tensor [3, H, W]: torchvision's libjpeg-turbo decodes JPEGs, PIL decodes all other files, and
+torch resizes the bytes. The slow form is a PIL image. Both refuse the same files, ignore EXIF rotation, antialias, and
+crop before they resize, so that no pixel outside the crop is read.
 
-Tolerance of fast against slow, in levels of 0 to 255: decoding is equal to the bit where both libraries carry
-libjpeg-turbo, as their wheels do; resizing rounds differently, by 1 at most with bilinear and by 2 with bicubic, on
-average below 0.02.
+Tolerance of fast against slow, in levels of 0 to 255: decoding is equal to the bit if both libraries use libjpeg-turbo,
+as their wheels do. Resizing rounds differently, by at most 1 with bilinear and at most 2 with bicubic interpolation,
+and by less than 0.02 on average.
 
 Shapes: B batch, H, W height and width of the decoded picture, S the view's image size.
 """
@@ -42,14 +42,14 @@ Picture: TypeAlias = Image.Image | Tensor
 Interpolation = Literal["bicubic", "bilinear"]
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# Deprecated since torchvision 0.29 for a package that needs FFmpeg; a torchvision without it leaves JPEGs to PIL.
+# Deprecated since torchvision 0.29 in favour of a package that needs FFmpeg. If torchvision lacks it, PIL reads JPEGs.
 _decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
 
 
 def open_picture(data: bytes, fast: bool) -> Picture:
-    """Decode the bytes of a picture's file to RGB, to a tensor if `fast`, else to a PIL image.
+    """Decode the bytes of a picture's file to RGB: to a tensor if `fast`, else to a PIL image.
 
-    Raises InputError as eval.base.images.open_image does: what it refuses is refused, with the same line.
+    Raise InputError for what eval.base.images.open_image refuses, with the same message.
     """
     if not fast:
         return images.open_image(data)
@@ -58,16 +58,16 @@ def open_picture(data: bytes, fast: bool) -> Picture:
 
 
 def picture_size(picture: Picture) -> tuple[int, int]:
-    """Width and height of either form."""
+    """Return width and height of either form."""
     return picture.size if isinstance(picture, Image.Image) else (picture.shape[2], picture.shape[1])
 
 
 def resized_crops(
     picture: Picture, box: tuple[int, int, int, int], views: Sequence[tuple[int, Interpolation]]
 ) -> list[Picture]:
-    """The part of a picture inside `box` (left, top, right, bottom) at each (S, interpolation), in the picture's form.
+    """Return the part of a picture inside `box` (left, top, right, bottom) at each (S, interpolation), in its own form.
 
-    Raises InputError for a box that is empty or not inside the picture.
+    Raise InputError for a box that is empty or not inside the picture.
     """
     width, height = picture_size(picture)
     left, top, right, bottom = box
@@ -78,43 +78,46 @@ def resized_crops(
     if isinstance(picture, Image.Image):
         part = picture.crop(box)
         return [_pil_resize(part, side, _RESAMPLE[interpolation]) for side, interpolation in views]
-    # one copy of the crop: torch's kernel for interleaved bytes takes whole rows alone
+    # copy the crop once: torch's kernel for interleaved bytes accepts only complete rows
     crop = picture[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
     return [F.interpolate(crop, size=(side, side), mode=mode, antialias=True)[0] for side, mode in views]
 
 
 def pixels_of_pil(picture: Image.Image) -> Tensor:
-    """An RGB PIL image as uint8 [3, H, W], its values interleaved in memory."""
+    """Return an RGB PIL image as uint8 [3, H, W], with its values interleaved in memory."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
 
 
 def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels uint8 [B, 3, S, S] as (pixels / 255 - mean) / std, in the type of `mean` and `std`, both [3] or [3, 1, 1].
+    """Return uint8 pixels [B, 3, S, S] as (pixels / 255 - mean) / std. `mean` and `std` are [3] or [3, 1, 1]; the
+    result
+    has their type.
 
-    In one multiplication and one subtraction: equal to the formula to rounding (relative 1e-6 in float32).
+    It takes one multiplication and one subtraction, equal to the formula up to rounding (relative 1e-6 in float32).
     """
     scale, shift = (1 / (255 * std)).view(3, 1, 1), (mean / std).view(3, 1, 1)
     return pixels.to(mean.dtype, copy=True).mul_(scale).sub_(shift)
 
 
 def _pil_resize(picture: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
-    """Across, then down, as torch does. Left to itself, Pillow 13 goes by the picture's shape, and a bicubic curve that
-    is clipped between the passes then ends elsewhere."""
+    """Resize across, then down, as torch does. Pillow 13 alone chooses the order by the picture's shape, and bicubic
+    overshoot, clipped between the passes, then gives other values."""
     return picture.resize((side, picture.height), resample).resize((side, side), resample)
 
 
 def _jpeg_pixels(data: bytes) -> Tensor | None:
-    """A plain RGB or grey JPEG as uint8 [3, H, W]; None for everything that PIL is to decode or to refuse."""
+    """Decode a plain RGB or grey JPEG to uint8 [3, H, W]. Return None for everything that PIL should decode or
+    refuse."""
     if _decode_jpeg is None or not data.startswith(b"\xff\xd8"):
         return None
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:  # reads no pixel
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:  # reads no pixels
             width, height = header.size
             plain = header.format == "JPEG" and header.mode in ("RGB", "L")  # not CMYK, not several pictures in one
         if not plain or width * height > images.MAX_IMAGE_PIXELS:
             return None
         file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         pixels: Tensor = _decode_jpeg(file, torchvision.io.ImageReadMode.RGB)
-    except Exception:  # a decoder fed damaged bytes raises anything; PIL says what is wrong, or is more lenient
+    except Exception:  # a decoder may raise anything on damaged bytes; PIL reports the fault, or is more lenient
         return None
     return pixels if pixels.shape == (3, height, width) else None

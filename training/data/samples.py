@@ -30,7 +30,7 @@ from training.data.transforms import (
 
 __all__ = ["BadSample", "Batch", "Sample", "SampleDecoder", "collate", "read_captions"]
 
-_CROP = 0  # a stream of random numbers of its own, so that the crop does not depend on the captions (stored.py)
+_CROP = 0  # a separate random stream, so that the crop does not depend on the captions (store.py)
 
 
 Caption: TypeAlias = str | np.ndarray
@@ -38,24 +38,24 @@ Caption: TypeAlias = str | np.ndarray
 
 
 class BadSample(Exception):
-    """A sample that cannot be used; the message is the cause under which it is counted."""
+    """A sample that cannot be used. The message is the cause under which it is counted."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A decoded sample: one uint8 [3, S, S] tensor a view, its two captions, the stored teacher features if any."""
+    """A decoded sample: one uint8 [3, S, S] tensor per view, its two captions, and stored teacher features if any."""
 
     key: str
     pictures: list[Tensor]  # none in the text stage
     captions: tuple[Caption, Caption] | None  # long and short; None in the image stage
-    teacher: dict[str, np.ndarray] | None  # of image, long, short those of the stage: [D]
+    teacher: dict[str, np.ndarray] | None  # image, long and short, as far as the stage uses them: [D]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training step reads. Pictures are not yet normalised: that happens on the device.
+    """The input of a training step. Pictures are not normalised yet; the device does that.
 
-    The tower that a stage does not train gets nothing: images [B, 3, 0, 0], or tokens [B, 0].
+    The tower that a stage does not train gets empty tensors: images [B, 3, 0, 0], or tokens [B, 0].
     """
 
     images: Tensor  # uint8 [B, 3, S, S]
@@ -64,18 +64,18 @@ class Batch:
     short_tokens: Tensor  # int64 [B, L']
     keys: list[str]
     skipped: dict[str, int]  # samples that could not be decoded and were replaced, by cause
-    teacher: dict[str, Tensor] | None = None  # stored features by name (of image, long, short the stage's), [B, D]
+    teacher: dict[str, Tensor] | None = None  # stored features by name, as far as the stage uses them, [B, D]
 
     def to(self, device: str | torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Return the same batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, from which a GPU copies beside its work (DataLoader calls it)."""
+        """Return the batch in page-locked memory, from which a GPU copies while it works (DataLoader calls this)."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def rows(self, rows: slice) -> Batch:
-        """Some samples of the batch. `skipped` stays with the whole."""
+        """Return some samples of the batch, without its `skipped` counts."""
         return replace(self._map(lambda tensor: tensor[rows]), keys=self.keys[rows], skipped={})
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -91,11 +91,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class SampleDecoder:
-    """Members to pictures and captions; everything random depends on `seed` and the sample's key numbers alone.
+    """Decode members to pictures and captions. All randomness depends only on `seed` and the sample's key numbers.
 
-    With a `store`, crop and captions are those whose teacher features are stored, and `augment` is not used;
-    `stored_features` False leaves the features out, for a teacher that is run on the same crops. Of a sample only what
-    `stage` says is decoded and must be there; a stage of its own changes no draw.
+    With a `store`, crop and captions are those whose teacher features are stored, and `augment` is unused.
+    `stored_features` False leaves the features out, for a teacher that runs on the same crops. Only the members that
+    `stage` needs are decoded and required; a stage does not change any draw.
     """
 
     views: tuple[ViewSpec, ...]
@@ -107,7 +107,8 @@ class SampleDecoder:
     stage: Stage = "both"
 
     def decode(self, raw: RawSample, *key: int) -> Sample:
-        """Decode `raw`; `key` is (epoch, index) or whatever else tells this draw from others. Raises BadSample."""
+        """Decode `raw`. `key` is (epoch, index) or whatever else distinguishes this draw from others. Raise
+        BadSample."""
         draw = self.store.draw(raw, self.seed, key) if self.store is not None else None
         captions: tuple[Caption, Caption] | None = None
         if self.stage != "image":
@@ -126,8 +127,8 @@ class SampleDecoder:
         size = picture_size(picture)
         if draw is not None and draw.picture_size not in (None, size):
             raise InputError(
-                f"sample {raw.key}: a picture of {size} pixels, the teacher cache was made from one of "
-                f"{draw.picture_size}: make the cache again"
+                f"sample {raw.key}: the picture has {size} pixels, but had {draw.picture_size} when the teacher "
+                "cache was made: make the cache again"
             )
         augmentation = self._augmentation(size, key) if draw is None else draw.augmentation
         try:
@@ -151,10 +152,10 @@ def _features(draw: StoredDraw, stage: Stage) -> dict[str, np.ndarray]:
 
 
 def read_captions(raw: RawSample) -> tuple[list[str], list[str]]:
-    """Long and short captions of a sample; the short list may be empty.
+    """Return the long and short captions of a sample. The short list may be empty.
 
-    From the json's `caption_long` and `caption_short` (each a string or a list), or img2dataset's `caption`; else from
-    the txt, which is one caption. Raises BadSample.
+    They come from the json's `caption_long` and `caption_short` (each a string or a list), or img2dataset's `caption`,
+    or else from the txt, which is one caption. Raise BadSample if there are none to use.
     """
     long: list[str] = []
     short: list[str] = []
@@ -164,7 +165,7 @@ def read_captions(raw: RawSample) -> tuple[list[str], list[str]]:
         except (ValueError, RecursionError):
             raise BadSample("json is damaged") from None
         if not isinstance(data, dict):
-            raise BadSample("json is no object")
+            raise BadSample("json is not an object")
         short = _texts(data.get("caption_short"))
         long = _texts(data.get("caption_long")) or _texts(data.get("caption"))
     if not long and raw.txt is not None:
@@ -178,10 +179,10 @@ def read_captions(raw: RawSample) -> tuple[list[str], list[str]]:
 
 
 def _texts(value: Any) -> list[str]:
-    """The captions in a json value that should be a string or a list of them, empty ones left out."""
+    """Return the non-empty captions in a json value that should be a string or a list of strings."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) for text in values):
-        raise BadSample("caption is no text")
+        raise BadSample("caption is not text")
     return [text.strip() for text in values if text.strip()]
 
 
@@ -192,7 +193,8 @@ def collate(
     skipped: dict[str, int],
     trim_captions: bool = True,
 ) -> Batch:
-    """Samples of one stage to a batch: pictures stacked, captions tokenised and trimmed to the batch's longest."""
+    """Combine samples of one stage into a batch: stack pictures, tokenise captions, trim them to the batch's
+    longest."""
     stacks = [torch.stack(pictures) for pictures in zip(*(sample.pictures for sample in samples), strict=True)]
     images, *teacher_images = stacks or [torch.empty(len(samples), 3, 0, 0, dtype=torch.uint8)]
     captions = [sample.captions for sample in samples if sample.captions is not None]
@@ -216,7 +218,7 @@ def collate(
 
 
 def _tokens(captions: Sequence[Caption], tokenizer: CaptionTokenizer, context_length: int) -> Tensor:
-    """Token ids [B, context_length], of texts or of stored ids."""
+    """Return token ids [B, context_length] from texts or stored ids."""
     texts = [caption for caption in captions if isinstance(caption, str)]
     if len(texts) == len(captions):
         return tokenizer(texts, context_length)

@@ -1,9 +1,9 @@
 """Remote shards as an endless resampled stream, for data without an index.
 
 Shards are drawn with replacement, keyed by (seed, epoch, step, rank, worker), and mixed in a small buffer. There is no
-position to resume: a run that goes on at (epoch, step) draws anew from there. Every rank takes the number of steps that
-it is told. URLs are opened by fsspec alone, never by webdataset's `gopen`, which runs `pipe:` URLs in a shell; tars are
-read in one pass.
+position to resume: a run that continues at (epoch, step) draws anew from there. Every rank takes the requested number
+of steps. Only fsspec opens URLs, never webdataset's `gopen`, which runs `pipe:` URLs in a shell. Tars are read in one
+pass.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from training.data.transforms import sample_generator
 __all__ = ["ShardStream"]
 
 _SHUFFLE_BUFFER = 256  # samples, undecoded
-_MAX_FAILURES = 10  # shards in a row that give no sample
+_MAX_FAILURES = 10  # shards in a row without a sample
 
 
 @dataclass
 class ShardStream(IterableDataset):
-    """Batches of one rank from remote shards. An InputError is yielded, not raised: workers would wrap it."""
+    """Batches of one rank from remote shards. An InputError is yielded, not raised, because workers would wrap it."""
 
     urls: list[str]
     decoder: SampleDecoder
@@ -49,13 +49,13 @@ class ShardStream(IterableDataset):
     rank: int
     trim_captions: bool = True
     stage: Stage = "both"
-    """Which members are kept of what comes over the network."""
+    """Which members of the download are kept."""
 
     def __post_init__(self) -> None:
         self._epoch, self._start, self._stop = 0, 0, 0
 
     def begin(self, epoch: int, step: int, stop: int) -> None:
-        """Say which steps the next iteration yields."""
+        """Set the steps that the next iteration yields."""
         self._epoch, self._start, self._stop = epoch, step, stop
 
     def __iter__(self) -> Iterator[Batch | InputError]:
@@ -83,13 +83,13 @@ class ShardStream(IterableDataset):
                     raise InputError(f"hardly any sample of the shards can be used ({causes})") from None
 
     def _shuffled(self, key: tuple[int, ...], skipped: Counter[str]) -> Iterator[RawSample]:
-        """Raw samples through a buffer from which a random one leaves as each new one comes."""
+        """Yield raw samples through a buffer: a random one leaves as each new one arrives."""
         generator = sample_generator(self.decoder.seed, *key)
         buffer: list[RawSample] = []
         for raw in self._raw(generator, skipped):
             if len(buffer) < _SHUFFLE_BUFFER:
                 buffer.append(raw)
-                if len(buffer) > 1 and generator.random() < 0.5:  # begin to yield before the buffer is full
+                if len(buffer) > 1 and generator.random() < 0.5:  # start to yield before the buffer is full
                     yield buffer.pop(int(generator.integers(len(buffer))))
                 continue
             place = int(generator.integers(len(buffer)))
@@ -97,7 +97,7 @@ class ShardStream(IterableDataset):
             yield raw
 
     def _raw(self, generator: np.random.Generator, skipped: Counter[str]) -> Iterator[RawSample]:
-        """Samples of randomly drawn shards without end; a shard that fails on the way is counted and left."""
+        """Yield samples of randomly drawn shards without end. A shard that fails on the way is counted and dropped."""
         failures = 0
         while failures < _MAX_FAILURES:
             url = self.urls[int(generator.integers(len(self.urls)))]
@@ -107,7 +107,7 @@ class ShardStream(IterableDataset):
                 for raw in read_remote_shard(url, self.stage):
                     num_samples += 1
                     yield raw
-            except Exception as error:  # each network library has its own: whatever it is, this shard is over
+            except Exception as error:  # each network library has its own errors; any of them ends this shard
                 skipped["shard that failed"] += 1
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
             failures = 0 if num_samples else failures + 1
@@ -115,8 +115,8 @@ class ShardStream(IterableDataset):
 
 
 def read_remote_shard(url: str, stage: Stage = "both") -> Iterator[RawSample]:
-    """The samples of a remote tar in one pass, undecoded. A member over its size bound is passed over, unread, as is
-    one that the stage has no use for."""
+    """Yield the samples of a remote tar in one pass, undecoded. A member over its size bound is skipped unread, and so
+    is one that the stage does not use."""
     options = {} if url.startswith("s3:") else {"block_size": 0}  # 0: one plain download, no ranges
     bounds = _member_bounds(stage)
     with fsspec.open(url, "rb", **options) as file:
@@ -129,7 +129,7 @@ def read_remote_shard(url: str, stage: Stage = "both") -> Iterator[RawSample]:
 
 
 def _member_bounds(stage: Stage) -> dict[str, int]:
-    """Most bytes of the members that a stage reads, by suffix."""
+    """Return the most bytes of each member that a stage reads, by suffix."""
     bounds = {} if stage == "text" else {suffix[1:]: MAX_IMAGE_BYTES for suffix in IMAGE_SUFFIXES}
     if stage != "image":
         bounds |= {"json": MAX_TEXT_BYTES, "txt": MAX_TEXT_BYTES}

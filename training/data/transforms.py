@@ -1,8 +1,8 @@
-"""From a decoded picture to what each model sees: one crop, rendered at one or two resolutions.
+"""From a decoded picture to what each model sees: one crop, rendered at one or more resolutions.
 
-An augmentation is drawn first, as plain data, and applied after: crop, resize, flip, RandAugment, in this order, which
-is DataCompDR's (MobileCLIP, section 3.2). The same data gives the same pixels, so the student and the teacher see the
-same picture, and an augmentation can be stored and replayed. Randomness is keyed by (seed, epoch, sample).
+An augmentation is drawn first, as plain data, and applied later: crop, resize, flip, RandAugment, in DataCompDR's order
+(MobileCLIP, section 3.2). The same data gives the same pixels, so the student and the teacher see the same picture, and
+an augmentation can be stored and replayed. Randomness is keyed by (seed, epoch, sample).
 
 Shapes: S the view's image size.
 """
@@ -57,7 +57,7 @@ _MAGNITUDE_BINS = 31
 _STRONGEST = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0} | dict.fromkeys(
     ("Brightness", "Color", "Contrast", "Sharpness"), 0.9
 )  # at the last bin, and either sign
-_MAX_MAGNITUDE = 1e4  # of stored operations: far above what is ever drawn
+_MAX_MAGNITUDE = 1e4  # bounds stored operations, far above any drawn value
 _ENHANCE = {
     "Brightness": pil_ops.adjust_brightness,
     "Color": pil_ops.adjust_saturation,
@@ -67,7 +67,7 @@ _ENHANCE = {
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """What one model wants to see: a square of `image_size` pixels. Its normalisation happens on the device."""
+    """The view that one model reads: a square of `image_size` pixels. The device normalises it."""
 
     image_size: int
     interpolation: Interpolation = "bicubic"
@@ -75,23 +75,24 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random crop and, if asked for, flip and RandAugment."""
+    """Random crop and, optionally, flip and RandAugment."""
 
     scale: tuple[float, float] = (0.9, 1.0)
-    """Area of the crop over the largest square in the picture. Long captions speak of the whole: keep it high."""
+    """Area of the crop relative to the largest square in the picture. Keep it high: long captions describe all of
+    it."""
     ratio: tuple[float, float] = (0.95, 1.05)
-    """Width over height of the crop, which is then resized to a square."""
+    """Aspect ratio (width over height) of the crop, which is then resized to a square."""
     rand_augment_ops: int = 0
-    """RandAugment operations a picture (MobileCLIP: 2); 0 is off. They change colours, which captions may name."""
+    """RandAugment operations per picture (MobileCLIP: 2); 0 is off. They change colours, which captions may name."""
     rand_augment_magnitude: int = 9
     """Strength of RandAugment, 0 to 30."""
     flip: float = 0.0
-    """Probability that a picture is mirrored. Long captions say left and right: keep it at 0."""
+    """Probability of mirroring a picture. Keep it at 0: long captions mention left and right."""
     centre: bool = False
-    """No randomness: the largest centred square, whatever scale and ratio say."""
+    """Take the largest centred square without randomness, whatever scale and ratio say."""
 
     def __post_init__(self) -> None:
-        """Raise InputError for ranges that mean nothing."""
+        """Raise InputError for invalid ranges."""
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise InputError(f"augment scale {self.scale}: give two numbers, 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -99,20 +100,20 @@ class AugmentConfig:
         if self.rand_augment_ops < 0 or not 0 <= self.rand_augment_magnitude < _MAGNITUDE_BINS:
             raise InputError("augment: rand_augment_ops must be 0 or more, rand_augment_magnitude 0 to 30")
         if not 0 <= self.flip <= 1:
-            raise InputError(f"augment flip {self.flip}: a probability, 0 to 1")
+            raise InputError(f"augment flip {self.flip}: give a probability, 0 to 1")
         if self.centre and (self.flip or self.rand_augment_ops):
-            raise InputError("augment centre is no randomness: set flip and rand_augment_ops to 0 with it")
+            raise InputError("augment centre excludes randomness: set flip and rand_augment_ops to 0")
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One draw, as plain data: enough to render the same pixels again from the same decoded picture."""
+    """One draw as plain data, which is enough to render the same pixels again from the same decoded picture."""
 
     box: tuple[int, int, int, int]
     """Left, top, right, bottom of the crop in pixels of the decoded picture."""
     ops: tuple[tuple[str, float], ...] = ()
-    """RandAugment operations, first to last: name of RAND_AUGMENT_OPS and signed magnitude in torchvision's unit, which
-    for TranslateX and TranslateY is pixels of a view of `ops_size`, cut to whole ones."""
+    """RandAugment operations in order: a name of RAND_AUGMENT_OPS and a signed magnitude in torchvision's unit. For
+    TranslateX and TranslateY that unit is a pixel of a view of `ops_size`, and the magnitude is truncated."""
     ops_size: int = 224
     """The image size for which `ops` were drawn (DataCompDR: 224)."""
     flip: bool = False
@@ -121,24 +122,24 @@ class Augmentation:
     def __post_init__(self) -> None:
         """Raise InputError for operations that cannot be applied."""
         if self.ops_size < 1:
-            raise InputError(f"augmentation: ops_size {self.ops_size} is no image size")
+            raise InputError(f"augmentation: ops_size {self.ops_size} is not an image size")
         for name, magnitude in self.ops:
             if name not in RAND_AUGMENT_OPS:
-                raise InputError(f"augmentation: {name!r} is no RandAugment operation")
+                raise InputError(f"augmentation: {name!r} is not a RandAugment operation")
             low, high = (1, 8) if name == "Posterize" else (-_MAX_MAGNITUDE, _MAX_MAGNITUDE)
             if not low <= magnitude <= high:  # refuses nan too
                 raise InputError(f"augmentation: {name} cannot have the magnitude {magnitude}")
 
 
 def sample_generator(*key: int) -> np.random.Generator:
-    """Random numbers that depend on `key`, for example (seed, epoch, index), and on nothing else."""
+    """Return a random generator that depends only on `key`, for example (seed, epoch, index)."""
     return np.random.default_rng(key)
 
 
 def draw_augmentation(size: tuple[int, int], config: AugmentConfig, generator: np.random.Generator) -> Augmentation:
-    """A random resized crop of a picture of `size` (width, height), and flip and RandAugment where they are on.
+    """Draw a random resized crop of a picture of `size` (width, height), and flip and RandAugment if they are on.
 
-    The crop is drawn first: it is the same whatever else is on.
+    The crop is drawn first, so that it does not depend on the other options.
     """
     if config.centre:
         return centre_crop(size)
@@ -149,7 +150,7 @@ def draw_augmentation(size: tuple[int, int], config: AugmentConfig, generator: n
 
 
 def centre_crop(size: tuple[int, int]) -> Augmentation:
-    """No randomness: the largest centred square, as in CLIP's preprocessing for evaluation."""
+    """Return the largest centred square, without randomness, as in CLIP's preprocessing for evaluation."""
     width, height = size
     side = min(size)
     left, top = round((width - side) / 2), round((height - side) / 2)
@@ -158,9 +159,10 @@ def centre_crop(size: tuple[int, int]) -> Augmentation:
 
 @functools.cache
 def rand_augment_magnitude(name: str, magnitude_bin: int, image_size: int = Augmentation.ops_size) -> float:
-    """Unsigned magnitude of an operation at one of the 31 bins, as torchvision's RandAugment has it at `image_size`."""
+    """Return an operation's unsigned magnitude at one of the 31 bins, as in torchvision's RandAugment at
+    `image_size`."""
     if name == "Posterize":
-        return 8.0 - round(magnitude_bin * 4 / (_MAGNITUDE_BINS - 1))  # bits that are kept
+        return 8.0 - round(magnitude_bin * 4 / (_MAGNITUDE_BINS - 1))  # number of bits that are kept
     if name == "Solarize":
         bins = torch.linspace(255.0, 0.0, _MAGNITUDE_BINS)
     elif name in ("TranslateX", "TranslateY"):
@@ -171,13 +173,14 @@ def rand_augment_magnitude(name: str, magnitude_bin: int, image_size: int = Augm
 
 
 def render(picture: Picture, augmentation: Augmentation, views: Sequence[ViewSpec]) -> list[Tensor]:
-    """The augmented picture at each view's resolution: uint8 [3, S, S], contiguous.
+    """Render the augmented picture at each view's resolution: uint8 [3, S, S], contiguous.
 
-    Rendered from the two forms of Picture (training.data.pictures), pixels differ by 2 levels at most without
-    RandAugment. Its operations are PIL's in both; with them the mean difference stays below 1 level (Contrast rounds
-    the mean to one), while a pixel at a threshold of Solarize, Posterize or Equalize may land on its other side.
+    Without RandAugment, pixels rendered from the two forms of Picture (training.data.pictures) differ by at most 2
+    levels. The operations of RandAugment are PIL's in both forms. With them the mean difference stays below 1 level
+    (Contrast rounds the mean to one), but a pixel at a threshold of Solarize, Posterize or Equalize may fall on its
+    other side.
 
-    Raises InputError for a crop that does not lie inside the picture.
+    Raise InputError for a crop that does not lie inside the picture.
     """
     resized = resized_crops(picture, augmentation.box, [(view.image_size, view.interpolation) for view in views])
     rendered = []
@@ -198,7 +201,7 @@ def _draw_box(
     area = config.scale[0] + area * (config.scale[1] - config.scale[0])
     low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
     ratio = math.exp(low + log_ratio * (high - low))
-    # of the largest square, not of the whole picture: nothing is squashed that evaluation, which crops a square, is not
+    # relative to the largest square, not to the full picture: nothing is squashed that evaluation would not squash
     side = min(width, height)
     crop_width = min(width, max(1, round(side * math.sqrt(area * ratio))))
     crop_height = min(height, max(1, round(side * math.sqrt(area / ratio))))
@@ -219,7 +222,7 @@ def _as_pil(pixels: Picture) -> Image.Image:
 
 
 def _augmented(picture: Image.Image, augmentation: Augmentation) -> Image.Image:
-    """Flip, then the operations, at the size of `picture`."""
+    """Flip, then apply the operations, at the size of `picture`."""
     if augmentation.flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for name, magnitude in augmentation.ops:
@@ -228,10 +231,10 @@ def _augmented(picture: Image.Image, augmentation: Augmentation) -> Image.Image:
 
 
 def _apply_op(picture: Image.Image, name: str, magnitude: float, zoom: float) -> Image.Image:
-    """One operation as torchvision's RandAugment applies it by default: nearest neighbour, black where nothing is.
+    """Apply one operation as torchvision's RandAugment does by default: nearest neighbour, black outside the picture.
 
-    `zoom` is the picture's size over that for which the magnitude was drawn. The pixels of a translation are cut to
-    whole ones first, as the teacher's view had them, and then scaled, so that every view shows the same part.
+    `zoom` is the picture's size over the size for which the magnitude was drawn. A translation is truncated to full
+    pixels first, as in the teacher's view, and then scaled, so that every view shows the same part.
     """
     if name in ("TranslateX", "TranslateY"):
         shift = round(int(magnitude) * zoom)
@@ -259,9 +262,9 @@ def _apply_op(picture: Image.Image, name: str, magnitude: float, zoom: float) ->
 
 
 def _sharpened(picture: Image.Image, factor: float) -> Image.Image:
-    """What torchvision's adjust_sharpness gives, to the bit, in a fifth of the time: PIL's own blur is slow.
+    """Return what torchvision's adjust_sharpness gives, to the bit, in a fifth of the time, because PIL's blur is slow.
 
-    The blur is the mean of a pixel and its neighbours, the pixel counted 5 times; the border stays as it is.
+    The blur is the mean of a pixel, counted 5 times, and its neighbours. The border stays as it is.
     """
     blurred = np.array(picture)
     wide = blurred.astype(np.uint16)  # [S, S, 3]

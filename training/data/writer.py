@@ -1,4 +1,4 @@
-"""Write shards: deterministic tars, atomically, and the manifest that indexes them."""
+"""Write shards: deterministic tars, written atomically, and the manifest that indexes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["caption_member", "file_sha256", "index_shard", "write_manifest", "wr
 
 
 def caption_member(caption_long: str | Sequence[str], caption_short: str | Sequence[str] | None = None) -> bytes:
-    """The `.json` member of a sample. Without a short caption the loader takes the long one's first sentence."""
+    """Return the `.json` member of a sample. Without a short caption the loader takes the long one's first sentence."""
     captions: dict[str, Any] = {"caption_long": caption_long}
     if caption_short:
         captions["caption_short"] = caption_short
@@ -29,7 +29,7 @@ def caption_member(caption_long: str | Sequence[str], caption_short: str | Seque
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardRecord:
     """Write `samples`, each (key, {suffix without a dot: bytes}), to the tar `path` and return its manifest entry.
 
-    The same samples give the same bytes (times, owners and modes are fixed). The file gets its name only when whole.
+    The same samples give the same bytes (times, owners and modes are fixed). The file gets its name once complete.
     """
     num_samples = 0
     with atomic_file(path) as temporary:
@@ -40,18 +40,19 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
         if not num_samples:
-            raise InputError(f"{path} would be an empty shard: not one of its samples can be read")
+            raise InputError(f"{path} would be an empty shard: none of its samples can be read")
         record = index_shard(temporary)
     return replace(record, name=path.name)
 
 
 def index_shard(path: Path) -> ShardRecord:
-    """The manifest entry of an existing tar: its index and its sha256. Raises InputError for a broken or empty one."""
+    """Return the manifest entry of an existing tar: its index and its sha256. Raise InputError if it is broken or
+    empty."""
     return replace(scan_tar(path), sha256=file_sha256(path))
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, as hexadecimal digits."""
+    """Return the sha256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

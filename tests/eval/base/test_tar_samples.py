@@ -74,7 +74,9 @@ def test_a_tar_cut_anywhere_before_its_end_mark_is_not_whole(whole: Path, tmp_pa
     path = tmp_path / "cut.tar"
     for length in (*range(0, end + 1, tarfile.BLOCKSIZE), 100, 700, end - 1, end + tarfile.BLOCKSIZE - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(InputError, match=r"\A[^\n]*cut\.tar is not a whole tar file \([^\n]+\): make or fetch it"):
+        with pytest.raises(
+            InputError, match=r"\A[^\n]*cut\.tar is not a complete tar file \([^\n]+\): make or fetch it"
+        ):
             list(tar_samples(path, lambda suffix: 1 << 20))
         for most in (333, 10_240):
             with pytest.raises(tarfile.ReadError):
@@ -112,5 +114,5 @@ def test_links_folders_hidden_and_repeated_files_belong_to_no_sample(tmp_path: P
         archive.addfile(tarfile.TarInfo("1.JPG"), io.BytesIO())
     with pytest.raises(InputError, match="duplicate file name"):
         list(tar_samples(path, lambda _: 9))
-    with pytest.raises(InputError, match=r"gone\.tar is not a whole tar file \(No such file"):
+    with pytest.raises(InputError, match=r"gone\.tar is not a complete tar file \(No such file"):
         list(tar_samples(tmp_path / "gone.tar", lambda _: 9))

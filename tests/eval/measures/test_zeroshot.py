@@ -203,7 +203,7 @@ def test_a_broken_shard_is_named(colour_model: nn.Module, tmp_path: Path) -> Non
     content = (tmp_path / "0.tar").read_bytes()
     for broken in (content[:2500], content[:2048], content[:4000], b"no tar file at all " * 100, b""):
         (tmp_path / "0.tar").write_bytes(broken)
-        with pytest.raises(InputError, match=r"0\.tar is not a whole tar file"):
+        with pytest.raises(InputError, match=r"0\.tar is not a complete tar file"):
             evaluate_zeroshot(colour_model, tmp_path, NAMES, ["{}"], encoding=Encoding(num_workers=1))
 
 

@@ -1,4 +1,4 @@
-"""DataCompDR shards: what the public generator writes is read, what is broken has a cause, our exports read back."""
+"""DataCompDR shards: files of the public generator are read, broken ones have a cause, and our exports read back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def jpeg(number: int = 0) -> bytes:
 
 
 def unit(rows: int, width: int = WIDTH, teachers: int = 1, seed: int = 0) -> np.ndarray:
-    """Features as a teacher gives them: float32, each teacher's part of unit norm."""
+    """Return features as a teacher gives them: float32, with unit norm in each teacher's part."""
     parts = np.random.default_rng(seed).standard_normal((rows, teachers, width // teachers)).astype(np.float32)
     return (parts / np.linalg.norm(parts, axis=2, keepdims=True)).reshape(rows, width)
 
@@ -54,7 +54,7 @@ PAUG = [
     [[7, 8, 12, 13], [[6, 0.27], [7, -0.27]]],
     [[9, 0, 14, 15], [[5, -9.0], [12, 0.0]]],
 ]  # fmt: skip
-AUGMENTATIONS = [  # what they mean: (left, top, right, bottom) and torchvision's names
+AUGMENTATIONS = [  # their meaning: (left, top, right, bottom) and torchvision's names
     ((0, 0, 60, 40), (("Identity", 0.0), ("Equalize", 0.0))),
     ((2, 1, 33, 31), (("ShearX", -0.09), ("TranslateY", 31.5))),
     ((4, 3, 25, 23), ()),
@@ -67,7 +67,7 @@ AUGMENTATIONS = [  # what they mean: (left, top, right, bottom) and torchvision'
 def sample(
     *, as_string: bool = False, member: str = "npz", separate: bool = False, width: int = WIDTH, teachers: int = 1
 ) -> dict[str, Any]:
-    """The members of a sample as Apple's generator hands them to webdataset's TarWriter."""
+    """Return the members of a sample as Apple's generator hands them to webdataset's TarWriter."""
     image, text = unit(NUM_VIEWS, width, teachers), unit(6, width, teachers, seed=1)
     arrays = {"image_emb": image, "text_emb": text}
     if separate:
@@ -92,7 +92,7 @@ def write(path: Path, *samples: dict[str, Any]) -> ShardIndex:
 
 
 def raw_of(**members: bytes | None) -> RawSample:
-    """A sample of plain bytes in one width; keywords replace or (None) remove members."""
+    """Return a sample of plain bytes in one width. Keywords replace members, or remove them with None."""
     buffer = io.BytesIO()
     np.savez(buffer, image_emb=unit(NUM_VIEWS), text_emb=unit(6, seed=1))
     good: dict[str, bytes | None] = {
@@ -115,7 +115,7 @@ def npz(**arrays: np.ndarray) -> bytes:
 STORE = DataCompDRStore(TeacherFacts((WIDTH,), None, 77))
 
 
-# --- what the public generator writes ---------------------------------------------------------------------------------
+# --- files of the public generator ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("as_string", [False, True])
@@ -223,7 +223,7 @@ def test_a_remote_shard_holds_the_same(tmp_path: Path) -> None:
     assert set(index.read(0).extra) == {"syn.json", "paug.json", "npz"} and "pth.gz" in index.read(1).extra
 
 
-# --- what is broken ---------------------------------------------------------------------------------------------------
+# --- broken files ---------------------------------------------------------------------------------------------------
 
 
 def torch_bytes(value: Any, **options: Any) -> bytes:
@@ -257,7 +257,7 @@ BROKEN: list[tuple[dict[str, bytes | None], str]] = [
     ({"syn__json": None}, "no syn.json, or one of more than 4 MB"),
     ({"syn__json": b"{"}, "syn.json is damaged"),
     ({"syn__json": b"[" * 100_000}, "syn.json is damaged"),
-    ({"syn__json": b"[]"}, "syn.json is no object"),
+    ({"syn__json": b"[]"}, "syn.json is not an object"),
     ({"syn__json": b'{"syn_text": "x"}'}, "syn.json holds no lists of captions"),
     ({"syn__json": b'{"syn_text": [1]}'}, "syn.json holds no lists of captions"),
     ({"syn__json": b'{"syn_text": ["x"]}'}, "syn.json and text_emb have different lengths"),
@@ -276,15 +276,15 @@ BROKEN: list[tuple[dict[str, bytes | None], str]] = [
     (one_augmentation([[0, True, 4, 4], None]), "an augmentation is not"),
     (one_augmentation([[0, 0, 4, 10**30], None]), "an augmentation is not"),
     (one_augmentation([[0, 0, 4, 0], None]), "a stored crop is empty"),
-    (one_augmentation([CROP, [[14, 0.0]]]), "stored operations are no list"),
-    (one_augmentation([CROP, [[-1, 0.0]]]), "stored operations are no list"),
-    (one_augmentation([CROP, [["Rotate", 0.0]]]), "stored operations are no list"),
-    (one_augmentation([CROP, [[1, 0.0]] * 17]), "stored operations are no list"),
+    (one_augmentation([CROP, [[14, 0.0]]]), "stored operations are not a list"),
+    (one_augmentation([CROP, [[-1, 0.0]]]), "stored operations are not a list"),
+    (one_augmentation([CROP, [["Rotate", 0.0]]]), "stored operations are not a list"),
+    (one_augmentation([CROP, [[1, 0.0]] * 17]), "stored operations are not a list"),
     (one_augmentation([CROP, [[1, float("nan")]]]), "a stored operation cannot have its magnitude"),
     (one_augmentation([CROP, [[1, float("inf")]]]), "a stored operation cannot have its magnitude"),
-    (one_augmentation([CROP, [[1, 10**400]]]), "a stored magnitude is no number"),
+    (one_augmentation([CROP, [[1, 10**400]]]), "a stored magnitude is not a number"),
     (one_augmentation([CROP, [[10, -1]]]), "a stored operation cannot have its magnitude"),
-    (one_augmentation([CROP, [[1, "2"]]]), "a stored magnitude is no number"),
+    (one_augmentation([CROP, [[1, "2"]]]), "a stored magnitude is not a number"),
     ({"npz": None}, "no npz or pth.gz, or one of more than 4 MB"),
     ({"npz": b"PK\x03\x04 no zip"}, "npz is damaged"),
     ({"npz": npz(image_emb=unit(6), text_emb=unit(6))[:-200]}, "npz is damaged"),
@@ -293,7 +293,7 @@ BROKEN: list[tuple[dict[str, bytes | None], str]] = [
     ({"npz": npz(image_emb=unit(6))}, "no text_emb among the features"),
     (features(unit(1)[0]), "image_emb is not two-dimensional"),
     (features(unit(6), unit(0)), "syn.json and text_emb have different lengths"),
-    (features(unit(6, 12), unit(6, 12)), "features of another width than the first sample's"),
+    (features(unit(6, 12), unit(6, 12)), "the width of the features differs from the first sample's"),
     (features(np.full((6, WIDTH), np.nan, np.float32)), "features are not finite"),
     (features(np.full((6, WIDTH), np.inf, np.float32)), "features are not finite"),
     (features(np.zeros((6, WIDTH), np.float32)), "features are zero"),
@@ -337,7 +337,7 @@ def test_a_header_that_lies_is_refused_before_anything_is_allocated(header: byte
         STORE.draw(raw_of(npz=buffer.getvalue()), 0, (0, 0))
 
 
-# --- what the first samples tell --------------------------------------------------------------------------------------
+# --- the teacher of the first samples ---------------------------------------------------------------------------------
 
 
 def test_shards_without_stored_teacher_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -358,10 +358,10 @@ def test_widths_must_add_up_and_one_bad_sample_at_the_start_does_not_matter(tmp_
     write(tmp_path / "a.tar", broken, sample())
     assert datacompdr_facts([tmp_path / "a.tar"]).widths == (WIDTH,)
     assert datacompdr_facts([tmp_path / "a.tar"], (10, 14)).widths == (10, 14)
-    with pytest.raises(InputError, match=r"paug\.json|width 24, not of 10 \+ 10"):
+    with pytest.raises(InputError, match=r"paug\.json|width 24, not 10 \+ 10"):
         datacompdr_facts([tmp_path / "a.tar"], (10, 10))
     write(tmp_path / "b.tar", sample())
-    with pytest.raises(InputError, match=r"width 24, not of 10 \+ 10: set --teacher\.stored_widths"):
+    with pytest.raises(InputError, match=r"width 24, not 10 \+ 10: set --teacher\.stored_widths"):
         datacompdr_facts([tmp_path / "b.tar"], (10, 10))
     write(tmp_path / "c.tar", broken)
     with pytest.raises(InputError, match=r"holds no usable teacher features: paug\.json holds no list"):
@@ -409,5 +409,5 @@ def test_what_datacompdr_cannot_hold_is_an_error() -> None:
     with pytest.raises(InputError, match="drawn at 336 pixels"):
         attempt(augmentations=[Augmentation((0, 0, 4, 4), ops=(("Rotate", 9.0),), ops_size=336)])
     for changes in ({"captions": []}, {"augmentations": []}):
-        with pytest.raises(InputError, match="as many features"):
+        with pytest.raises(InputError, match="give one row of features"):
             attempt(**changes)

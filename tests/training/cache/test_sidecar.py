@@ -1,4 +1,4 @@
-"""The sidecar's format: what goes in comes out, little is added, each damaged byte is found and named."""
+"""The sidecar's format: contents survive, little is added, and each damaged byte is found and named."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_file_is_little_more_than_its_arrays_and_the_same_every_time(tmp_pat
     num_bytes = sum(array.nbytes for array in load_file(path).values())
     assert num_bytes > images.nbytes + captions.nbytes
     assert path.stat().st_size <= 1.05 * num_bytes
-    # all that is not features: parameters of the crops, keys, checksums; captions' token ids
+    # everything but the features: parameters of the crops, keys, checksums; token ids of the captions
     assert num_bytes - images.nbytes - captions.nbytes <= 400 * (VIEWS * 32 + 60) + 50 * 24
     assert len({file.read_bytes() for file in tmp_path.glob("*/s.safetensors")}) == 1
     assert [file.name for file in path.parent.iterdir()] == ["s.safetensors"]
@@ -107,9 +107,9 @@ def test_it_is_mapped_not_read_and_each_process_maps_its_own(path: Path) -> None
     assert not image.flags.owndata
     assert path.name in Path("/proc/self/maps").read_text()
     del sidecar
-    assert np.array_equal(image, IMAGES[3, 1])  # the map lives as long as what was read from it
+    assert np.array_equal(image, IMAGES[3, 1])  # the map lives as long as anything read from it
     with pytest.raises(TypeError):
-        pickle.dumps(safe_open(path, framework="pt"))  # why TeacherCacheStore opens again in each process
+        pickle.dumps(safe_open(path, framework="pt"))  # so TeacherCacheStore opens again in each process
 
 
 # every array, at its first, middle and last byte; checksums too
@@ -161,8 +161,8 @@ def test_files_of_other_layouts_are_refused(path: Path) -> None:
     cases = {
         "HeaderTooSmall|header|Header": lambda: path.write_bytes(b"\0" * 4),
         "damaged": lambda: path.write_bytes(whole[:-10]),
-        "no sidecar of ours": lambda: save_file(arrays, path, {}),
-        "version 2, this code reads 1": lambda: save_file(arrays, path, {"format": METADATA["format"][:-1] + "2"}),
+        "is not a sidecar": lambda: save_file(arrays, path, {}),
+        "version 2, but this code reads 1": lambda: save_file(arrays, path, {"format": METADATA["format"][:-1] + "2"}),
         "boxes has shape": lambda: save_file({**arrays, "boxes": arrays["boxes"][:-1]}, path, METADATA),
         "flips is int8": lambda: save_file({**arrays, "flips": arrays["flips"].view(np.int8)}, path, METADATA),
         "tokens": lambda: save_file({k: v for k, v in arrays.items() if k != "tokens"}, path, METADATA),

@@ -1,4 +1,4 @@
-"""A cache answers with what the teacher would, for exactly the crops and captions it hands out; misfits are refused."""
+"""A cache returns the teacher's features for exactly the crops and captions of its draws, and refuses misfits."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, shards: Path, teacher: Path) 
 
 @pytest.fixture
 def copied(tmp_path: Path, made: Path) -> Path:
-    """A cache that a test may damage."""
+    """A copy of the cache that a test may damage."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in made.iterdir():
@@ -104,7 +104,7 @@ def opened(shards: Path, folder: Path, teacher: Path | None = None, **options: A
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest, and let it be the only word on the shards."""
+    """Change the manifest and make it the only source about the shards."""
     path = folder / CACHE_MANIFEST
     content = json.loads(path.read_text())
     change(content)
@@ -139,14 +139,14 @@ def test_features_are_the_teachers_of_the_crops_and_captions_handed_out(
                 ids = CaptionTokenizer(model.context_length)([text])
                 assert tokens.tolist() == ids[0, : len(tokens)].tolist() and ids[0, len(tokens) :].sum() == 0
                 assert np.abs(model.encode_text(ids, normalize=True)[0].numpy() - features).max() < 1e-3
-    assert len(crops) == 13 * VIEWS  # every view of every picture is another, and each epoch sees another
+    assert len(crops) == 13 * VIEWS  # every view of every picture differs, and each epoch sees another
     assert cache_facts(made) == store.facts
     assert store.facts.logit_scale == pytest.approx(float(model.linear_logit_scale))
     assert (store.facts.embed_dim, store.facts.context_length) == (model.embed_dim, 248)
 
 
 def caption_texts(number: int, epoch: int) -> tuple[str, str]:
-    """What training draws without a cache."""
+    """Return what training draws without a cache."""
     data = json.loads(member(number))
     long = data["caption_long"] if isinstance(data["caption_long"], list) else [data["caption_long"]]
     long = [text.strip() for text in long]
@@ -274,15 +274,15 @@ def test_a_tokenizer_a_version_and_a_damaged_manifest_are_refused(shards: Path, 
     changes: dict[str, Callable[[dict[str, Any]], Any]] = {
         "tokenizer is ab there and [0-9a-f]{64} here": lambda content: content["settings"].update(tokenizer="ab"),
         "format version 2, this code reads 1": lambda content: content.update(version=2),
-        r"no teacher cache of ours \(KeyError\('flip'\)\)": lambda content: content["settings"]["augment"].pop("flip"),
-        "no teacher cache of ours": lambda content: content.update(shards=[1]),
+        r"not a valid teacher cache \(KeyError\('flip'\)\)": lambda content: content["settings"]["augment"].pop("flip"),
+        "not a valid teacher cache": lambda content: content.update(shards=[1]),
     }
     for message, change in changes.items():
         edit(copied, change)
         refused(shards, copied, message)
         (copied / CACHE_MANIFEST).write_text(whole)
     (copied / CACHE_MANIFEST).write_text(whole[:50])
-    refused(shards, copied, "no teacher cache of ours")
+    refused(shards, copied, "not a valid teacher cache")
     (copied / CACHE_MANIFEST).unlink()
     refused(shards, copied, "no teacher cache in .*make one with scripts/cache_teacher.py")
 
@@ -337,7 +337,9 @@ def test_damage_is_named_where_it_is_read(shards: Path, copied: Path) -> None:
 def test_a_sidecar_of_another_width_is_refused(shards: Path, copied: Path) -> None:
     edit(copied, lambda content: content["settings"].update(embed_dim=7))
     store = opened(shards, copied)
-    with pytest.raises(InputError, match=r"holds samples, views, width \(7, 3, \d+\), its manifest says \(7, 3, 7\)"):
+    with pytest.raises(
+        InputError, match=r"holds samples, views, width \(7, 3, \d+\), but its manifest says \(7, 3, 7\)"
+    ):
         store.draw(store.index.read(2), 0, (0, 2))
 
 

@@ -1,4 +1,4 @@
-"""Digit scenes: public layouts, captions that are true, held-out glyphs and layouts, twins that agree on 77 tokens."""
+"""Digit scenes: public layouts, true captions, held-out glyphs and layouts, twins that agree on 77 tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixup, CutMix and random erasing of a batch: the mixtures, the rectangles, and what the teacher sees of them."""
+"""Mixup, CutMix and random erasing of a batch: the mixtures, the rectangles, and the teacher's view of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def batch_of(images: Tensor, *teacher_images: Tensor) -> Batch:
 
 
 def pure_colours(height: int, width: int) -> Tensor:
-    """A red, a green and a blue picture: what a mixture takes of each stands in its channels."""
+    """Return a red, a green and a blue picture: a mixture's channels show what it takes from each."""
     return (255 * torch.eye(3, dtype=torch.uint8))[:, :, None, None].repeat(1, 1, height, width)
 
 
@@ -62,20 +62,20 @@ def test_mixup_is_one_rounded_convex_mixture_at_every_resolution() -> None:
         assert all((view == view[:, :, :1, :1]).all() for view in views), "pictures of one colour stay so"
         weights = views[0][:, :, 0, 0]
         np.testing.assert_array_equal(views[1][:, :, 0, 0], weights)
-        np.testing.assert_allclose(weights.sum(axis=1), 255, atol=0.01)  # cut instead of rounded, they sum to 254
+        np.testing.assert_allclose(weights.sum(axis=1), 255, atol=0.01)  # truncated instead of rounded, they sum to 254
         np.testing.assert_allclose(weights.sum(axis=0), 255, atol=0.01)  # the partners are a permutation
         mixtures = [i for i in range(3) if weights[i, i] < 255]
         assert len({weights[i, i] for i in mixtures}) <= 1, "one share for the batch"
         shares += [weights[i, i] / 255 for i in mixtures[:1]]
         partners.add(tuple(np.where(np.eye(3, dtype=bool), -1, weights).argmax(axis=1)[i] for i in mixtures))
-    assert len(partners) >= 5  # of a permutation of three: one swap of three, or one rotation of two
-    # of Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)) = 0.139; a full batch of fixed points shows no share
+    assert len(partners) >= 5  # a permutation of three is one swap of three, or one rotation of two
+    # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)) = 0.139; a batch of fixed points shows no share
     assert np.mean(shares) == pytest.approx(0.5, abs=4 * np.sqrt(0.139 / len(shares)))
     assert np.var(shares) == pytest.approx(0.139, abs=0.025)
 
 
 def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Top, left, bottom, right as shares of the sides of the part where `mask` is True, which must be a rectangle."""
+    """Return top, left, bottom, right, as shares of the sides, of the part where `mask` is True, a rectangle."""
     rows, columns = np.where(mask.any(axis=1))[0], np.where(mask.any(axis=0))[0]
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     assert mask[top:bottom, left:right].all()
@@ -88,7 +88,7 @@ def test_cutmix_pastes_one_box_at_every_resolution() -> None:
         batch = mix(batch_of(pure_colours(60, 60), pure_colours(40, 90)), MixOptions(cutmix=1.0), (0, step))
         views = [view.numpy() for view in (batch.images, *batch.teacher_images)]
         assert all((np.sort(view, axis=1) == [[[[0]], [[0]], [[255]]]]).all() for view in views), "no blending"
-        pasted = [[view[i, i] == 0 for i in range(3)] for view in views]  # pixels that are no longer the picture's
+        pasted = [[view[i, i] == 0 for i in range(3)] for view in views]  # pixels that are not the picture's own
         moved = [i for i in range(3) if pasted[0][i].any() and pasted[1][i].any()]
         if not moved:
             continue
@@ -122,7 +122,7 @@ def test_erasing_replaces_rectangles_with_noise_and_only_for_the_student() -> No
     batch = mix(batch_of(pictures, second), MixOptions(erase=0.3), (0, 0))
     assert batch.teacher_images[0] is pictures and batch.teacher_images[1] is second
     assert (pictures == 77).all()
-    changed = (batch.images != pictures).any(dim=1).numpy()  # B H W; noise that hits 77 three times: 1 in 17 million
+    changed = (batch.images != pictures).any(dim=1).numpy()  # B H W; noise equals 77 three times in 1 of 17 million
     erased = [mask for mask in changed if mask.any()]
     assert len(erased) / count == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / count))
     boxes = np.array([box_of(mask) for mask in erased])
@@ -134,7 +134,7 @@ def test_erasing_replaces_rectangles_with_noise_and_only_for_the_student() -> No
     aspects = np.log(heights[big] / widths[big])
     assert np.abs(aspects).max() < np.log(1 / 0.3) + 0.15
     assert aspects.mean() == pytest.approx(0, abs=0.25) and aspects.std() == pytest.approx(1.2 / 3**0.5, abs=0.12)
-    assert boxes[:, 0].std() > 0.1 and boxes[:, 1].std() > 0.1, "rectangles are everywhere"
+    assert boxes[:, 0].std() > 0.1 and boxes[:, 1].std() > 0.1, "rectangles must be everywhere"
     noise = batch.images.permute(0, 2, 3, 1)[torch.from_numpy(changed)].double()  # pixels, 3
     assert (noise.min(), noise.max()) == (0, 255)
     assert noise.mean() == pytest.approx(127.5, abs=4) and noise.std() == pytest.approx(256 / 12**0.5, abs=3)

@@ -1,4 +1,4 @@
-"""The fast form of a picture against PIL: the same files, the same pixels within the stated tolerance."""
+"""The fast form of a picture against PIL: the same files, and the same pixels within the stated tolerance."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def encoded(picture: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 
 def levels(data: bytes, fast: bool) -> torch.Tensor:
-    """Decoded pixels [3, H, W], signed."""
+    """Return decoded pixels [3, H, W], signed."""
     picture = open_picture(data, fast)
     return (pixels_of_pil(picture) if isinstance(picture, Image.Image) else picture).int()
 

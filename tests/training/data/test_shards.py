@@ -88,7 +88,7 @@ def test_samples_are_mixed_within_a_window_of_shards_only() -> None:
     order = epoch_order([10] * 6, 0, 0, shuffle_shards=2)
     windows = [set(order[start : start + 20] // 10) for start in range(0, 60, 20)]
     assert [len(window) for window in windows] == [2, 2, 2]
-    assert len(set(np.abs(np.diff(order[:20])))) > 3  # mixed, not one after the other
+    assert len(set(np.abs(np.diff(order[:20])))) > 3  # mixed, not in sequence
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (4, 0)])
@@ -100,7 +100,7 @@ def test_ranks_and_workers_give_the_same_global_batches(shards: Path, world_size
         for rank in range(world_size)
     ]
     assert {part.steps_per_epoch for part in parts} == {whole.steps_per_epoch} == {5}
-    for epoch in (0, 1):  # the second epoch meets workers that live on
+    for epoch in (0, 1):  # the workers live on in the second epoch
         for expected, *ranks in zip(whole.batches(epoch), *(part.batches(epoch) for part in parts), strict=True):
             assert [key for batch in ranks for key in batch.keys] == expected.keys
             assert torch.equal(torch.cat([batch.images for batch in ranks]), expected.images)
@@ -175,8 +175,8 @@ def test_captions_are_found_where_each_layout_has_them(members: RawSample, long:
     [
         (raw({"caption_long": ""}), "no caption"),
         (raw(None, None), "no caption"),
-        (raw({"caption_long": 7}), "caption is no text"),
-        (raw([1, 2]), "json is no object"),
+        (raw({"caption_long": 7}), "caption is not text"),
+        (raw([1, 2]), "json is not an object"),
         (RawSample("k", b"", b"{", None), "json is damaged"),
         (RawSample("k", b"", b"[" * 100_000, None), "json is damaged"),
         (RawSample("k", b"", None, b"\xff\xfe"), "txt is not UTF-8"),
@@ -287,7 +287,7 @@ def test_a_tar_without_manifest_is_scanned_once_and_read_the_same(shards: Path, 
     stamp = cache.stat().st_mtime_ns
     assert keys_of(loader(tmp_path / "*.tar").batches(1)) == keys_of(loader(shards).batches(1))
     assert cache.stat().st_mtime_ns == stamp
-    write_shard(tmp_path / "s-000.tar", [sample(99)])  # the tar changes: its cached index must not be believed
+    write_shard(tmp_path / "s-000.tar", [sample(99)])  # the tar changes, so its cached index is stale
     assert ShardIndex([tmp_path / "s-000.tar"]).key(0) == "0099"
 
 
@@ -320,10 +320,10 @@ def test_a_broken_tar_is_named(shards: Path, tmp_path: Path, cut: float | str) -
         data = data[: last if isinstance(cut, str) else int(len(data) * cut)]
     path = tmp_path / "broken.tar"
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"broken\.tar .*(not a whole tar|cut short)") as caught:
+    with pytest.raises(InputError, match=r"broken\.tar .*(not a complete tar|cut short)") as caught:
         loader(path)
     assert "\n" not in str(caught.value)
-    # with a manifest, the changed size alone gives it away
+    # with a manifest, the changed size is enough to find it
     if len(data) != record.num_bytes:
         shutil.copy(shards / "manifest.json", tmp_path)
         path.rename(tmp_path / "s-000.tar")
@@ -344,7 +344,7 @@ def test_empty_shards_missing_shards_and_foreign_manifests_are_named(tmp_path: P
     write_shard(tmp_path / "a.tar", [sample(0)])
     for content in ["{", "[]", '{"format": "other", "version": 1}', "[" * 100_000]:
         (tmp_path / "manifest.json").write_text(content)
-        with pytest.raises(InputError, match=r"manifest\.json is no shard manifest"):
+        with pytest.raises(InputError, match=r"manifest\.json is not a valid shard manifest"):
             loader(tmp_path / "a.tar")
 
 
@@ -354,7 +354,7 @@ def test_a_manifest_that_points_outside_its_shard_is_refused(tmp_path: Path) -> 
         record["index"]["image"] = [span]
         manifest = {"format": "compact-longclip shards", "version": 1, "num_samples": 1, "shards": [record]}
         (tmp_path / "x" / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(InputError, match="no shard manifest"):
+        with pytest.raises(InputError, match="not a valid shard manifest"):
             ShardIndex([tmp_path / "x" / "s-000.tar"])
 
 
@@ -461,7 +461,7 @@ def test_a_stream_without_epoch_size_or_without_any_shard_is_an_error(server: st
         loader(f"{server}/s-000.tar")
     with pytest.raises(InputError, match=r"\A10 remote shards in a row failed, the last was [^\n]*gone\.tar[^\n]*\Z"):
         list(loader(f"{server}/gone.tar", epoch_samples=8, num_workers=1).batches(0))
-    with pytest.raises(InputError, match="part local, part remote"):
+    with pytest.raises(InputError, match="partly local, partly remote"):
         loader([f"{server}/s-000.tar", __file__], epoch_samples=8)
 
 
@@ -483,7 +483,7 @@ def test_further_members_are_read_where_a_shard_has_them(tmp_path: Path, monkeyp
     def check() -> None:
         index = pickle.loads(pickle.dumps(ShardIndex([tmp_path / "a.tar", tmp_path / "b.tar"])))  # noqa: S301
         assert [index.read(number).extra for number in range(4)] == expected
-        assert index.read(4).extra["npz"] == b"nnnn" and index.read(4).txt is None  # the url.txt is no caption
+        assert index.read(4).extra["npz"] == b"nnnn" and index.read(4).txt is None  # the url.txt is not a caption
         monkeypatch.setattr("training.data.index.MAX_EXTRA_BYTES", 3)
         assert set(index.read(4).extra) == {"syn.json", "paug.json", "pth.gz"}
         monkeypatch.undo()
@@ -508,7 +508,7 @@ def test_a_further_member_outside_its_shard_is_refused(tmp_path: Path) -> None:
     record["index"]["npz"] = [[2**62, 2**62]]
     manifest = {"format": "compact-longclip shards", "version": 1, "num_samples": 1, "shards": [record]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="no shard manifest"):
+    with pytest.raises(InputError, match="not a valid shard manifest"):
         ShardIndex([tmp_path / "a.tar"])
 
 

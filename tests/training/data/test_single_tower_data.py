@@ -1,4 +1,4 @@
-"""Data of one tower: pictures without captions, captions without pictures, from shards and from loose files."""
+"""Data of a single tower: pictures without captions, captions without pictures, from shards and from loose files."""
 
 from __future__ import annotations
 
@@ -127,12 +127,12 @@ def test_a_stage_needs_nothing_of_the_other_tower(tmp_path: Path, monkeypatch: p
 
 
 class Store:
-    """Features that tell the sample and the part; crops and captions of its own."""
+    """Features that identify the sample and the part, with crops and captions of their own."""
 
     facts = TeacherFacts((2,), 10.0, 248)
 
     def draw(self, raw: RawSample, seed: int, key: tuple[int, ...]) -> StoredDraw:
-        assert raw.image is not None and raw.json is not None, "a store may know a sample by all of its members"
+        assert raw.image is not None and raw.json is not None, "a store may identify a sample by any of its members"
         image, long, short = (np.array([key[-1], part], dtype=np.float32) for part in range(3))
         return StoredDraw(Augmentation((0, 0, 12, 12)), f"Stored {key[-1]}.", "Short.", image, long, short)
 
@@ -215,7 +215,7 @@ def test_pictures_that_cannot_be_used_are_replaced(tmp_path: Path, monkeypatch: 
     assert not {"cut.jpg", "text.png", "large.jpg", "gone.jpg"} & set(keys_of(batches))
     causes = {"damaged picture": 1, "not a picture": 1, "no picture, or one of more than 64 MB": 2}
     assert set(pictures.skipped) == set(causes) and all(pictures.skipped[name] >= n for name, n in causes.items())
-    with pytest.raises(InputError, match=r"cannot be used .* mend the data or raise it"):
+    with pytest.raises(InputError, match=r"cannot be used .* fix the data or raise it"):
         list(loader(stage="image", images=tmp_path, max_bad_share=0.0).batches(0))
 
 
@@ -311,13 +311,13 @@ def test_many_lines_cost_a_few_bytes_each(tmp_path: Path) -> None:
     [
         ("a.txt", b"\n\n", "no caption in it"),
         ("a.csv", b"x", r"give COCO captions or ShareGPT4V \(\.json\)"),
-        ("a.tsv", b"filepath.jpg\ttitle\n", "the first column names pictures"),
+        ("a.tsv", b"filepath.jpg\ttitle\n", "the first column holds picture names"),
         ("a.json", b"{", "not valid JSON"),
         ("a.json", b'{"images": []}', "neither COCO captions"),
         ("a.json", b'{"annotations": [{"caption": 7}]}', "neither COCO captions"),
         ("a.json", b'{"annotations": 7}', "neither COCO captions"),
         ("a.json", b'"text"', "neither COCO captions"),
-        ("a.json", b"[1]", "no caption in it"),  # of ShareGPT4V's rows the first 1000 are the test
+        ("a.json", b"[1]", "no caption in it"),  # the first 1000 of ShareGPT4V's rows are the test
         ("a.json", b"[%s]" % b", ".join([b"7"] * 1001), "neither COCO captions"),
         ("a.json", b"[%s" % (b"[" * 100_000), "not valid JSON"),
     ],
@@ -333,10 +333,10 @@ def test_options_that_contradict_each_other_are_refused(pairs: Path, pictures: P
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     captions = [str(tmp_path / "a.txt")]
     for options, message in [
-        ({"images": pictures}, "belongs to --run.stage image, this is both"),
-        ({"images": pictures, "stage": "text"}, "belongs to --run.stage image, this is text"),
-        ({"captions": captions, "stage": "image"}, "belongs to --run.stage text, this is image"),
-        ({"images": pictures, "stage": "image", "open_store": lambda _: Store()}, "leave --teacher.cache out"),
+        ({"images": pictures}, "belongs to --run.stage image, not both"),
+        ({"images": pictures, "stage": "text"}, "belongs to --run.stage image, not text"),
+        ({"captions": captions, "stage": "image"}, "belongs to --run.stage text, not image"),
+        ({"images": pictures, "stage": "image", "open_store": lambda _: Store()}, "drop --teacher.cache"),
         ({"stage": "image", "views": []}, "no views"),
         ({"captions": captions, "stage": "text"}, "2 samples are fewer than one global batch of 8"),
         ({"captions": ["no-*.txt"], "stage": "text"}, "no file matches 'no-"),

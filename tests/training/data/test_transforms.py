@@ -1,4 +1,5 @@
-"""Augmentations as plain data: keyed, in bounds, the same at every resolution, replayable, torchvision's operations."""
+"""Augmentations as plain data: keyed, in bounds, equal at every resolution, replayable, with torchvision's
+operations."""
 
 from __future__ import annotations
 
@@ -90,7 +91,7 @@ def test_centre_is_the_evaluation_preprocessing() -> None:
         cfg = PreprocessCfg(size=32, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bicubic")
         expected = image_transform_v2(cfg, is_train=False)(gradient(*size)) * 255
         found = render(gradient(*size), centre_crop(size), [ViewSpec(32)])[0]
-        assert (found - expected).abs().max() <= 4  # it crops after resizing
+        assert (found - expected).abs().max() <= 4  # it crops after resizing, unlike us
         assert draw_augmentation(size, AugmentConfig(centre=True), sample_generator(0)) == centre_crop(size)
 
 
@@ -134,7 +135,7 @@ def test_operations_and_signs_are_drawn_evenly() -> None:
 
 
 def torchvision_draw(seed: int, size: int, num_ops: int, magnitude: int) -> tuple[tuple[str, float], ...]:
-    """What RandAugment's forward draws after torch.manual_seed(seed)."""
+    """Return what RandAugment's forward draws after torch.manual_seed(seed)."""
     torch.manual_seed(seed)
     ops = []
     for _ in range(num_ops):
@@ -216,7 +217,7 @@ def test_ranges_without_meaning_are_errors() -> None:
 @pytest.mark.parametrize(
     ("op", "message"),
     [
-        (("Explode", 1.0), "'Explode' is no RandAugment operation"),
+        (("Explode", 1.0), "'Explode' is not a RandAugment operation"),
         (("Rotate", math.nan), "Rotate cannot have the magnitude nan"),
         (("TranslateX", math.inf), "TranslateX cannot have the magnitude inf"),
         (("Posterize", 9.0), "Posterize cannot have the magnitude 9.0"),
