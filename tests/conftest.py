@@ -3,6 +3,7 @@ made."""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_teacher(create_teacher("tiny"), root / EMBEDDED_TEACHER / "best.safetensors")
     return root
+
+
+@pytest.fixture(scope="session")
+def tracked_files() -> list[Path]:
+    """The files that git tracks and that are there, relative to the root of the checkout."""
+    root = Path(__file__).resolve().parent.parent
+    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=True)
+    return [Path(name) for name in listed.stdout.split("\0") if name and (root / name).is_file()]
