@@ -14,21 +14,57 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-import tyro
-from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.table import Table
+
+from eval.base.arguments import answer_early, read_options
+from eval.command_line import EvaluationOptions
+from longclip_teacher.errors import InputError, run_command
+
+
+@dataclass
+class Options(EvaluationOptions):
+    """How far a student agrees with its teacher: cosine through a linear map, CKA, shared neighbours, retained recall.
+
+    python eval/agreement.py --teacher longclip-b --checkpoint runs/distil --protocol urban1k --root data/Urban1k
+    python eval/agreement.py --teacher runs/teacher --checkpoint runs/distil --root data/mine --json agreement.json
+
+    --checkpoint is the student; options such as --variant and --pad-mask are about it and not about the teacher.
+    """
+
+    teacher: str | None = None
+    """The model to agree with: a weight file, a run's folder (its best weights), or a hub name."""
+    protocol: str = "folder"
+    """The benchmark, as `python eval/retrieval.py --protocol list` explains them; folder: your own pairs."""
+    root: Path | None = None
+    """The folder that holds the benchmark's files."""
+    annotations: Path | None = None
+    """The annotation file of a protocol that has one, where it is not in its usual place below --root."""
+    limit: int | None = None
+    """Use the first so many pictures only: for a quick look, not for a figure to report."""
+
+    def check(self) -> None:
+        """InputError for options that can do nothing, before any data is read."""
+        if self.teacher is None:
+            raise InputError("pass --teacher PATH, the model whose features the student should have")
+        if self.root is None:
+            raise InputError("pass --root DIR, the folder that holds the benchmark's files")
+        super().check()
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eval.base.processes import is_main_process, start
 from eval.benchmarks.protocols import load_retrieval_set
-from eval.command_line import EvaluationOptions
 from eval.measures.recall import DirectionRanks, retrieval_ranks
 from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
 from longclip_teacher.atomic_files import write_json
-from longclip_teacher.errors import InputError, run_command
 from longclip_teacher.text import CaptionTokenizer
 
 __all__ = ["agreement", "linear_cka", "mapped_cosine", "neighbour_overlap"]
@@ -217,36 +253,10 @@ def _retained(
     }
 
 
-@dataclass
-class Options(EvaluationOptions):
-    """How far a student agrees with its teacher: cosine through a linear map, CKA, shared neighbours, retained recall.
-
-    python eval/agreement.py --teacher longclip-b --checkpoint runs/distil --protocol urban1k --root data/Urban1k
-    python eval/agreement.py --teacher runs/teacher --checkpoint runs/distil --root data/mine --json agreement.json
-
-    --checkpoint is the student; options such as --variant and --pad-mask are about it and not about the teacher.
-    """
-
-    teacher: str | None = None
-    """The model to agree with: a weight file, a run's folder (its best weights), or a hub name."""
-    protocol: str = "folder"
-    """The benchmark, as `python eval/retrieval.py --protocol list` explains them; folder: your own pairs."""
-    root: Path | None = None
-    """The folder that holds the benchmark's files."""
-    annotations: Path | None = None
-    """The annotation file of a protocol that has one, where it is not in its usual place below --root."""
-    limit: int | None = None
-    """Use the first so many pictures only: for a quick look, not for a figure to report."""
-
-
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    if options.teacher is None:
-        raise InputError("pass --teacher PATH, the model whose features the student should have")
-    if options.root is None:
-        raise InputError("pass --root DIR, the folder that holds the benchmark's files")
-    options.check()
+    options = read_options(Options)
+    assert options.root is not None  # check() has seen to it
     with start(options.device, allow_tf32=False) as runtime:
         result = run(options, options.root)
         if runtime.is_main:

@@ -1,4 +1,7 @@
-"""What the evaluation commands share: the options that say which model, how it is run, where figures go."""
+"""What the evaluation commands share: the options that say which model, how it is run, where figures go.
+
+The methods import what they need when they are called: --help and a refused option must not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eval.base.processes import is_main_process
 from eval.towers.encoding_options import EncodingOptions
-from eval.towers.feature_cache import FeatureCache
-from eval.towers.features import Encoding
-from eval.towers.models import ClipModel, load_model
-from longclip_teacher.config import Activation
+from longclip_teacher.activation import Activation
 from longclip_teacher.errors import InputError
-from longclip_teacher.weights_file import RECOGNISED
-from mobileclip_student import MobileCLIP, reparameterize
+
+if TYPE_CHECKING:
+    from eval.towers.features import Encoding
+    from eval.towers.models import ClipModel
 
 __all__ = ["EvaluationOptions", "show_recognised"]
 
@@ -28,6 +30,9 @@ def show_recognised() -> Iterator[None]:
 
     Under torchrun rank 0 alone says it.
     """
+    from eval.base.processes import is_main_process
+    from longclip_teacher.weights_file import RECOGNISED
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{Path(sys.argv[0]).stem}: %(message)s"))
     level = RECOGNISED.level
@@ -75,6 +80,9 @@ class EvaluationOptions(EncodingOptions):
 
     def load(self) -> ClipModel:
         """The model, in eval mode, on its device. A line on stderr says what was recognised in a published file."""
+        from eval.towers.models import load_model
+        from mobileclip_student import MobileCLIP, reparameterize
+
         assert self.checkpoint is not None  # check() comes first
         with show_recognised():
             model = load_model(
@@ -93,5 +101,7 @@ class EvaluationOptions(EncodingOptions):
 
     def encoding(self) -> Encoding:
         """How to encode, with progress bars and the cache that was asked for."""
+        from eval.towers.feature_cache import FeatureCache
+
         cache = FeatureCache(self.cache_dir) if self.cache_dir is not None else None
         return replace(super().encoding(), cache=cache)

@@ -12,32 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from rich.console import Console
 
-from eval.agreement import agreement
-from eval.base.environment import environment_record
-from eval.benchmarks.labelled_images import find_labelled_images
-from eval.benchmarks.named_sets import is_plain_name, parse_sets, set_digest
-from eval.benchmarks.protocols import RetrievalSet
-from eval.command_line import show_recognised
-from eval.cost import measure_costs
-from eval.long_captions import long_caption_behaviour
-from eval.measures.compare_measures import Kept, measure_retrieval, model_digest
-from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
-from eval.measures.zeroshot import evaluate_zeroshot
-from eval.pages.compare_page import comparison_report
-from eval.pages.compare_tables import Comparison, comparison_json, comparison_markdown, summarise
-from eval.pages.report import write_report
+from eval.base.arguments import answer_early, read_options
 from eval.towers.encoding_options import EncodingOptions
-from eval.towers.feature_cache import FeatureCache
-from eval.towers.models import ClipModel, describe_model, weights_file
-from eval.towers.named_models import ReadSettings, parse_models
-from longclip_teacher.atomic_files import write_json, write_text
 from longclip_teacher.errors import InputError, run_command
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @dataclass
@@ -75,6 +55,8 @@ class Options(EncodingOptions):
     def check(self) -> None:
         """InputError for options that can do nothing, before any data is read."""
         super().check()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("a comparison runs in one process: leave torchrun out, or share eval/retrieval.py's work")
         if not self.models:
             raise InputError("name at least one model: a checkpoint or NAME=CHECKPOINT")
         if not self.protocols and not self.zeroshot:
@@ -85,12 +67,36 @@ class Options(EncodingOptions):
             raise InputError(f"--out {self.out} is a file: name a folder")
 
 
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+import torch
+
+from eval.agreement import agreement
+from eval.base.environment import environment_record
+from eval.benchmarks.labelled_images import find_labelled_images
+from eval.benchmarks.named_sets import is_plain_name, parse_sets, set_digest
+from eval.benchmarks.protocols import RetrievalSet
+from eval.command_line import show_recognised
+from eval.cost import measure_costs
+from eval.long_captions import long_caption_behaviour
+from eval.measures.compare_measures import Kept, measure_retrieval, model_digest
+from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
+from eval.measures.zeroshot import evaluate_zeroshot
+from eval.pages.compare_page import comparison_report
+from eval.pages.compare_tables import Comparison, comparison_json, comparison_markdown, summarise
+from eval.pages.report import write_report
+from eval.towers.feature_cache import FeatureCache
+from eval.towers.models import ClipModel, describe_model, weights_file
+from eval.towers.named_models import ReadSettings, parse_models
+from longclip_teacher.atomic_files import write_json, write_text
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    options.check()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("a comparison runs in one process: leave torchrun out, or share eval/retrieval.py's work")
+    options = read_options(Options)
     comparison = compare(options)
     summary = summarise(comparison)
     markdown = comparison_markdown(comparison, summary)

@@ -18,22 +18,54 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
-import torch
 import tyro
-from jaxtyping import Float, Int
 from rich.console import Console
 from rich.table import Table
+
+from eval.base.arguments import answer_early, read_options
+from eval.command_line import EvaluationOptions
+from longclip_teacher.errors import InputError, run_command
+
+
+@dataclass
+class Options(EvaluationOptions):
+    """What a model costs: parameters, FLOPs, file size, latency, memory; a student also reparameterised.
+
+    python eval/cost.py --checkpoint runs/distil --threads 1 --json cost.json
+    python eval/cost.py --checkpoint open_clip:ViT-B-32/openai --device cuda --precision fp16
+    """
+
+    repeats: int = 10
+    """Each time is the median of so many."""
+    threads: int | None = None
+    """Threads on the CPU; unset: torch's default, one a core."""
+    reparameterize: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
+    batch_size: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 64
+    num_workers: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
+    cache_dir: tyro.conf.Suppress[tyro.conf.Fixed[Path | None]] = None
+
+    def check(self) -> None:
+        """InputError for options that can do nothing, before any data is read."""
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"--threads {self.threads}: 1 or more")
+        super().check()
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.command_line import EvaluationOptions
-from eval.towers.features import Precision, evaluation_mode, model_device
+from eval.towers.features import evaluation_mode, model_device
 from eval.towers.models import ClipModel, weights_file
 from eval.towers.open_clip_model import OpenClipModel
+from eval.towers.precision import Precision
 from longclip_teacher.atomic_files import write_json
-from longclip_teacher.errors import InputError, run_command
 from mobileclip_student import MobileCLIP, reparameterize, save_student
 
 __all__ = [
@@ -299,31 +331,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-@dataclass
-class Options(EvaluationOptions):
-    """What a model costs: parameters, FLOPs, file size, latency, memory; a student also reparameterised.
-
-    python eval/cost.py --checkpoint runs/distil --threads 1 --json cost.json
-    python eval/cost.py --checkpoint open_clip:ViT-B-32/openai --device cuda --precision fp16
-    """
-
-    repeats: int = 10
-    """Each time is the median of so many."""
-    threads: int | None = None
-    """Threads on the CPU; unset: torch's default, one a core."""
-    reparameterize: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
-    batch_size: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 64
-    num_workers: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
-    cache_dir: tyro.conf.Suppress[tyro.conf.Fixed[Path | None]] = None
-
-
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    options.check()
+    options = read_options(Options)
     if options.threads is not None:
-        if options.threads < 1:
-            raise InputError(f"--threads {options.threads}: 1 or more")
         torch.set_num_threads(options.threads)
     assert options.checkpoint is not None  # check() has seen to it
     model = options.load()

@@ -15,25 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import tyro
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from eval.base.images import is_picture, open_image
-from eval.benchmarks.annotation_files import first_json_rows, inside_root, one_line
-from eval.benchmarks.protocols import load_retrieval_set
-from eval.leaks.audit_parts import FileList, Part, Shard, hash_parts
-from eval.leaks.leakage_audit import FILES_PER_PART, LEAKS, MIN_CAPTION_LENGTH, SIGNS, Audit, load_benchmark
-from eval.pages.pair_sheet import PicturePair, draw_pairs
-from eval.towers.features import show_track
-from longclip_teacher.atomic_files import write_json
+from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
-
-__all__ = ["Options", "pair_sheet", "picture_files", "protocol_files", "run_audit", "shard_parts", "sharegpt4v_parts"]
-
-_EXAMPLES_PRINTED = 3  # of each sign
-_PAIRS_SHOWN = 16  # of each leak, on the contact sheet
 
 
 @dataclass
@@ -64,7 +50,7 @@ class Options:
     """A folder of pictures as the benchmark, sub-folders too, instead of a protocol."""
     strict: bool = False
     """Exit with status 1 if a file, a look or a whole caption is in both."""
-    min_caption_length: int = MIN_CAPTION_LENGTH
+    min_caption_length: int = 60
     """Equal captions shorter than so many characters are a hint and no leak: two people may have written them."""
     json: Path | None = None
     """Write the counts and all pairs here, as JSON."""
@@ -90,6 +76,26 @@ class Options:
         for path in (self.json, self.pairs_image):
             if path is not None and path.is_dir():
                 raise InputError(f"{path} is a folder: name a file")
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+from PIL import Image
+
+from eval.base.images import is_picture, open_image
+from eval.benchmarks.annotation_files import first_json_rows, inside_root, one_line
+from eval.benchmarks.protocols import load_retrieval_set
+from eval.leaks.audit_parts import FileList, Part, Shard, hash_parts
+from eval.leaks.leakage_audit import FILES_PER_PART, LEAKS, SIGNS, Audit, load_benchmark
+from eval.pages.pair_sheet import PicturePair, draw_pairs
+from eval.towers.features import show_track
+from longclip_teacher.atomic_files import write_json
+
+__all__ = ["Options", "pair_sheet", "picture_files", "protocol_files", "run_audit", "shard_parts", "sharegpt4v_parts"]
+
+_EXAMPLES_PRINTED = 3  # of each sign
+_PAIRS_SHOWN = 16  # of each leak, on the contact sheet
 
 
 def run_audit(options: Options) -> Audit:
@@ -201,8 +207,7 @@ def _shown(source: Path | bytes | None) -> Image.Image | None:
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    options.check()
+    options = read_options(Options)
     audit = run_audit(options)
     figures = audit.figures()
     if options.json is not None:

@@ -17,18 +17,53 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from eval.base.arguments import answer_early, read_options
+from eval.command_line import EvaluationOptions
+from longclip_teacher.errors import InputError, run_command
+
+
+@dataclass
+class Options(EvaluationOptions):
+    """What a model reads of long captions: sentences dropped, shuffled, added one by one; tokens cut; padding.
+
+    python eval/long_captions.py --checkpoint runs/distil --protocol urban1k --root data/Urban1k --out-dir behaviour
+    python eval/long_captions.py --checkpoint longclip-b --root data/mine --json behaviour.json --limit 200
+    """
+
+    protocol: str = "folder"
+    """The benchmark, as `python eval/retrieval.py --protocol list` explains them; folder: your own pairs."""
+    root: Path | None = None
+    """The folder that holds the benchmark's files."""
+    annotations: Path | None = None
+    """The annotation file of a protocol that has one, where it is not in its usual place below --root."""
+    limit: int | None = None
+    """Use the first so many pictures only: for a quick look, not for a figure to report."""
+    out_dir: Path | None = None
+    """Draw the curves here, as long_captions.png."""
+
+    def check(self) -> None:
+        """InputError for options that can do nothing, before any data is read."""
+        if self.root is None:
+            raise InputError("pass --root DIR, the folder that holds the benchmark's files")
+        super().check()
+        if self.out_dir is not None and self.out_dir.exists() and not self.out_dir.is_dir():
+            raise InputError(f"--out-dir {self.out_dir} is a file: name a folder")
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from eval.base.processes import start
 from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
-from eval.command_line import EvaluationOptions
 from eval.measures.caption_edits import (
     drop_first_sentence,
     first_sentences,
@@ -43,7 +78,6 @@ from eval.towers.features import Encoding, encode_captions, evaluation_mode, mod
 from eval.towers.models import ClipModel
 from eval.towers.open_clip_model import OpenClipModel
 from longclip_teacher.atomic_files import write_json
-from longclip_teacher.errors import InputError, run_command
 
 __all__ = ["long_caption_behaviour", "padding_cosines"]
 
@@ -203,34 +237,10 @@ def _relative_change(original: dict[str, Any], edited: dict[str, Any]) -> dict[s
     return {way: 100 * (after[way] - before[way]) / before[way] if before[way] else None for way in before}
 
 
-@dataclass
-class Options(EvaluationOptions):
-    """What a model reads of long captions: sentences dropped, shuffled, added one by one; tokens cut; padding.
-
-    python eval/long_captions.py --checkpoint runs/distil --protocol urban1k --root data/Urban1k --out-dir behaviour
-    python eval/long_captions.py --checkpoint longclip-b --root data/mine --json behaviour.json --limit 200
-    """
-
-    protocol: str = "folder"
-    """The benchmark, as `python eval/retrieval.py --protocol list` explains them; folder: your own pairs."""
-    root: Path | None = None
-    """The folder that holds the benchmark's files."""
-    annotations: Path | None = None
-    """The annotation file of a protocol that has one, where it is not in its usual place below --root."""
-    limit: int | None = None
-    """Use the first so many pictures only: for a quick look, not for a figure to report."""
-    out_dir: Path | None = None
-    """Draw the curves here, as long_captions.png."""
-
-
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    if options.root is None:
-        raise InputError("pass --root DIR, the folder that holds the benchmark's files")
-    options.check()
-    if options.out_dir is not None and options.out_dir.exists() and not options.out_dir.is_dir():
-        raise InputError(f"--out-dir {options.out_dir} is a file: name a folder")
+    options = read_options(Options)
+    assert options.root is not None  # check() has seen to it
     with start(options.device, allow_tf32=False) as runtime:
         retrieval_set = load_retrieval_set(options.protocol, options.root, options.limit, options.annotations)
         if retrieval_set.count_mismatch and runtime.is_main:

@@ -14,24 +14,59 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 import tyro
-from jaxtyping import Float, Int64
 from rich.console import Console
 from rich.table import Table
+
+from eval.base.arguments import answer_early, read_options
+from eval.benchmarks.dataset_names import DatasetName
+from eval.command_line import EvaluationOptions
+from longclip_teacher.errors import InputError, run_command
+
+
+@dataclass
+class Options(EvaluationOptions):
+    """Linear probe and k-nearest-neighbour accuracy of the image features of a student, a teacher or published weights.
+
+    python eval/probes.py --checkpoint runs/distil --train data/pets/train --test data/pets/test --json probes.json
+    python eval/probes.py --checkpoint longclip-b --dataset cifar10 --train data/cifar --test data/cifar
+    """
+
+    train: Annotated[str | None, tyro.conf.arg(metavar="DIR|'DIR/*.tar'")] = None
+    """Labelled pictures to learn from: one folder a class, or shards with .jpg and .cls; for CIFAR, its folder."""
+    test: Annotated[str | None, tyro.conf.arg(metavar="DIR|'DIR/*.tar'")] = None
+    """Labelled pictures of the same classes to be judged on; none of them may be among those of --train."""
+    dataset: DatasetName = "auto"
+    """Which set both are, as for eval/zeroshot_imagenet.py."""
+    seed: int = 0
+    """Draws the tenth of the training pictures that C is chosen on."""
+
+    def check(self) -> None:
+        """InputError for options that can do nothing, before any data is read."""
+        if self.train is None or self.test is None:
+            lacking = "--train" if self.train is None else "--test"
+            raise InputError(
+                f"pass {lacking} DIR: a probe learns from the pictures of --train and is judged on others, --test"
+            )
+        super().check()
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from eval.benchmarks.labelled_features import LabelledFeatures, encode_labelled
-from eval.benchmarks.labelled_images import DatasetName, LabelledImages, find_labelled_images
-from eval.command_line import EvaluationOptions
+from eval.benchmarks.labelled_images import LabelledImages, find_labelled_images
 from eval.measures.confusion import confusion_matrix, mean_recall
 from eval.towers.features import Encoding, show_track
 from eval.towers.models import ClipModel
 from longclip_teacher.atomic_files import write_json
-from longclip_teacher.errors import InputError, run_command
 
 __all__ = ["SweepStep", "evaluate_probes", "knn_answers", "linear_answers", "search_c", "stratified_split"]
 
@@ -214,33 +249,10 @@ def _require_same_classes(train: LabelledImages, test: LabelledImages) -> None:
     raise InputError(f"{train.source} and {test.source} have not the same classes, {what}")
 
 
-@dataclass
-class Options(EvaluationOptions):
-    """Linear probe and k-nearest-neighbour accuracy of the image features of a student, a teacher or published weights.
-
-    python eval/probes.py --checkpoint runs/distil --train data/pets/train --test data/pets/test --json probes.json
-    python eval/probes.py --checkpoint longclip-b --dataset cifar10 --train data/cifar --test data/cifar
-    """
-
-    train: Annotated[str | None, tyro.conf.arg(metavar="DIR|'DIR/*.tar'")] = None
-    """Labelled pictures to learn from: one folder a class, or shards with .jpg and .cls; for CIFAR, its folder."""
-    test: Annotated[str | None, tyro.conf.arg(metavar="DIR|'DIR/*.tar'")] = None
-    """Labelled pictures of the same classes to be judged on; none of them may be among those of --train."""
-    dataset: DatasetName = "auto"
-    """Which set both are, as for eval/zeroshot_imagenet.py."""
-    seed: int = 0
-    """Draws the tenth of the training pictures that C is chosen on."""
-
-
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    if options.train is None or options.test is None:
-        lacking = "--train" if options.train is None else "--test"
-        raise InputError(
-            f"pass {lacking} DIR: a probe learns from the pictures of --train and is judged on others, --test"
-        )
-    options.check()
+    options = read_options(Options)
+    assert options.train is not None and options.test is not None  # check() has seen to it
     train = find_labelled_images(options.train, dataset=options.dataset, split="train")
     test = find_labelled_images(options.test, dataset=options.dataset, split="test")
     if train.cifar is None and Path(options.train).resolve() == Path(options.test).resolve():

@@ -16,15 +16,9 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from eval.base.processes import all_results, is_main_process, start
-from eval.benchmarks.checksums import SHA256SUMS, verify_sha256sums
-from eval.benchmarks.protocols import PROTOCOLS, TIES, load_retrieval_set
+from eval.base.arguments import answer_early, read_options
 from eval.command_line import EvaluationOptions
-from eval.measures.retrieval_set import encode_retrieval_set, retrieval_figures
-from eval.measures.retrieved_text import retrieved_text_quality
-from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 
 
@@ -53,16 +47,37 @@ class Options(EvaluationOptions):
     verify: bool = False
     """First check every file that ROOT/SHA256SUMS names."""
 
+    def check(self) -> None:
+        """InputError for options that can do nothing, before any data is read."""
+        if self.protocol == "list":
+            return
+        if self.root is None:
+            raise InputError(
+                "pass --root DIR, the folder that holds the benchmark's files (--protocol list says which)"
+            )
+        super().check()
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+from torch import Tensor
+
+from eval.base.processes import all_results, is_main_process, start
+from eval.benchmarks.checksums import SHA256SUMS, verify_sha256sums
+from eval.benchmarks.protocols import PROTOCOLS, TIES, load_retrieval_set
+from eval.measures.retrieval_set import encode_retrieval_set, retrieval_figures
+from eval.measures.retrieved_text import retrieved_text_quality
+from longclip_teacher.atomic_files import write_json
+
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=Options.__doc__)
+    options = read_options(Options)
     if options.protocol == "list":
         print_protocols()
         return
-    if options.root is None:
-        raise InputError("pass --root DIR, the folder that holds the benchmark's files (--protocol list says which)")
-    options.check()
+    assert options.root is not None  # check() has seen to it
     with start(options.device, allow_tf32=False) as runtime:
         result = run(options, options.root)
         if runtime.is_main:

@@ -14,13 +14,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.base.processes import start
-from eval.benchmarks.class_prompts import read_classnames, read_templates
-from eval.benchmarks.labelled_images import DatasetName, find_labelled_images
+from eval.base.arguments import answer_early, read_options
+from eval.benchmarks.dataset_names import DatasetName
 from eval.command_line import EvaluationOptions
-from eval.measures.confusion import check_plot_path, draw_confusion
-from eval.measures.zeroshot import classify, zeroshot_figures
-from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError, run_command
 
 # Where the layout of the validation folder is described
@@ -56,16 +52,31 @@ class Options(EvaluationOptions):
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png|FILE.svg")] = None
     """Draw here which classes were taken for which."""
 
+    def check(self) -> None:
+        """InputError for options that can do nothing, before any data is read."""
+        if self.imagenet_val is None:
+            raise InputError(
+                "pass --imagenet-val DIR: ImageNet's validation pictures in one folder a synset (n01440764/...), as "
+                f"described at {LAYOUT}, or any folder of class folders"
+            )
+        super().check()
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+from eval.base.processes import start
+from eval.benchmarks.class_prompts import read_classnames, read_templates
+from eval.benchmarks.labelled_images import find_labelled_images
+from eval.measures.confusion import check_plot_path, draw_confusion
+from eval.measures.zeroshot import classify, zeroshot_figures
+from longclip_teacher.atomic_files import write_json
+
 
 def main() -> None:
     """The command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    if options.imagenet_val is None:
-        raise InputError(
-            "pass --imagenet-val DIR: ImageNet's validation pictures in one folder a synset (n01440764/...), as "
-            f"described at {LAYOUT}, or any folder of class folders"
-        )
-    options.check()
+    options = read_options(Options)
+    assert options.imagenet_val is not None  # check() has seen to it
     if options.plot is not None:
         check_plot_path(options.plot)
     classnames = read_classnames(options.classnames)

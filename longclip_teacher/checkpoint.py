@@ -16,7 +16,8 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
-from longclip_teacher.config import Activation, ImageTowerConfig, TeacherConfig, TextTowerConfig
+from longclip_teacher.activation import Activation
+from longclip_teacher.config import ImageTowerConfig, TeacherConfig, TextTowerConfig
 from longclip_teacher.errors import InputError
 from longclip_teacher.key_layouts import FROZEN_POSITIONS, POSITIONS, to_our_keys
 from longclip_teacher.model import LongCLIP

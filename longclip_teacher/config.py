@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
+from longclip_teacher.activation import Activation
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CONTEXT_LENGTH, VOCAB_SIZE
 
-__all__ = ["TEACHERS", "Activation", "ImageTowerConfig", "TeacherConfig", "TextTowerConfig"]
+__all__ = ["TEACHERS", "ImageTowerConfig", "TeacherConfig", "TextTowerConfig"]
 
-Activation = Literal["quickgelu", "gelu"]
 Stem = Literal["patch", "conv"]
 Interpolation = Literal["bicubic", "bilinear"]
 _LARGEST = {"layers": 1000}  # no true size comes near these; a hostile file must not keep the machine busy

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-__all__ = ["InputError", "run_command"]
+__all__ = ["InputError", "reported_once", "run_command"]
 
 
 class InputError(ValueError):
@@ -27,3 +29,14 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         sys.stderr.close()
         raise SystemExit(141) from None
+
+
+@contextmanager
+def reported_once() -> Iterator[None]:
+    """Rank 0 alone reports the InputErrors that every process of torchrun would find; the others exit with code 2."""
+    try:
+        yield
+    except InputError:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise

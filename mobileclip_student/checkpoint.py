@@ -27,7 +27,7 @@ from longclip_teacher.weights_file import (
 )
 from mobileclip_student.layouts import fits, is_apple, is_published, rename_keys
 from mobileclip_student.model import VARIANTS, MobileCLIP, StudentConfig, create_student, variant_config
-from mobileclip_student.reparameterize import reparameterize
+from mobileclip_student.reparameterization import reparameterize
 
 __all__ = ["load_student", "resize_positions", "save_student"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from longclip_teacher.errors import InputError
 from mobileclip_student.image_encoder import ImageEncoder
 from mobileclip_student.model import MobileCLIP
-from mobileclip_student.reparameterize import reparameterize
+from mobileclip_student.reparameterization import reparameterize
 from mobileclip_student.repmixer import RepMixerBlock
 from mobileclip_student.text_encoder import AttentionBlock
 

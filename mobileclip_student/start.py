@@ -18,7 +18,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from longclip_teacher.config import Activation
+from longclip_teacher.activation import Activation
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import load_strictly
 from mobileclip_student.checkpoint import load_student, resize_positions

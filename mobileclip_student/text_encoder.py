@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from longclip_teacher.config import Activation
+from longclip_teacher.activation import Activation
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import VOCAB_SIZE, caption_lengths, trim, truncate
 from longclip_teacher.trace import Trace

@@ -17,17 +17,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
-from ablation_runs import RECORD, comparison_facts, config_differences, gather
-from ablation_table import write_table
-from longclip_teacher.atomic_files import write_json, write_text
+from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
-from training.record.run_log import read_metrics
-
-LOG, FAILURE = "log.txt", "failed.json"  # in a run's folder
-_TAIL = 15  # lines of a failed run's log that failed.json keeps
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @dataclass
@@ -77,10 +68,24 @@ class Options:
         return self.out or Path("runs") / self.grid.stem
 
 
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
+from ablation_runs import RECORD, comparison_facts, config_differences, gather
+from ablation_table import write_table
+from longclip_teacher.atomic_files import write_json, write_text
+from training.record.run_log import read_metrics
+
+LOG, FAILURE = "log.txt", "failed.json"  # in a run's folder
+_TAIL = 15  # lines of a failed run's log that failed.json keeps
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Run the command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    options.check()
+    options = read_options(Options)
     grid = read_grid(options.grid, options.set)
     jobs = make_jobs(grid, options.folder)
     chosen, share = grid.chosen(options.only), share_of(options.part, os.environ)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,31 +11,22 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benches.data import bench_data
-from benches.image import bench_image
-from benches.losses import bench_loss, bench_pca
-from benches.measure import BenchOptions, Row, machine
-from benches.memory import bench_memory
-from benches.recall import bench_recall
-from benches.run import bench_run
-from benches.step import bench_step
-from benches.text import bench_student_text, bench_teacher_text, bench_tokenize
-from eval.base.processes import process_device
-from longclip_teacher.atomic_files import write_json
+from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
 
-BENCHES: dict[str, Callable[[BenchOptions], Iterator[Row]]] = {
-    "teacher-text": bench_teacher_text,
-    "student-text": bench_student_text,
-    "step": bench_step,
-    "data": bench_data,
-    "tokenize": bench_tokenize,
-    "pca": bench_pca,
-    "loss": bench_loss,
-    "run": bench_run,
-    "image": bench_image,
-    "memory": bench_memory,
-    "recall": bench_recall,
+BENCHES = {  # module of benches/ and function in it, imported when the bench is run
+    "teacher-text": ("text", "bench_teacher_text"),
+    "student-text": ("text", "bench_student_text"),
+    "step": ("step", "bench_step"),
+    "data": ("data", "bench_data"),
+    "tokenize": ("text", "bench_tokenize"),
+    "pca": ("losses", "bench_pca"),
+    "loss": ("losses", "bench_loss"),
+    "run": ("run", "bench_run"),
+    "image": ("image", "bench_image"),
+    "memory": ("memory", "bench_memory"),
+    "recall": ("recall", "bench_recall"),
+    "start-up": ("start_up", "bench_start_up"),
 }
 
 
@@ -58,6 +49,7 @@ class Options:
     image         student's image tower for inference, against its training form in eager mode
     memory        peak memory of a step of 8192 pairs in chunks, and what dominates it
     recall        ranks both ways, against a bare blockwise matmul of the same size that discards its results
+    start-up      --help and a refused option of every command, against bare python and against importing torch
 
     Each case runs in its own process, so its peak memory is its own. Times are medians of rounds that alternate between
     ours and the baseline; leave the machine idle meanwhile.
@@ -84,6 +76,21 @@ class Options:
     json: Path | None = None
     """Write the rows to this file as JSON."""
 
+    def check(self) -> None:
+        """InputError for a bench that does not exist, or without rounds."""
+        if self.name not in BENCHES:
+            raise InputError(f"no bench {self.name!r}: choose one of {', '.join(BENCHES)}")
+        if self.rounds < 1:
+            raise InputError(f"--rounds {self.rounds}: give 1 or more")
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+from benches.measure import BenchOptions, Row, machine
+from eval.base.processes import process_device
+from longclip_teacher.atomic_files import write_json
+
 
 def print_rows(name: str, rows: list[Row]) -> None:
     """Print the rows as a table on stdout."""
@@ -99,11 +106,7 @@ def print_rows(name: str, rows: list[Row]) -> None:
 
 def main() -> None:
     """Run the command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    if options.name not in BENCHES:
-        raise InputError(f"no bench {options.name!r}: choose one of {', '.join(BENCHES)}")
-    if options.rounds < 1:
-        raise InputError(f"--rounds {options.rounds}: give 1 or more")
+    options = read_options(Options)
     found = machine()  # before the bench adds its own load
     device = process_device(options.device)
     told = BenchOptions(
@@ -116,7 +119,8 @@ def main() -> None:
         teacher=options.teacher,
         processes=options.processes,
     )
-    rows = list(BENCHES[options.name](told))
+    module, function = BENCHES[options.name]
+    rows = list(getattr(import_module(f"benches.{module}"), function)(told))
     print_rows(options.name, rows)
     if options.json is not None:
         write_json(options.json, {"bench": options.name, "machine": found, "rows": [asdict(row) for row in rows]})

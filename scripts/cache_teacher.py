@@ -11,40 +11,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
-from eval.base.memory import keep_freed_memory
-from eval.base.processes import Runtime, all_results, start
-from eval.towers.features import Precision
-from eval.towers.models import load_model
-from longclip_teacher import LongCLIP
-from longclip_teacher.config import Activation
+from eval.base.arguments import answer_early, read_options
+from eval.towers.precision import Precision
+from longclip_teacher.activation import Activation
 from longclip_teacher.errors import InputError, run_command
-from training.cache.manifest import (
-    CACHE_MANIFEST,
-    CacheSettings,
-    ShardFacts,
-    SidecarRecord,
-    changes,
-    read_cache,
-    read_records,
-    refuse_same_names,
-    shard_facts,
-    sidecar_path,
-    write_cache_manifest,
-)
-from training.cache.sidecar import Sidecar
-from training.cache.writer import SidecarWriter, cache_settings
-from training.data.index import ShardIndex, expand_patterns, is_remote
-from training.data.transforms import AugmentConfig
-from training.data.writer import file_sha256
-
-_STDERR = Console(stderr=True)
-_MAY_DIFFER = ("teacher", "libraries")  # settings in which the sidecars of a cache may differ
+from training.settings.augment import AugmentConfig
 
 
 @dataclass
@@ -105,6 +80,38 @@ class Options:
             raise InputError("give --shards PATTERN and --teacher FILE_OR_NAME (or --out FOLDER --verify)")
         if self.views and self.augment.centre:
             raise InputError(f"--views {self.views}: with --augment.centre there is one crop; give --views 0")
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+import torch
+from torch import Tensor
+
+from eval.base.memory import keep_freed_memory
+from eval.base.processes import Runtime, all_results, start
+from eval.towers.models import load_model
+from longclip_teacher import LongCLIP
+from training.cache.manifest import (
+    CACHE_MANIFEST,
+    CacheSettings,
+    ShardFacts,
+    SidecarRecord,
+    changes,
+    read_cache,
+    read_records,
+    refuse_same_names,
+    shard_facts,
+    sidecar_path,
+    write_cache_manifest,
+)
+from training.cache.sidecar import Sidecar
+from training.cache.writer import SidecarWriter, cache_settings
+from training.data.index import ShardIndex, expand_patterns, is_remote
+from training.data.writer import file_sha256
+
+_STDERR = Console(stderr=True)
+_MAY_DIFFER = ("teacher", "libraries")  # settings in which the sidecars of a cache may differ
 
 
 @dataclass(frozen=True)
@@ -294,8 +301,7 @@ def _damage(path: Path, sha256: str) -> list[str]:
 
 def main() -> None:
     """Parse the command line; make a cache, or verify one."""
-    options = tyro.cli(Options)
-    options.check()
+    options = read_options(Options)
     keep_freed_memory()
     with start(options.device) as runtime:
         if options.verify:

@@ -9,32 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import tyro
 from rich.console import Console
 from rich.progress import track
 
+from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
-from longclip_teacher.text import CaptionTokenizer, first_sentence
-from training.cache.datacompdr import write_datacompdr_sample
-from training.cache.manifest import CacheSettings, read_cache, shard_facts, sidecar_path
-from training.cache.reader import cache_facts, open_cache
-from training.cache.sidecar import Sidecar, StoredView
-from training.data.index import (
-    MANIFEST_NAME,
-    RawSample,
-    ShardIndex,
-    ShardRecord,
-    expand_patterns,
-    is_remote,
-    read_manifest,
-)
-from training.data.samples import BadSample, read_captions
-from training.data.store import TeacherFacts
-from training.data.writer import write_manifest, write_shard
-
-_STDERR = Console(stderr=True)
 
 
 @dataclass
@@ -58,6 +37,38 @@ class Options:
     """The cache's folder."""
     out: Path
     """Folder for the new shards, which keep their names, and their manifest.json."""
+
+    def check(self) -> None:
+        """InputError for a cache that is not there, before any shard is read."""
+        if not self.cache.is_dir():
+            raise InputError(f"--cache {self.cache} is not a folder: name the one that scripts/cache_teacher.py wrote")
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+import numpy as np
+import torch
+
+from longclip_teacher.text import CaptionTokenizer, first_sentence
+from training.cache.datacompdr import write_datacompdr_sample
+from training.cache.manifest import CacheSettings, read_cache, shard_facts, sidecar_path
+from training.cache.reader import cache_facts, open_cache
+from training.cache.sidecar import Sidecar, StoredView
+from training.data.index import (
+    MANIFEST_NAME,
+    RawSample,
+    ShardIndex,
+    ShardRecord,
+    expand_patterns,
+    is_remote,
+    read_manifest,
+)
+from training.data.samples import BadSample, read_captions
+from training.data.store import TeacherFacts
+from training.data.writer import write_manifest, write_shard
+
+_STDERR = Console(stderr=True)
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,7 @@ def _is_whole(path: Path, record: ShardRecord) -> bool:
 
 def main() -> None:
     """Run the command."""
-    options = tyro.cli(Options, description=Options.__doc__)
+    options = read_options(Options)
     num_written, num_samples = export(options)
     print(f"{num_written} of {num_samples} samples in {options.out} ({MANIFEST_NAME} beside them)")
 

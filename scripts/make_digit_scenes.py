@@ -7,10 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
-from training.data.digit_scenes import write_digit_scenes
 
 
 @dataclass
@@ -35,13 +33,22 @@ class Arguments:
     seed: int = 0
     """Seed of the boards. Held-out digits and layouts do not depend on it."""
 
+    def check(self) -> None:
+        """InputError for options that mean nothing."""
+        if self.seed < 0:
+            raise InputError("--seed must be 0 or more")
+
+
+if __name__ == "__main__":
+    answer_early(Arguments)  # --help and refused options end here: the imports below take seconds
+
+from training.data.digit_scenes import write_digit_scenes
+
 
 def main() -> None:
     """Parse the command line and write."""
-    args = tyro.cli(Arguments)
+    args = read_options(Arguments)
     start = time.perf_counter()
-    if args.seed < 0:
-        raise InputError("--seed must be 0 or more")
     written = write_digit_scenes(
         args.out,
         num_train=args.num_train,

@@ -20,14 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from caption_sources import Pair, read_coco, read_folder, read_sharegpt4v, read_table
-from eval.base.images import IMAGE_SUFFIXES, open_image
-from longclip_teacher.atomic_files import remove_leftovers
+from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
-from training.data.index import ShardRecord, expand_patterns, read_manifest
-from training.data.writer import caption_member, index_shard, write_manifest, write_shard
-
-_STDERR = Console(stderr=True)
-_JPEG_QUALITY = 95
 
 
 @dataclass(kw_only=True)
@@ -141,6 +135,33 @@ class Index:
     """Folders or patterns of .tar files."""
     workers: int = os.cpu_count() or 1
     """Processes."""
+
+    def check(self) -> None:
+        """Raise InputError for numbers that mean nothing."""
+        if self.workers < 1:
+            raise InputError(f"--workers {self.workers}: give 1 or more")
+
+
+Command = (
+    Annotated[ShareGPT4V, tyro.conf.subcommand("sharegpt4v")]
+    | Annotated[Coco, tyro.conf.subcommand("coco")]
+    | Annotated[Folder, tyro.conf.subcommand("folder")]
+    | Annotated[Tsv, tyro.conf.subcommand("tsv")]
+    | Annotated[Csv, tyro.conf.subcommand("csv")]
+    | Annotated[Index, tyro.conf.subcommand("index")]
+)
+
+
+if __name__ == "__main__":
+    answer_early(Command, __doc__)  # --help and refused options end here: the imports below take seconds
+
+from eval.base.images import IMAGE_SUFFIXES, open_image
+from longclip_teacher.atomic_files import remove_leftovers
+from training.data.index import ShardRecord, expand_patterns, read_manifest
+from training.data.writer import caption_member, index_shard, write_manifest, write_shard
+
+_STDERR = Console(stderr=True)
+_JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
@@ -359,23 +380,12 @@ def _indexed(path: Path) -> tuple[Path, ShardRecord]:
     return path, index_shard(path)
 
 
-Command = (
-    Annotated[ShareGPT4V, tyro.conf.subcommand("sharegpt4v")]
-    | Annotated[Coco, tyro.conf.subcommand("coco")]
-    | Annotated[Folder, tyro.conf.subcommand("folder")]
-    | Annotated[Tsv, tyro.conf.subcommand("tsv")]
-    | Annotated[Csv, tyro.conf.subcommand("csv")]
-    | Annotated[Index, tyro.conf.subcommand("index")]
-)
-
-
 def main() -> None:
     """Parse the command line and run the importer."""
-    args = tyro.cli(Command, description=__doc__)
+    args = read_options(Command, __doc__)
     if isinstance(args, Index):
         write_index(args)
     else:
-        args.check()
         make_shards(args, args.pairs())
 
 

@@ -8,31 +8,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from eval.cost import count_flops
-from eval.towers.features import evaluation_mode
-from eval.towers.models import ClipModel
-from longclip_teacher import create_teacher
-from longclip_teacher.atomic_files import write_json
-from longclip_teacher.config import TEACHERS
+from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
-from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT
-from mobileclip_student import VARIANTS, create_student
-
-_SAMPLES = (1_200_000, 12_000_000, 1_280_000_000)  # ShareGPT4V, DataCompDR-12M, DataCompDR-1B
-_DATACOMPDR_BYTES = (30 + 1 + 5) * 1536 * 2  # 30 views, 1 + 5 captions, two teachers of 768, bfloat16
-_KEY_BYTES = 12  # length of a sample's key
-_DRAWN_CAPTIONS = 2  # captions of a sample in one step: a long and a short one
-_BACKWARD = 3  # cost of forward and backward relative to forward alone
-_NOTES = (
-    "GPU-hours count only arithmetic: no loading, evaluation or restarts, and linear scaling over GPUs",
-    "an online teacher encodes one view and two captions of each sample per epoch, on the same GPUs",
-    "a step of the student reads one view, one long and one short caption per sample",
-)
 
 
 @dataclass
@@ -88,19 +68,49 @@ class Options:
 
     def check(self) -> None:
         """Raise InputError for impossible options."""
-        for name, value, known in (("teacher", self.teacher, TEACHERS), ("student", self.student, VARIANTS)):
-            if value not in known:
-                raise InputError(f"--{name} {value}: choose one of {', '.join(known)}")
         if self.views < 0 or self.rand_augment_ops < 0:
             raise InputError("--views and --rand-augment-ops must be 0 or more")
         for name in ("samples", "epochs", "gpus", "captions", "gpu_tflops"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value}: give a positive number")
-        if not 2 <= self.mean_caption_tokens <= CONTEXT_LENGTH:
-            raise InputError(f"--mean-caption-tokens {self.mean_caption_tokens}: 2 (start and end) to {CONTEXT_LENGTH}")
         if not (0 < self.teacher_utilisation <= 1 and 0 < self.student_utilisation <= 1):
             raise InputError("--teacher-utilisation and --student-utilisation are shares, above 0 and up to 1")
+        from longclip_teacher.config import TEACHERS
+        from longclip_teacher.text import CONTEXT_LENGTH
+        from mobileclip_student import VARIANTS
+
+        if not 2 <= self.mean_caption_tokens <= CONTEXT_LENGTH:
+            raise InputError(f"--mean-caption-tokens {self.mean_caption_tokens}: 2 (start and end) to {CONTEXT_LENGTH}")
+        for name, value, known in (("teacher", self.teacher, TEACHERS), ("student", self.student, VARIANTS)):
+            if value not in known:
+                raise InputError(f"--{name} {value}: choose one of {', '.join(known)}")
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+import torch
+
+from eval.cost import count_flops
+from eval.towers.features import evaluation_mode
+from eval.towers.models import ClipModel
+from longclip_teacher import create_teacher
+from longclip_teacher.atomic_files import write_json
+from longclip_teacher.config import TEACHERS
+from longclip_teacher.text import EOT, SOT
+from mobileclip_student import create_student
+
+_SAMPLES = (1_200_000, 12_000_000, 1_280_000_000)  # ShareGPT4V, DataCompDR-12M, DataCompDR-1B
+_DATACOMPDR_BYTES = (30 + 1 + 5) * 1536 * 2  # 30 views, 1 + 5 captions, two teachers of 768, bfloat16
+_KEY_BYTES = 12  # length of a sample's key
+_DRAWN_CAPTIONS = 2  # captions of a sample in one step: a long and a short one
+_BACKWARD = 3  # cost of forward and backward relative to forward alone
+_NOTES = (
+    "GPU-hours count only arithmetic: no loading, evaluation or restarts, and linear scaling over GPUs",
+    "an online teacher encodes one view and two captions of each sample per epoch, on the same GPUs",
+    "a step of the student reads one view, one long and one short caption per sample",
+)
 
 
 @dataclass(frozen=True)
@@ -323,8 +333,7 @@ def _hours_text(hours: float) -> str:
 
 def main() -> None:
     """Run the command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    options.check()
+    options = read_options(Options)
     rates = find_rates(options)
     plans = [plan(options, rates, samples) for samples in ((options.samples,) if options.samples else _SAMPLES)]
     print_plans(options, rates, plans)

@@ -14,40 +14,15 @@ from statistics import mean, stdev
 from typing import Annotated, Any
 
 import joblib
-import torch
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.cost import measure_costs
-from eval.measures.figures import Column, best_models, figure_columns, format_figure, model_figures
-from eval.measures.retrieval_examples import retrieval_examples
-from eval.measures.retrieval_set import encode_retrieval_set
-from eval.pages.report import Report, model_colours, write_report
-from eval.towers.models import ClipModel, load_model
-from longclip_teacher.atomic_files import write_json
+from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
-from mobileclip_student import MobileCLIP, reparameterize, save_student
-from training.data.digit_scenes import is_outdated, write_digit_scenes
-from training.record.curves import run_facts, training_curves
-from training.record.evaluate import evaluate_tests, test_sets
 from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER
 from training.settings.tree import TrainConfig, parse_config
-
-STUDENTS = {  # what distinguishes each student; data, steps, seed and optimiser are the same
-    "distilled": [],
-    "undistilled": ["--teacher.checkpoint", "None"],  # drops the losses that need a teacher
-    "cut77": ["--student.context_length", "77"],
-}
-WEIGHTS = "best.safetensors"
-TWINS_CEILING = (25.0, "the most that a model reading 77 tokens can reach (25%)")
-# results.json: the twin figures have no prefix
-JSON_NAMES = {"twins_i2t_r1": "i2t_r1", "twins_t2i_r1": "t2i_r1"}
-TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "training" / "main.py"
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-Figures = dict[str, float]
 
 
 def _processes() -> int:
@@ -112,10 +87,46 @@ class Options:
         ]
 
 
+def student_config(options: Options) -> TrainConfig:
+    """Return the students' preset with this data."""
+    return parse_config(["digit_scenes", *options.training_arguments(), "--data.num_workers", "0"])
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+import torch
+
+from eval.cost import measure_costs
+from eval.measures.figures import Column, best_models, figure_columns, format_figure, model_figures
+from eval.measures.retrieval_examples import retrieval_examples
+from eval.measures.retrieval_set import encode_retrieval_set
+from eval.pages.report import Report, model_colours, write_report
+from eval.towers.models import ClipModel, load_model
+from longclip_teacher.atomic_files import write_json
+from mobileclip_student import MobileCLIP, reparameterize, save_student
+from training.data.digit_scenes import is_outdated, write_digit_scenes
+from training.record.curves import run_facts, training_curves
+from training.record.evaluate import evaluate_tests, test_sets
+
+STUDENTS = {  # what distinguishes each student; data, steps, seed and optimiser are the same
+    "distilled": [],
+    "undistilled": ["--teacher.checkpoint", "None"],  # drops the losses that need a teacher
+    "cut77": ["--student.context_length", "77"],
+}
+WEIGHTS = "best.safetensors"
+TWINS_CEILING = (25.0, "the most that a model reading 77 tokens can reach (25%)")
+# results.json: the twin figures have no prefix
+JSON_NAMES = {"twins_i2t_r1": "i2t_r1", "twins_t2i_r1": "t2i_r1"}
+TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "training" / "main.py"
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+Figures = dict[str, float]
+
+
 def main() -> None:
     """Run the command."""
-    options = tyro.cli(Options, description=Options.__doc__)
-    options.check()
+    options = read_options(Options)
     torch.set_num_threads(1)  # for these small tensors a second thread gains nothing and stalls on a busy machine
     started = time.monotonic()
     make_data(options.data)
@@ -197,11 +208,6 @@ def say(step: str, message: str) -> None:
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
-
-
-def student_config(options: Options) -> TrainConfig:
-    """Return the students' preset with this data."""
-    return parse_config(["digit_scenes", *options.training_arguments(), "--data.num_workers", "0"])
 
 
 def evaluate(options: Options, model: ClipModel) -> Figures:

@@ -13,7 +13,7 @@ from eval.benchmarks.labelled_images import find_labelled_images
 from eval.measures.zeroshot import zeroshot_classifier
 from eval.towers.models import load_model
 from longclip_teacher import LongCLIP, create_teacher, load_teacher
-from longclip_teacher.config import Activation
+from longclip_teacher.activation import Activation
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from mobileclip_student import MobileCLIP, create_student, load_student

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from eval.base.memory import keep_freed_memory
-from longclip_teacher.errors import InputError, run_command
-from training.build import build_distiller, build_training_loader, check_config
-from training.distributed import start
-from training.embedded import prepare_embedded
-from training.loop import train
-from training.record.evaluate import check_sets
-from training.record.run_report import report_run
+from longclip_teacher.errors import reported_once, run_command
 from training.settings.own_data import run_config
 
 
 def main() -> None:
     """Parse, set up, build, train, report."""
-    with _told_once():
+    with reported_once():
         config, notes = run_config(sys.argv[1:])
+    # --help and refused options end above: these imports take seconds
+    from eval.base.memory import keep_freed_memory
+    from training.build import build_distiller, build_training_loader, check_config
+    from training.distributed import start
+    from training.embedded import prepare_embedded
+    from training.loop import train
+    from training.record.evaluate import check_sets
+    from training.record.run_report import report_run
+
     if config.speed.keep_memory:
         keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -30,7 +29,7 @@ def main() -> None:
         logging.getLogger().setLevel(logging.INFO if runtime.is_main else logging.WARNING)
         for note in notes:
             logging.getLogger(__name__).info(note)
-        with _told_once():
+        with reported_once():
             check_config(config, runtime.world_size)
             prepare_embedded(config, runtime)
             check_sets(config)
@@ -40,17 +39,6 @@ def main() -> None:
         if runtime.is_main:
             report_run(config, runtime, distiller.teacher)
         runtime.barrier()
-
-
-@contextmanager
-def _told_once() -> Iterator[None]:
-    """What every process finds wrong with the set-up, rank 0 alone tells."""
-    try:
-        yield
-    except InputError:
-        if os.environ.get("RANK", "0") != "0":
-            raise SystemExit(2) from None
-        raise
 
 
 if __name__ == "__main__":

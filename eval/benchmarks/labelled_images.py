@@ -16,24 +16,14 @@ from torch.utils.data import Dataset
 
 from eval.base.images import is_picture
 from eval.benchmarks.cifar import CIFAR_VERSIONS, CifarImages, CifarPictures, read_cifar
+from eval.benchmarks.dataset_names import DatasetName
 from eval.benchmarks.imagenet_classes import IMAGENET_SETS, imagenet_synsets
 from eval.benchmarks.labelled_shards import ShardImages
 from eval.towers.features import ImageFiles
 from longclip_teacher.errors import InputError
 
-__all__ = ["DatasetName", "LabelledImages", "Split", "find_labelled_images"]
+__all__ = ["LabelledImages", "Split", "find_labelled_images"]
 
-DatasetName = Literal[
-    "auto",
-    "folder",
-    "imagenet",
-    "imagenet_v2",
-    "imagenet_a",
-    "imagenet_r",
-    "imagenet_sketch",
-    "cifar10",
-    "cifar100",
-]
 Split = Literal["test", "train"]
 
 

@@ -28,7 +28,6 @@ from eval.towers.features import show_track
 __all__ = [
     "FILES_PER_PART",
     "LEAKS",
-    "MIN_CAPTION_LENGTH",
     "SIGNS",
     "Audit",
     "Benchmark",
@@ -47,7 +46,6 @@ SIGNS: dict[Sign, str] = {
     "name": "same file name",
 }
 LEAKS: tuple[Sign, ...] = ("sha256", "look", "caption")
-MIN_CAPTION_LENGTH = 60
 FILES_PER_PART = 1000
 _MAX_LISTED = 1000  # unreadable pictures named in the JSON
 
@@ -104,7 +102,7 @@ class Audit:
     """
 
     benchmark: Benchmark
-    min_caption_length: int = MIN_CAPTION_LENGTH
+    min_caption_length: int
     """Characters of letters and single spaces from which equal captions are a leak and no coincidence."""
     num_samples: int = 0
     num_pictures: int = 0

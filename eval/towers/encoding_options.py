@@ -1,14 +1,19 @@
-"""The options that say how any evaluation command runs a model: device, precision, batches, workers."""
+"""The options that say how any evaluation command runs a model: device, precision, batches, workers.
+
+The methods import what they need when they are called: --help and a refused option must not wait for torch.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from eval.towers.features import Encoding, Precision
+from eval.towers.precision import Precision
 from longclip_teacher.errors import InputError
+
+if TYPE_CHECKING:
+    from eval.towers.features import Encoding
 
 __all__ = ["EncodingOptions"]
 
@@ -32,6 +37,10 @@ class EncodingOptions:
             raise InputError(
                 f"--batch-size {self.batch_size} --num-workers {self.num_workers}: 1 or more and 0 or more"
             )
+        if self.device in ("auto", "cpu"):
+            return
+        import torch
+
         try:
             torch.empty(0, device=self.torch_device())
         except (RuntimeError, AssertionError) as error:
@@ -41,8 +50,12 @@ class EncodingOptions:
         """The device that is meant."""
         if self.device != "auto":
             return self.device
+        import torch
+
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def encoding(self) -> Encoding:
         """How to encode: with progress bars, and shared where the command joined torchrun's processes."""
+        from eval.towers.features import Encoding
+
         return Encoding(self.batch_size, self.precision, self.num_workers, show_progress=True, shared=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from eval.base.images import open_image
 from eval.base.processes import all_results, is_main_process, my_share
 from eval.towers.feature_cache import FeatureCache
 from eval.towers.models import ClipModel
+from eval.towers.precision import Precision
 from longclip_teacher.errors import InputError
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "ImageBatch",
     "ImageFeatures",
     "ImageFiles",
-    "Precision",
     "Unreadable",
     "encode_captions",
     "encode_images",
@@ -44,7 +44,6 @@ __all__ = [
     "show_track",
 ]
 
-Precision = Literal["fp32", "bf16", "fp16"]
 MAX_UNREADABLE_SHARE = 0.01
 _AUTOCAST_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Item = TypeVar("Item")

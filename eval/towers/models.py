@@ -16,8 +16,8 @@ from eval.towers.open_clip_model import (
 )
 from eval.towers.tower_pair import TowerPair
 from longclip_teacher import LongCLIP, load_teacher
+from longclip_teacher.activation import Activation
 from longclip_teacher.checkpoint import HUB_NAMES as TEACHER_HUB_NAMES
-from longclip_teacher.config import Activation
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import read_weights, run_weights
 from mobileclip_student import MobileCLIP, load_student

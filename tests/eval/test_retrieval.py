@@ -90,7 +90,7 @@ def test_verify_comes_before_the_figures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("eval.command_line.load_model", lambda *args, **kwargs: colour_model)
+    monkeypatch.setattr("eval.towers.models.load_model", lambda *args, **kwargs: colour_model)
     cache, out = tmp_path / "cache", tmp_path / "out.json"
     options = ["--checkpoint", "any", "--protocol", "folder", "--root", str(colour_folder), "--device", "cpu"]
     options += ["--num-workers", "0", "--cache-dir", str(cache), "--json", str(out)]

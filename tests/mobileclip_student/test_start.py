@@ -15,7 +15,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from longclip_teacher import LongCLIP, create_teacher
-from longclip_teacher.config import Activation, ImageTowerConfig, TeacherConfig, TextTowerConfig
+from longclip_teacher.activation import Activation
+from longclip_teacher.config import ImageTowerConfig, TeacherConfig, TextTowerConfig
 from longclip_teacher.errors import InputError
 from longclip_teacher.positions import stretch_positions
 from mobileclip_student import MobileCLIP, StudentConfig, create_student, override, reparameterize, save_student

@@ -9,7 +9,7 @@ from PIL import Image
 from benches import data
 from benches.data import baseline_batch, bench_data, data_case, draw, jpeg_file, our_batch
 from benches.measure import BenchOptions
-from training.data.transforms import AugmentConfig
+from training.settings.augment import AugmentConfig
 
 
 @pytest.fixture

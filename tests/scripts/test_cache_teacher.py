@@ -23,8 +23,8 @@ from mobileclip_student import create_student, save_student
 from training.cache.reader import open_cache
 from training.cache.sidecar import Sidecar
 from training.data.index import ShardIndex
-from training.data.transforms import AugmentConfig
 from training.data.writer import caption_member, write_manifest, write_shard
+from training.settings.augment import AugmentConfig
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "cache_teacher.py"
 Run = Callable[..., int]

@@ -19,8 +19,8 @@ from longclip_teacher.text import CaptionTokenizer
 from training.cache.datacompdr import DataCompDRStore, datacompdr_facts
 from training.cache.reader import cache_facts, open_cache
 from training.data.index import ShardIndex
-from training.data.transforms import AugmentConfig
 from training.data.writer import caption_member, write_manifest, write_shard
+from training.settings.augment import AugmentConfig
 
 AUGMENT = AugmentConfig(rand_augment_ops=2, flip=0.5)
 

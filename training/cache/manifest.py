@@ -17,15 +17,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from eval.towers.features import Precision
 from eval.towers.models import weights_file
+from eval.towers.precision import Precision
 from longclip_teacher.atomic_files import write_json
 from longclip_teacher.checkpoint import teacher_file
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from training.data.index import BAD_JSON, ShardIndex
-from training.data.transforms import AugmentConfig, Interpolation
+from training.data.transforms import Interpolation
 from training.data.writer import file_sha256
+from training.settings.augment import AugmentConfig
 
 __all__ = [
     "CACHE_MANIFEST",

@@ -33,7 +33,7 @@ from training.cache.sidecar import Sidecar
 from training.data.index import RawSample, ShardIndex
 from training.data.samples import BadSample
 from training.data.store import StoredDraw, TeacherFacts, choose_captions, choose_view
-from training.data.transforms import AugmentConfig
+from training.settings.augment import AugmentConfig
 
 __all__ = ["TeacherCacheStore", "cache_facts", "open_cache"]
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 
-from eval.towers.features import Precision, evaluation_mode, model_device
+from eval.towers.features import evaluation_mode, model_device
+from eval.towers.precision import Precision
 from longclip_teacher import LongCLIP
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import caption_lengths, first_sentence
@@ -40,8 +41,9 @@ from training.cache.sidecar import CaptionRows, SampleEntry, write_sidecar
 from training.data.index import RawSample, ShardIndex
 from training.data.pictures import normalized, open_picture, picture_size
 from training.data.samples import BadSample, read_captions
-from training.data.transforms import AugmentConfig, ViewSpec, draw_augmentation, render, sample_generator
+from training.data.transforms import ViewSpec, draw_augmentation, render, sample_generator
 from training.data.writer import file_sha256
+from training.settings.augment import AugmentConfig
 
 __all__ = ["SidecarWriter", "cache_settings"]
 

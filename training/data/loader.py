@@ -24,7 +24,8 @@ from training.data.loose_files import CaptionFiles, PictureFolder
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, collate
 from training.data.store import TeacherStore
 from training.data.stream import ShardStream
-from training.data.transforms import AugmentConfig, ViewSpec, sample_generator
+from training.data.transforms import ViewSpec, sample_generator
+from training.settings.augment import AugmentConfig
 
 __all__ = ["Batch", "OpenStore", "SampleIndex", "ShardLoader", "build_loader", "epoch_order"]
 

@@ -22,10 +22,10 @@ from torchvision.transforms import functional as pil_ops
 
 from longclip_teacher.errors import InputError
 from training.data.pictures import Interpolation, Picture, pixels_of_pil, resized_crops
+from training.settings.augment import MAGNITUDE_BINS, AugmentConfig
 
 __all__ = [
     "RAND_AUGMENT_OPS",
-    "AugmentConfig",
     "Augmentation",
     "ViewSpec",
     "centre_crop",
@@ -53,7 +53,6 @@ RAND_AUGMENT_OPS: tuple[str, ...] = (
 )
 """torchvision's RandAugment operations in its order; DataCompDR stores an operation as its index here."""
 
-_MAGNITUDE_BINS = 31
 _STRONGEST = {"ShearX": 0.3, "ShearY": 0.3, "Rotate": 30.0} | dict.fromkeys(
     ("Brightness", "Color", "Contrast", "Sharpness"), 0.9
 )  # at the last bin, and either sign
@@ -71,38 +70,6 @@ class ViewSpec:
 
     image_size: int
     interpolation: Interpolation = "bicubic"
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Random crop and, optionally, flip and RandAugment."""
-
-    scale: tuple[float, float] = (0.9, 1.0)
-    """Area of the crop relative to the largest square in the picture. Keep it high: long captions describe all of
-    it."""
-    ratio: tuple[float, float] = (0.95, 1.05)
-    """Aspect ratio (width over height) of the crop, which is then resized to a square."""
-    rand_augment_ops: int = 0
-    """RandAugment operations per picture (MobileCLIP: 2); 0 is off. They change colours, which captions may name."""
-    rand_augment_magnitude: int = 9
-    """Strength of RandAugment, 0 to 30."""
-    flip: float = 0.0
-    """Probability of mirroring a picture. Keep it at 0: long captions mention left and right."""
-    centre: bool = False
-    """Take the largest centred square without randomness, whatever scale and ratio say."""
-
-    def __post_init__(self) -> None:
-        """Raise InputError for invalid ranges."""
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise InputError(f"augment scale {self.scale}: give two numbers, 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise InputError(f"augment ratio {self.ratio}: give two numbers, 0 < low <= high")
-        if self.rand_augment_ops < 0 or not 0 <= self.rand_augment_magnitude < _MAGNITUDE_BINS:
-            raise InputError("augment: rand_augment_ops must be 0 or more, rand_augment_magnitude 0 to 30")
-        if not 0 <= self.flip <= 1:
-            raise InputError(f"augment flip {self.flip}: give a probability, 0 to 1")
-        if self.centre and (self.flip or self.rand_augment_ops):
-            raise InputError("augment centre excludes randomness: set flip and rand_augment_ops to 0")
 
 
 @dataclass(frozen=True)
@@ -162,13 +129,13 @@ def rand_augment_magnitude(name: str, magnitude_bin: int, image_size: int = Augm
     """Return an operation's unsigned magnitude at one of the 31 bins, as in torchvision's RandAugment at
     `image_size`."""
     if name == "Posterize":
-        return 8.0 - round(magnitude_bin * 4 / (_MAGNITUDE_BINS - 1))  # number of bits that are kept
+        return 8.0 - round(magnitude_bin * 4 / (MAGNITUDE_BINS - 1))  # number of bits that are kept
     if name == "Solarize":
-        bins = torch.linspace(255.0, 0.0, _MAGNITUDE_BINS)
+        bins = torch.linspace(255.0, 0.0, MAGNITUDE_BINS)
     elif name in ("TranslateX", "TranslateY"):
-        bins = torch.linspace(0.0, 150.0 / 331.0 * image_size, _MAGNITUDE_BINS)
+        bins = torch.linspace(0.0, 150.0 / 331.0 * image_size, MAGNITUDE_BINS)
     else:
-        bins = torch.linspace(0.0, _STRONGEST.get(name, 0.0), _MAGNITUDE_BINS)
+        bins = torch.linspace(0.0, _STRONGEST.get(name, 0.0), MAGNITUDE_BINS)
     return float(bins[magnitude_bin])
 
 

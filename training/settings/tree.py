@@ -21,7 +21,7 @@ import tomli_w
 import tyro
 
 from longclip_teacher.errors import InputError
-from training.data.transforms import AugmentConfig
+from training.settings.augment import AugmentConfig
 from training.settings.losses import LossOptions
 from training.settings.options import (
     DataOptions,

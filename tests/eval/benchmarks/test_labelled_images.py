@@ -10,8 +10,9 @@ import pytest
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 
+from eval.benchmarks.dataset_names import DatasetName
 from eval.benchmarks.imagenet_classes import IMAGENET_SETS, imagenet_synsets
-from eval.benchmarks.labelled_images import DatasetName, find_labelled_images
+from eval.benchmarks.labelled_images import find_labelled_images
 from longclip_teacher.errors import InputError
 
 CIFAR10_NAMES = "airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n"

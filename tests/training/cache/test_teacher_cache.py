@@ -27,8 +27,9 @@ from training.data.index import ShardIndex
 from training.data.pictures import normalized, open_picture
 from training.data.samples import BadSample
 from training.data.store import choose_captions, choose_view
-from training.data.transforms import AugmentConfig, ViewSpec, render
+from training.data.transforms import ViewSpec, render
 from training.data.writer import caption_member, write_manifest, write_shard
+from training.settings.augment import AugmentConfig
 
 AUGMENT = AugmentConfig(scale=(0.5, 1.0), rand_augment_ops=2, flip=0.5)
 VIEWS, SEED, BAD = 3, 7, 4

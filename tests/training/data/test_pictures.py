@@ -16,7 +16,8 @@ from eval.base.images import open_image
 from longclip_teacher.errors import InputError
 from training.data import pictures
 from training.data.pictures import normalized, open_picture, picture_size, pixels_of_pil, resized_crops
-from training.data.transforms import AugmentConfig, ViewSpec, draw_augmentation, render, sample_generator
+from training.data.transforms import ViewSpec, draw_augmentation, render, sample_generator
+from training.settings.augment import AugmentConfig
 
 JPEGS: dict[str, dict[str, Any]] = {
     "q75": {"quality": 75, "subsampling": 2},

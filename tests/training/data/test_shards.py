@@ -25,8 +25,9 @@ from training.data.index import RawSample, ShardIndex, Stage, expand_patterns, s
 from training.data.loader import Batch, ShardLoader, build_loader, epoch_order
 from training.data.samples import BadSample, SampleDecoder, read_captions
 from training.data.stream import read_remote_shard
-from training.data.transforms import AugmentConfig, ViewSpec
+from training.data.transforms import ViewSpec
 from training.data.writer import caption_member, file_sha256, index_shard, write_manifest, write_shard
+from training.settings.augment import AugmentConfig
 
 TOKENIZER = CaptionTokenizer()
 NUM_SAMPLES = 41

@@ -22,8 +22,9 @@ from training.data.loader import ShardLoader, build_loader
 from training.data.loose_files import CaptionFiles, PictureFolder
 from training.data.samples import Batch
 from training.data.store import StoredDraw, TeacherFacts
-from training.data.transforms import Augmentation, AugmentConfig, ViewSpec
+from training.data.transforms import Augmentation, ViewSpec
 from training.data.writer import caption_member, write_manifest, write_shard
+from training.settings.augment import AugmentConfig
 
 TOKENIZER = CaptionTokenizer()
 

@@ -1,0 +1,77 @@
+"""start-up: how long every command takes to print its --help and to refuse an option.
+
+Each is measured against two baselines, a python that does nothing and one that imports torch: the first is the least
+that a command can take, the second is what it would take if it imported what it works with before it read its options.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benches.measure import BenchOptions, Row
+
+__all__ = ["COMMANDS", "bench_start_up"]
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("training", "eval", "scripts")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "run_command(main)" in path.read_text(encoding="utf-8")
+]
+"""Every command of the project, by its path."""
+ANSWERS = {"--help": "--help", "an unknown option": "--no-such-option"}
+_BASELINES = {"python alone": ("-c", "pass"), "importing torch": ("-c", "import torch")}
+
+
+@dataclass
+class _Run:
+    """One process from its start to its end."""
+
+    seconds: float
+    cpu_seconds: float
+    """User and system time of the process, which the load of the machine changes little."""
+    peak_gb: float
+
+
+def bench_start_up(options: BenchOptions) -> Iterator[Row]:
+    """Both answers of each command, in seconds of wall clock and of CPU; command and baselines take turns."""
+    for command in COMMANDS:
+        for name, argument in ANSWERS.items():
+            calls = {"ours": (command, argument), **_BASELINES}
+            runs: dict[str, list[_Run]] = {call: [] for call in calls}
+            for _ in range(options.rounds):
+                for call, arguments in calls.items():
+                    runs[call].append(_run(arguments))
+            for unit, field in (("s", "seconds"), ("CPU s", "cpu_seconds")):
+                median = {call: statistics.median(getattr(run, field) for run in runs[call]) for call in calls}
+                for baseline in _BASELINES:
+                    yield Row(
+                        case=f"{command}, {name}, against {baseline}",
+                        unit=unit,
+                        ours=median["ours"],
+                        baseline=median[baseline],
+                        ratio=median[baseline] / median["ours"],
+                        max_abs_diff=None,  # they compute nothing
+                        peak_gb=max(run.peak_gb for run in runs["ours"]),
+                    )
+
+
+def _run(arguments: tuple[str, ...]) -> _Run:
+    """Run python to its end, its output thrown away."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return _Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 1e9)
