@@ -70,7 +70,6 @@ class Options(EncodingOptions):
 if __name__ == "__main__":
     answer_early(Options)  # --help and refused options end here: the imports below take seconds
 
-import torch
 
 from eval.agreement import agreement
 from eval.base.environment import environment_record
@@ -78,7 +77,7 @@ from eval.benchmarks.labelled_images import find_labelled_images
 from eval.benchmarks.named_sets import is_plain_name, parse_sets, set_digest
 from eval.benchmarks.protocols import RetrievalSet
 from eval.command_line import show_recognised
-from eval.cost import measure_costs
+from eval.cost import cost_conditions, measure_costs
 from eval.long_captions import long_caption_behaviour
 from eval.measures.compare_measures import Kept, measure_retrieval, model_digest
 from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
@@ -136,6 +135,7 @@ def compare(options: Options) -> Comparison:
         set_digests=work.digests,
         zeroshot=list(folders),
         costs=work.costs(),
+        cost_conditions=cost_conditions(options.torch_device()),
         teacher=options.teacher,
         precision=options.precision,
         environment=environment_record(),
@@ -258,8 +258,7 @@ class Work:
         firsts = {name: seeds[0] for name, seeds in self.candidates.items()}
         inputs = {
             "models": {name: candidate.digest for name, candidate in firsts.items()},
-            "device": self.options.torch_device(),
-            "threads": torch.get_num_threads(),
+            "conditions": cost_conditions(self.options.torch_device()),
         }
 
         def measure() -> dict[str, Any]:

@@ -26,6 +26,8 @@ from eval.base.arguments import answer_early, read_options
 from eval.command_line import EvaluationOptions
 from longclip_teacher.errors import InputError, run_command
 
+_REPEATS, _FULL_REPEATS = 30, 10  # of measure_costs and of the command
+
 
 @dataclass
 class Options(EvaluationOptions):
@@ -35,10 +37,10 @@ class Options(EvaluationOptions):
     python eval/cost.py --checkpoint open_clip:ViT-B-32/openai --device cuda --precision fp16
     """
 
-    repeats: int = 10
-    """Each time is the median of so many."""
+    repeats: int = _FULL_REPEATS
+    """Calls that are timed; each figure is their median."""
     threads: int | None = None
-    """Threads on the CPU; unset: torch's default, one a core."""
+    """CPU threads. Unset: torch's default, one per core."""
     reparameterize: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
     batch_size: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 64
     num_workers: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
@@ -62,7 +64,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.towers.features import evaluation_mode, model_device
-from eval.towers.models import ClipModel, weights_file
+from eval.towers.models import ClipModel, describe_model, weights_file
 from eval.towers.open_clip_model import OpenClipModel
 from eval.towers.precision import Precision
 from longclip_teacher.atomic_files import write_json
@@ -73,6 +75,7 @@ __all__ = [
     "FULL_CAPTION_TOKENS",
     "Cost",
     "FullCost",
+    "cost_conditions",
     "count_flops",
     "measure_cost",
     "measure_costs",
@@ -90,13 +93,13 @@ FullCost: TypeAlias = dict[str, float | str | None]  # see measure_full_costs
 Calls: TypeAlias = dict[str, Callable[[], Tensor]]
 
 
-def measure_cost(model: ClipModel, weights: Path | None = None, *, repeats: int = 30) -> Cost:
+def measure_cost(model: ClipModel, weights: Path | None = None, *, repeats: int = _REPEATS) -> Cost:
     """The cost of one model; `weights` is the file whose size is told. See `measure_costs`."""
     return measure_costs({"model": model}, {} if weights is None else {"model": weights}, repeats=repeats)["model"]
 
 
 def measure_costs(
-    models: Mapping[str, ClipModel], weights: Mapping[str, Path] | None = None, *, repeats: int = 30
+    models: Mapping[str, ClipModel], weights: Mapping[str, Path] | None = None, *, repeats: int = _REPEATS
 ) -> dict[str, Cost]:
     """The costs of several models, measured in turns so that a machine that slows down favours none of them.
 
@@ -126,8 +129,13 @@ def measure_costs(
     }
 
 
+def cost_conditions(device: torch.device | str, repeats: int = _REPEATS) -> str:
+    """The conditions of `measure_costs` on this machine in one phrase, for tables and pages."""
+    return f"batch 1, float32, {device}, {_threads(torch.get_num_threads())}, median of {repeats} calls"
+
+
 def measure_full_cost(
-    model: ClipModel, weights: Path | None = None, *, repeats: int = 10, precision: Precision = "fp32"
+    model: ClipModel, weights: Path | None = None, *, repeats: int = _FULL_REPEATS, precision: Precision = "fp32"
 ) -> FullCost:
     """The full cost of one model; `weights` is the file whose size is told. See `measure_full_costs`."""
     named = {} if weights is None else {"model": weights}
@@ -138,7 +146,7 @@ def measure_full_costs(
     models: Mapping[str, ClipModel],
     weights: Mapping[str, Path] | None = None,
     *,
-    repeats: int = 10,
+    repeats: int = _FULL_REPEATS,
     precision: Precision = "fp32",
 ) -> dict[str, FullCost]:
     """What several models cost, each as one flat dict; timed in turns, in the way of `measure_costs`.
@@ -153,7 +161,7 @@ def measure_full_costs(
     peak_bytes_b1, peak_bytes_b32        memory of the weights and of the tensors alive at a time in the call that holds
                                          most, its input aside: pictures, or the longest captions above that fit
     image_size, context_length           pixels, tokens
-    precision, device, machine, threads, torch      where and how it was measured
+    precision, repeats, device, machine, threads, torch     how and where it was measured
 
     FLOPs are multiplications plus additions, twice the multiply-accumulates (MACs) that some papers call FLOPs, of
     matrix products, convolutions and attention as computed, masked or not; norms, activations and additions are left
@@ -180,6 +188,7 @@ def measure_full_costs(
             "image_size": model.image_size,
             "context_length": model.context_length,
             "precision": precision,
+            "repeats": repeats,
             **_machine(model_device(model)),
         }
     return costs
@@ -347,7 +356,7 @@ def main() -> None:
             weights["reparameterised"] = Path(folder) / "fused.safetensors"
             save_student(fused, weights["reparameterised"])
         costs = measure_full_costs(models, weights, repeats=options.repeats, precision=options.precision)
-    print_table(costs)
+    print_table(costs, describe_model(model))
     if options.json is not None:
         write_json(options.json, {"checkpoint": options.checkpoint, "costs": costs})
 
@@ -368,10 +377,10 @@ _ROWS = (  # label, key, what the figure is divided by, format
 )
 
 
-def print_table(costs: Mapping[str, FullCost]) -> None:
-    """The figures as a table on stdout, a column a model."""
+def print_table(costs: Mapping[str, FullCost], model: str) -> None:
+    """The figures as a table on stdout, a column for each form of `model`, and the conditions below it."""
     first: dict[str, Any] = next(iter(costs.values()))
-    table = Table(title=f"{first['image_size']} px, {first['context_length']} tokens", title_justify="left")
+    table = Table(title=f"{model}, pictures of {first['image_size']} px", title_justify="left")
     table.add_column("")
     for name in costs:
         table.add_column(name, justify="right")
@@ -383,9 +392,19 @@ def print_table(costs: Mapping[str, FullCost]) -> None:
         )
     console = Console()
     console.print(table)
-    where = f"{first['machine']} ({first['device']}), {first['threads']} threads, {first['precision']}"
-    for note in (where, "FLOPs are 2 x MACs; memory is that of tensors: weights and the most a call has alive"):
+    notes = [
+        f"{first['machine']} ({first['device']}), {_threads(first['threads'])}, {first['precision']}",
+        f"each time is the median of {first['repeats']} calls and is that of the whole batch",
+        "FLOPs are 2 x MACs; memory is that of tensors: the weights and the most that a call has alive",
+    ]
+    if len(costs) > 1:
+        notes.insert(0, "reparameterised: the branches of the loaded model are fused; the features stay the same")
+    for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' * (number != 1)}"
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ from eval.benchmarks.checksums import SHA256SUMS, verify_sha256sums
 from eval.benchmarks.protocols import PROTOCOLS, TIES, load_retrieval_set
 from eval.measures.retrieval_set import encode_retrieval_set, retrieval_figures
 from eval.measures.retrieved_text import retrieved_text_quality
+from eval.towers.models import describe_model
 from longclip_teacher.atomic_files import write_json
 
 
@@ -98,7 +99,12 @@ def run(options: Options, root: Path) -> dict[str, Any]:
     figures = retrieval_figures(model, retrieval_set, encoded)
     if options.retrieved_text:
         figures["retrieved_text"] = retrieved_text_quality(encoded)
-    return {"checkpoint": options.checkpoint, "precision": options.precision, **figures}
+    return {
+        "checkpoint": options.checkpoint,
+        "model": describe_model(model),
+        "precision": options.precision,
+        **figures,
+    }
 
 
 def _verify(root: Path) -> dict[str, Tensor]:
@@ -108,7 +114,7 @@ def _verify(root: Path) -> dict[str, Tensor]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The figures as a table on stdout."""
+    """The figures as a table on stdout, and below it the conditions under which they hold."""
     table = Table(title=f"{result['protocol']}: {result['num_images']} pictures, {result['num_texts']} captions")
     for column in ("", "R@1 %", "R@5 %", "R@10 %", "mean rank", "median rank"):
         table.add_column(column, justify="right" if column else "left")
@@ -117,7 +123,13 @@ def print_table(result: dict[str, Any]) -> None:
         table.add_row(name, *(f"{figures[key]:.1f}" for key in ("r1", "r5", "r10", "mean_rank", "median_rank")))
     console = Console()
     console.print(table)
-    notes = [f"{result['num_truncated']} captions cut at {result['context_length']} tokens"]
+    notes = [
+        "R@k: per cent of the queries with a right answer among the first k of all "
+        f"{result['num_texts']} captions or {result['num_images']} pictures",
+        f"{result['num_truncated']} captions cut at {result['context_length']} tokens",
+    ]
+    if "model" in result:
+        notes.insert(0, f"{result['model']}, {result['precision']}")
     if text := result.get("retrieved_text"):
         notes.append(f"captions found: BLEU-4 {text['bleu4']:.1f}, {text['distinct_captions']:.1f}% of them distinct")
     if result["num_unreadable"]:

@@ -17,7 +17,7 @@ from eval.measures.compare_measures import examples_of
 from eval.measures.figures import Column, best_models, format_figure
 from eval.measures.recall import RECALL_AT
 from eval.pages.charts import line_chart, scatter_chart
-from eval.pages.compare_tables import INTERVAL_METHOD, WAYS, Comparison, Summary, queries_of
+from eval.pages.compare_tables import COST_METHOD, INTERVAL_METHOD, WAYS, Comparison, Summary, queries_of
 from eval.pages.report import Chart, PlainTable, Report, model_colours
 
 __all__ = ["comparison_report", "length_bins"]
@@ -79,6 +79,7 @@ def _paragraphs(comparison: Comparison) -> list[str]:
         *tests,
         *several,
         INTERVAL_METHOD,
+        f"Times and parameters: {COST_METHOD} {comparison.cost_conditions}.",
     ]
 
 

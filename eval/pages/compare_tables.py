@@ -27,6 +27,10 @@ INTERVAL_METHOD = (
     "a model has several seeds, the interval is that of their mean, and ± is the standard deviation between the seeds: "
     "what another training would change stands in ± alone."
 )
+COST_METHOD = (
+    "each model is measured as it was loaded, so that a student's branches are fused only where its description says "
+    "so. A time is that of one picture, or of one caption of 100 tokens, in the tower alone:"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Comparison:
     set_digests: Mapping[str, str]
     zeroshot: Sequence[str]
     costs: Mapping[str, Mapping[str, Any]]
+    cost_conditions: str
+    """Batch, precision, device, threads and repeats of the times in `costs`."""
     teacher: str | None
     precision: str
     environment: Mapping[str, Any]
@@ -193,6 +199,7 @@ def comparison_json(comparison: Comparison, summary: Summary) -> dict[str, Any]:
         "teacher": comparison.teacher,
         "precision": comparison.precision,
         "intervals": INTERVAL_METHOD,
+        "cost_conditions": comparison.cost_conditions,
         "sets": {
             name: {
                 "protocol": found.name,
@@ -239,6 +246,7 @@ def comparison_markdown(comparison: Comparison, summary: Summary) -> str:
             for name in summary.figures
         ),
         f"In brackets: {INTERVAL_METHOD}",
+        f"Times and parameters: {COST_METHOD} {comparison.cost_conditions}.",
         *(
             f"{name}: {found.name}, {len(found.images)} pictures, {len(found.captions)} captions, "
             f"sha256 {comparison.set_digests[name][:12]}."

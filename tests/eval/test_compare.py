@@ -76,8 +76,11 @@ def test_from_checkpoints_to_page_and_on_again(
     assert table[0].startswith("| model | colours picture → caption, R@1, %") and table[2].startswith("| teacher | ")
     assert {line.count("|") for line in table[:4]} == {table[0].count("|")}
     page = (out / "report.html").read_text()
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    assert f"float32, cpu, {threads}, median of 30 calls" in "".join(table)
     for heading in ("Difference from teacher", "Agreement with teacher on colours", "Worst failures of student",
-                    "Recall against time", "Recall against number of sentences", "Mind:"):  # fmt: skip
+                    "Recall against time", f"float32, cpu, {threads}, median of 30 calls",
+                    "Recall against number of sentences", "Mind:"):  # fmt: skip
         assert heading in page, heading
 
     # again: nothing is encoded; with other weights under the old path that model alone is measured anew

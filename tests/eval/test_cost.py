@@ -207,6 +207,7 @@ def test_the_command(
         shown, written = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
         assert list(written["costs"]) == names
         assert all(name in shown for name in names) and "FLOPs are 2 x MACs" in shown
+        assert "median of 1 calls" in shown and ("branches of the loaded model are fused" in shown) == (len(names) > 1)
         assert all(cost["bytes"] > cost["params"] for cost in written["costs"].values())
     assert "-" in shown  # no caption of 248 tokens for this teacher
     monkeypatch.setattr(sys, "argv", ["cost.py", "--checkpoint", str(tmp_path / "run"), "--threads", "0"])
