@@ -1,4 +1,4 @@
-"""Weights in, weights out: the published Long-CLIP files, CLIP ViT checkpoints and our own safetensors to a LongCLIP.
+"""Read the published Long-CLIP files, CLIP ViT checkpoints and our own safetensors into a LongCLIP, and write ours.
 
 A file goes through three steps: its keys become ours (`key_layouts`), the tower shapes are read from the weights (our
 own files hold a configuration instead), and the table of positions is stretched or cut, and split, to fit.
@@ -37,10 +37,10 @@ __all__ = ["HUB_NAMES", "export_official", "load_teacher", "save_teacher", "teac
 logger = logging.getLogger(__name__)
 _FORMAT, _KIND = "compact-longclip", "teacher"
 _CLIP_CONTEXT_LENGTH = 77
-_HEAD_WIDTH = 64  # of every CLIP ViT; no weight's shape tells it
+_HEAD_WIDTH = 64  # the same in every CLIP ViT; it cannot be read from any weight's shape
 
 
-# name: repository, and its weight files of which the first that exists is taken; all are QuickGELU models
+# name: repository and its weight files, of which the first that exists is read; all are QuickGELU models
 _HUB_FILES = {
     "longclip-b": ("BeichenZhang/LongCLIP-B", ["longclip-B.pt"]),
     "longclip-l": ("BeichenZhang/LongCLIP-L", ["longclip-L.pt"]),
@@ -60,10 +60,10 @@ def load_teacher(
     """A frozen teacher in eval mode, from a weight file, a run folder (its best weights) or a hub name (`HUB_NAMES`).
 
     Files: the published `longclip-*.pt`; a CLIP ViT as safetensors or state dict with the keys of OpenAI, open_clip or
-    transformers; what `save_teacher` wrote. `context_length` is the file's own unless given, but 248 for a CLIP of 77
-    positions, which are stretched. `activation` must be given where the file cannot tell it: for CLIPs that are not
-    evidently OpenAI's. The log names the file's sha256, and the model that was recognised in a file of others. Whatever
-    does not fit raises InputError in one line.
+    transformers; what `save_teacher` wrote. `context_length` defaults to the file's own, except that a CLIP of 77
+    positions is stretched to 248. `activation` must be given for a CLIP file that is not evidently OpenAI's, because
+    the weights do not show it. The log names the file's sha256 and, for files that are not ours, the model that was
+    recognised. Anything that does not fit raises InputError in one line.
     """
     path = teacher_file(name_or_path)
     if not Path(name_or_path).exists():  # from the hub
@@ -109,17 +109,17 @@ def save_teacher(model: LongCLIP, path: str | Path) -> None:
 
 
 def export_official(model: LongCLIP) -> dict[str, Tensor]:
-    """The state dict of the published Long-CLIP layout, for `torch.save` and the published code.
+    """The state dict in the published Long-CLIP layout, for `torch.save` and the published code.
 
-    Both position tables hold all rows. Raises InputError for a model which that code cannot build: another stem,
-    activation, head width or context than Long-CLIP's.
+    Both position tables hold all rows. Raises InputError for a model that the published code cannot build, because its
+    stem, activation, head width or context length differs from Long-CLIP's.
     """
     config = model.config
     has_clip_heads = all(tower.width == _HEAD_WIDTH * tower.heads for tower in (config.image, config.text))
     is_clip_vit = config.image.stem == "patch" and config.activation == "quickgelu" and has_clip_heads
     if not is_clip_vit or config.text.context_length != CONTEXT_LENGTH:
         raise InputError(
-            "only a CLIP ViT with QuickGELU, heads of 64 channels and 248 tokens fits the published layout: "
+            "the published layout holds only a CLIP ViT with QuickGELU, heads of 64 channels and 248 tokens: "
             "save this model with save_teacher"
         )
     tensors = {key.removeprefix("text."): value.detach().clone() for key, value in model.state_dict().items()}
@@ -159,7 +159,7 @@ def _config_inside(file: WeightsFile) -> TeacherConfig:
 
 
 def _own_tensors(file: WeightsFile) -> dict[str, Tensor]:
-    """Our file's tensors with one whole table of positions, as the other layouts have after `to_our_keys`."""
+    """The tensors of our file with one whole table of positions, as `to_our_keys` returns for the other layouts."""
     tensors = dict(file.tensors)
     parts = []
     for key in (FROZEN_POSITIONS, POSITIONS):
@@ -177,7 +177,9 @@ def _config_from_weights(tensors: dict[str, Tensor], activation: Activation | No
         if key not in tensors:
             raise InputError(f"{path} holds no CLIP ViT: it lacks {key}")
         if tensors[key].ndim != num_dims:
-            raise InputError(f"{path}: {key} is {tuple(tensors[key].shape)}, not of {num_dims} dimensions")
+            raise InputError(
+                f"{path}: {key} has the shape {tuple(tensors[key].shape)} instead of {num_dims} dimensions"
+            )
         return tensors[key].shape
 
     def layers(tower: str) -> int:
@@ -192,7 +194,7 @@ def _config_from_weights(tensors: dict[str, Tensor], activation: Activation | No
     for tower, width in (("image", image_width), ("text", text_width)):
         if width % _HEAD_WIDTH:
             raise InputError(
-                f"{path}: the {tower} tower is {width} wide, which is no multiple of CLIP's {_HEAD_WIDTH} a head"
+                f"{path}: the {tower} tower is {width} wide, which is not a multiple of CLIP's head width {_HEAD_WIDTH}"
             )
     if activation is None:
         raise InputError(
@@ -211,11 +213,11 @@ def _config_from_weights(tensors: dict[str, Tensor], activation: Activation | No
 
 
 def _build(config: TeacherConfig, tensors: dict[str, Tensor], context_length: int | None, path: Path) -> LongCLIP:
-    """A model of `config` at `context_length` (None: as it is) with exactly `tensors`."""
+    """A model of `config` with exactly `tensors`; `context_length` None keeps the configuration's."""
     table = tensors[POSITIONS].float()
     if len(table) != config.text.context_length:
         raise InputError(
-            f"{path} holds {len(table)} text positions, its configuration says {config.text.context_length}"
+            f"{path} holds {len(table)} text positions, but its configuration says {config.text.context_length}"
         )
     if context_length is not None:
         table = stretch_positions(table, context_length)
@@ -227,11 +229,11 @@ def _build(config: TeacherConfig, tensors: dict[str, Tensor], context_length: in
         FROZEN_POSITIONS: table[: config.num_frozen_positions],
         POSITIONS: table[config.num_frozen_positions :],
     }
-    with torch.device("meta"):  # shapes only: no time for random weights, no memory for a configuration that lies
+    with torch.device("meta"):  # shapes only: saves drawing random weights, and a false configuration takes no memory
         model = LongCLIP(config)
     num_wanted = sum(value.numel() for value in model.state_dict().values())
     if num_wanted > 2 * sum(value.numel() for value in tensors.values()):
-        raise InputError(f"{path} holds far fewer weights than its configuration asks for")
+        raise InputError(f"{path} holds far fewer weights than its configuration needs")
     model.to_empty(device="cpu")
     load_strictly(model, tensors, path)
     return model

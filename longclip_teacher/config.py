@@ -1,4 +1,4 @@
-"""The shape of a Long-CLIP teacher: what its weight file must say beyond the weights, and the named shapes."""
+"""The configuration of a Long-CLIP teacher, which its weight file stores beside the weights, and the named ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TEACHERS", "ImageTowerConfig", "TeacherConfig", "TextTowerConfig"]
 
 Stem = Literal["patch", "conv"]
 Interpolation = Literal["bicubic", "bilinear"]
-_LARGEST = {"layers": 1000}  # no true size comes near these; a hostile file must not keep the machine busy
+_LARGEST = {"layers": 1000}  # no real size comes near these; a hostile file must not keep the machine busy
 _LARGEST_ELSE = 1 << 20
 
 
@@ -26,24 +26,24 @@ class ImageTowerConfig:
     size: int
     """Side of the picture in pixels."""
     patch: int
-    """Side of a patch in pixels; divides `size`."""
+    """Side of a patch in pixels; must divide `size`."""
     width: int
     """Channels of a token."""
     layers: int
     """Transformer blocks."""
     heads: int
-    """Attention heads; divide `width`."""
+    """Attention heads; must divide `width`."""
     stem: Stem = "patch"
-    """`patch`: one convolution, as in CLIP. `conv`: stride-2 3x3 convolutions; the patch is then a power of two."""
+    """`patch`: one convolution, as in CLIP. `conv`: stride-2 3x3 convolutions; `patch` must then be a power of two."""
 
     def __post_init__(self) -> None:
         _check_tower("image", asdict(self))
         if self.size % self.patch:
-            raise InputError(f"image size {self.size} is no multiple of the patch {self.patch}")
+            raise InputError(f"image size {self.size} is not a multiple of the patch {self.patch}")
         _check_choice("image stem", self.stem, get_args(Stem))
         if self.stem == "conv" and (self.patch < 2 or self.patch & (self.patch - 1)):
             raise InputError(
-                f"a conv stem halves the picture again and again, so patch {self.patch} must be a power of 2"
+                f"a conv stem halves the picture at each step: patch must be a power of 2, not {self.patch}"
             )
 
 
@@ -54,11 +54,11 @@ class TextTowerConfig:
     width: int
     """Channels of a token."""
     heads: int
-    """Attention heads; divide `width`."""
+    """Attention heads; must divide `width`."""
     layers: int
     """Transformer blocks."""
     context_length: int = CONTEXT_LENGTH
-    """Most tokens of a caption, SOT and EOT included."""
+    """Longest caption in tokens, SOT and EOT included."""
     vocab_size: int = VOCAB_SIZE
     """Rows of the token embedding."""
 
@@ -68,7 +68,7 @@ class TextTowerConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """All that, beside the weights, decides a teacher's features."""
+    """Everything besides the weights that decides a teacher's features."""
 
     embed_dim: int
     """Width of the image and text features."""
@@ -77,13 +77,13 @@ class TeacherConfig:
     text: TextTowerConfig
     """The text tower."""
     activation: Activation = "quickgelu"
-    """`quickgelu` in OpenAI's and Long-CLIP's weights, `gelu` in most of open_clip's."""
+    """`quickgelu` for OpenAI's and Long-CLIP's weights, `gelu` for most of open_clip's."""
     num_frozen_positions: int = 0
-    """Text positions that training leaves alone: 20 where they come from CLIP, 0 from scratch."""
+    """Text positions that training does not change: 20 if they come from CLIP, 0 from scratch."""
     mean: tuple[float, float, float] = OPENAI_DATASET_MEAN
-    """Subtracted from the RGB values in 0..1."""
+    """Subtracted from the RGB values, which lie in 0..1."""
     std: tuple[float, float, float] = OPENAI_DATASET_STD
-    """What the difference is divided by."""
+    """Divides the result, channel by channel."""
     interpolation: Interpolation = "bicubic"
     """Resampling of the input pictures."""
 
@@ -95,7 +95,7 @@ class TeacherConfig:
             raise InputError(f"num_frozen_positions is {self.num_frozen_positions}, not 0..{self.text.context_length}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The configuration as plain values for JSON."""
         return asdict(self)
 
     def describe(self) -> str:
@@ -105,11 +105,11 @@ class TeacherConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TeacherConfig:
-        """The inverse of `to_dict`, also after JSON; raises InputError for a missing, unknown or impossible value."""
+        """The inverse of `to_dict`, also after JSON; raises InputError for missing, unknown and impossible values."""
         try:
             mean, std = tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
             if len(mean) != 3 or len(std) != 3:
-                raise InputError("mean and std of a teacher configuration have three values each")
+                raise InputError("mean and std of a teacher configuration need three values each")
             image, text = ImageTowerConfig(**values["image"]), TextTowerConfig(**values["text"])
             return cls(**{**values, "image": image, "text": text, "mean": mean, "std": std})
         except KeyError as error:
@@ -123,7 +123,7 @@ def _check_tower(tower: str, values: dict[str, Any]) -> None:
         if name != "stem":
             _check_size(f"{tower} {name}", value)
     if values["width"] % values["heads"]:
-        raise InputError(f"{tower} width {values['width']} does not divide into {values['heads']} heads")
+        raise InputError(f"{tower} width {values['width']} is not a multiple of its {values['heads']} heads")
 
 
 def _check_size(name: str, value: object) -> None:

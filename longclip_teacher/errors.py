@@ -1,4 +1,4 @@
-"""What a user did wrong ends in one line and exit code 2, never in a traceback."""
+"""A user's mistake ends in one line and exit code 2, never in a traceback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
+    except BrokenPipeError:  # the program that read our output (head, less) has ended
         sys.stderr.close()
         raise SystemExit(141) from None
 

@@ -1,7 +1,7 @@
-"""The keys of other people's CLIP checkpoints, turned into those of LongCLIP.
+"""Rename the keys of published CLIP checkpoints to LongCLIP's.
 
 Layouts: OpenAI's (open_clip's `CLIP` and Long-CLIP share it), open_clip's `CustomTextCLIP` (the text tower under
-`text.`) and transformers' `CLIPModel` (query, key and value apart, projections transposed).
+`text.`) and transformers' `CLIPModel` (separate query, key and value; transposed projections).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["FROZEN_POSITIONS", "POSITIONS", "to_our_keys"]
 
 POSITIONS = "text.positional_embedding"
 FROZEN_POSITIONS = "text.frozen_positional_embedding"
-_POSITIONS_RES = "text.positional_embedding_res"  # Long-CLIP's second table: the rows from 20 on are used
+_POSITIONS_RES = "text.positional_embedding_res"  # Long-CLIP's second table, used from row 20 on
 
 _OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # only OpenAI's own files carry these numbers
 _TRANSFORMERS_NAMES = {
@@ -50,13 +50,13 @@ _QUERY_KEY_VALUE = tuple(f"self_attn.{name}_proj" for name in "qkv")
 
 
 def to_our_keys(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
-    """LongCLIP's keys with one whole table of text positions, and whether the layout itself says QuickGELU.
+    """The tensors under LongCLIP's keys with one whole table of positions, and whether the layout implies QuickGELU.
 
-    It does for Long-CLIP's two tables and for OpenAI's constants. A key that is not understood is kept, for the strict
-    load to name. Raises InputError for a ResNet CLIP and for two tables that do not match.
+    Long-CLIP's two tables and OpenAI's constants imply it. An unknown key is kept, so that the strict load names it.
+    Raises InputError for a ResNet CLIP and for two tables that do not match.
     """
     if any(key.startswith("visual.layer1.") for key in tensors):
-        raise InputError(f"{path} is a CLIP with a ResNet image tower: only vision transformers are read")
+        raise InputError(f"{path} is a CLIP with a ResNet image tower: only vision transformers are supported")
     if any(key.startswith("text_model.") for key in tensors):
         return _from_transformers(tensors, path), False
     is_openai = all(key in tensors for key in _OPENAI_CONSTANTS)

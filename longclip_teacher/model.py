@@ -1,7 +1,7 @@
 """Long-CLIP: open_clip's two transformers, reading captions of 248 tokens.
 
-Only what a feature depends on is computed: distinct captions are encoded at their own length, and the last block of
-each tower works on the one position that is pooled. All of it is exact.
+The towers compute only what a feature depends on: each distinct caption is encoded once, at its own length, and the
+last block of each tower computes only the position that is pooled. The features stay the same to 1e-5.
 
 Shapes: B batch, L tokens, T tokens of several captions end to end, N patches + class token, W tower width,
 D embedding width.
@@ -31,9 +31,9 @@ from longclip_teacher.trace import Trace
 __all__ = ["LongCLIP", "create_teacher"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"quickgelu": QuickGELU, "gelu": nn.GELU}
-_PACKED_DEVICES = ("cpu",)  # elsewhere attention over one length at a time is too many small launches
-_SMALLEST_BUCKET = 64  # captions; on an accelerator launching a small batch costs more than its padding
-_PACK_TOKENS = 1024  # on the CPU, where what a block makes of more leaves the caches
+_PACKED_DEVICES = ("cpu",)  # elsewhere, attention over one length at a time needs too many small launches
+_SMALLEST_BUCKET = 64  # captions; on an accelerator, launching a small batch costs more than its padding
+_PACK_TOKENS = 1024  # on the CPU, where the activations of more tokens no longer fit in the caches
 
 
 class LongCLIP(nn.Module):
@@ -54,10 +54,10 @@ class LongCLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, tokens: Int[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
-        """Features of token ids of any length L; captions beyond `context_length` are cut there with EOT kept.
+        """Features of token ids of any length L; captions beyond `context_length` are cut there, with EOT kept.
 
-        Distinct captions are encoded once, in groups of like length. A causal tower never sees what follows EOT, so
-        this equals the full padded pass, unit-norm features to 1e-5.
+        Each distinct caption is encoded once, in groups of similar length. A causal tower never sees what follows EOT,
+        so the unit-norm features equal those of the full padded pass to 1e-5.
         """
         tokens = truncate(tokens, self.context_length)
         if not len(tokens):
@@ -85,13 +85,13 @@ class LongCLIP(nn.Module):
         return torch.cat(groups)[torch.tensor([place[row] for row in same_as], device=tokens.device)]
 
     def trace_image(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B D"], Trace]:
-        """`encode_image` and what it computes on the way; features equal to 1e-5, the last block computed in full."""
+        """The features of `encode_image`, equal to 1e-5, and the trace of its layers, the last block in full."""
         return self.visual.traced(images)
 
     def trace_text(self, tokens: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B D"], Trace]:
-        """`encode_text` and what it computes on the way; features equal to 1e-5.
+        """The features of `encode_text`, equal to 1e-5, and the trace of its layers.
 
-        The trace is as long as the longest caption (with `trim_captions` off, as the context), pads included.
+        The trace has the length of the longest caption (of the context, if `trim_captions` is off), pads included.
         """
         tokens = truncate(tokens, self.context_length)
         if self.trim_captions:
@@ -136,7 +136,7 @@ class LongCLIP(nn.Module):
 
 
 class ImageTransformer(VisionTransformer):
-    """open_clip's ViT, pooled at the class token; the patches come from one convolution or from a stack of them."""
+    """open_clip's ViT, pooled at the class token; one convolution, or a stack of them, makes the patches."""
 
     def __init__(self, config: TeacherConfig) -> None:
         image = config.image
@@ -181,8 +181,8 @@ class ImageTransformer(VisionTransformer):
 class CaptionTransformer(TextTransformer):
     """open_clip's causal text transformer for any length up to its context, with Long-CLIP's two position tables.
 
-    The first rows are a buffer, out of reach of gradients and weight decay, the others a parameter: what the published
-    code does with two full tables and two masks (Long-CLIP, section 3.2).
+    The first rows are a buffer, which gradients and weight decay do not reach, and the others a parameter. The
+    published code does the same with two full tables and two masks (Long-CLIP, section 3.2).
     """
 
     frozen_positional_embedding: Float[Tensor, "K W"]
@@ -234,10 +234,10 @@ class CaptionTransformer(TextTransformer):
         return self.ln_final(pooled) @ self.text_projection, Trace(embedding, embedded, *layers, valid, causal=True)
 
     def packed(self, tokens: Int[Tensor, "B L"], lengths: Sequence[int]) -> Float[Tensor, "B D"]:
-        """The same of captions that have these lengths, without computing a single pad.
+        """Features of captions of these lengths, sorted, without computing a single pad.
 
-        The captions lie end to end, and each token is by itself in all but attention. That runs over captions of one
-        length at a time: sort them by length, and such captions are one batch with no mask but the causal one.
+        The captions lie end to end. Only attention mixes tokens, and it runs over the captions of one length at a
+        time: sorted by length, they form a batch that needs no mask but the causal one.
         """
         is_real = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
         positions = is_real.nonzero()[:, 1]  # [T]
@@ -255,14 +255,14 @@ class CaptionTransformer(TextTransformer):
 def create_teacher(name_or_config: str | TeacherConfig, context_length: int | None = None) -> LongCLIP:
     """A LongCLIP with random weights, ready to train: `tiny`, `small`, `b16`, `l14` or a configuration.
 
-    `context_length` overrides the configuration's (248 for the names). An unknown name raises InputError.
+    `context_length` overrides the configuration's (248 for named ones). An unknown name raises InputError.
     """
     if isinstance(name_or_config, TeacherConfig):
         config = name_or_config
     elif name_or_config in TEACHERS:
         config = TEACHERS[name_or_config]
     else:
-        raise InputError(f"no teacher is called {name_or_config!r}: choose one of {', '.join(TEACHERS)}")
+        raise InputError(f"there is no teacher {name_or_config!r}: choose one of {', '.join(TEACHERS)}")
     if context_length is not None:
         config = replace(config, text=replace(config.text, context_length=context_length))
     return LongCLIP(config)
@@ -274,7 +274,8 @@ def _block_at(
     position: Int[Tensor, " B"],
     hidden: Bool[Tensor, "B N"] | None,
 ) -> Float[Tensor, "B W"]:
-    """What `block` makes of one position a row; `hidden` keys are not attended. The other positions cost only keys."""
+    """The output of `block` at one position per row, without attending to `hidden` keys. The other positions only give
+    keys and values."""
     rows = torch.arange(len(x), device=x.device)
     keys = block.ln_1(x)
     query = keys[rows, position].unsqueeze(1)  # [B, 1, W]
@@ -286,7 +287,7 @@ def _block_at(
 def _traced_blocks(
     blocks: Iterable[nn.Module], x: Float[Tensor, "B L W"], *, is_causal: bool
 ) -> tuple[Float[Tensor, "B L W"], tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]]:
-    """What comes out of the last block, and of each block its output, queries, keys and values."""
+    """The output of the last block, and the output, queries, keys and values of each block."""
     layers: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
     for block in blocks:
         assert isinstance(block, ResidualAttentionBlock)
@@ -307,7 +308,8 @@ def _attend_packed(
     runs: Sequence[tuple[int, int]],
     eot: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "T W"] | Float[Tensor, "B W"]:
-    """Causal self-attention in each caption of `runs` (captions, their length); with `eot`, of these tokens alone."""
+    """Causal self-attention within each caption of `runs` (number of captions, their length); with `eot`, for these
+    tokens alone."""
     width, heads = attention.embed_dim, attention.num_heads
     assert attention.in_proj_weight is not None and attention.in_proj_bias is not None
     weights, biases = (
@@ -339,7 +341,7 @@ def _packs(lengths: Sequence[int]) -> list[slice]:
 
 
 def _conv_stem(image: ImageTowerConfig) -> nn.Sequential:
-    """Stride-2 3x3 convolutions to one position a patch (Early Convolutions Help Transformers See Better, sec. 4)."""
+    """Stride-2 3x3 convolutions to one position per patch (Early Convolutions Help Transformers See Better, sec. 4)."""
     layers: list[tuple[str, nn.Module]] = []
     num_convs = image.patch.bit_length() - 1
     channels = 3

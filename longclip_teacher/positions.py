@@ -1,4 +1,4 @@
-"""Stretching a learned table of text positions, 77 to 248, without disturbing the positions CLIP trained well.
+"""Stretch a learned table of text positions from 77 to 248 without disturbing those that CLIP trained well.
 
 Shapes: T old positions, L new positions, D embedding width.
 """
@@ -20,7 +20,7 @@ _RATIO = 4  # new positions per old one beyond the kept rows
 
 
 def stretched_length(num_positions: int) -> int:
-    """How many positions the stretch makes of `num_positions`: 77 -> 248."""
+    """Number of positions after stretching `num_positions`: 77 -> 248."""
     return NUM_KEPT_POSITIONS + _RATIO * (num_positions - NUM_KEPT_POSITIONS)
 
 
@@ -30,11 +30,11 @@ def stretch_positions(
     """Knowledge-preserved stretching (Long-CLIP, section 3.2): keep the first 20 rows, interpolate the others by 4.
 
     `published` is the table of the released Long-CLIP weights: row 20 + 4i + j lies j/4 of the way from old row 20 + i
-    to the next, and the last four rows, which have no next, go on in the direction of the last step. `paper` spreads
-    the old rows evenly instead, so that the last new row is the last old row and nothing is extrapolated.
+    to the next, and the last four rows, which have no next, continue the last step. `paper` spreads the old rows evenly
+    instead, so that the last new row is the last old row and nothing is extrapolated.
 
-    A `context_length` of at most T gives the table's first rows. `published` also gives any prefix of the stretched
-    table (up to 248 for T = 77); `paper` any length. Other lengths raise InputError.
+    A `context_length` of at most T gives the table's first rows. Beyond T, `published` gives any prefix of the
+    stretched table (up to 248 for T = 77) and `paper` any length. Other lengths raise InputError.
     """
     num_positions = len(table)
     if context_length <= num_positions:
@@ -55,7 +55,7 @@ def stretch_positions(
 
 
 def _rows_between(table: Tensor, offset: Float[Tensor, " N"]) -> Float[Tensor, "20+N D"]:
-    """The kept rows, then the table read at fractional rows 20 + `offset`; past the end the last step is continued."""
+    """The kept rows, then the table at fractional rows 20 + `offset`; past the end, the last step continues."""
     lower = offset.floor().long().clamp(max=len(table) - NUM_KEPT_POSITIONS - 2)
     weight = (offset - lower).unsqueeze(1).to(table)  # above 1 past the end
     rest = table[NUM_KEPT_POSITIONS:]

@@ -1,6 +1,6 @@
-"""What a transformer tower computes on the way to its features, for losses that compare two towers layer by layer.
+"""The activations inside a transformer tower, for losses that compare two towers layer by layer.
 
-Shapes: B samples, L tokens (of a picture: class tokens, then patches), C tower width, H heads.
+Shapes: B samples, L tokens (for a picture: class tokens, then patches), C tower width, H heads.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ __all__ = ["Trace"]
 
 @dataclass
 class Trace:
-    """One batch's way through the attention blocks of one tower; the lists have an entry a block, first block first."""
+    """The activations of one batch in one tower; each list has one entry per attention block, first block first."""
 
     embedding: Float[Tensor, "B L C"]
     """Embedded tokens, positions added, before any block and any norm."""
     tokens: Float[Tensor, "B L C"]
     """The same without positions."""
     hidden: list[Float[Tensor, "B L C"]]
-    """What each attention block puts out: the residual stream after its feed-forward."""
+    """The output of each attention block: the residual stream after its feed-forward network."""
     query: list[Float[Tensor, "B H L C/H"]]
     """Queries of each head, not yet divided by sqrt(C / H)."""
     key: list[Float[Tensor, "B H L C/H"]]
@@ -30,8 +30,8 @@ class Trace:
     value: list[Float[Tensor, "B H L C/H"]]
     """Values of each head."""
     valid: Bool[Tensor, "B L"]
-    """Which tokens are real; what stands at the others means nothing."""
+    """Which tokens are real; the values at the others are meaningless."""
     causal: bool
-    """Each token attends to itself and to those before it alone."""
+    """Each token attends only to itself and to those before it."""
     num_prefix_tokens: int = 0
-    """Class and distillation tokens of a picture, which stand before the patches."""
+    """Number of class and distillation tokens of a picture, which stand before the patches."""

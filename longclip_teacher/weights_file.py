@@ -1,7 +1,7 @@
 """Weight files: read without executing anything, checked strictly, written atomically.
 
-`.safetensors` is read first choice; any other file goes through `torch.load(weights_only=True)`, which refuses
-pickled code.
+`.safetensors` files are preferred; any other file goes through `torch.load(weights_only=True)`, which refuses pickled
+code.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 RECOGNISED = logging.getLogger("longclip_teacher.recognised")
-"""Says, at INFO, which model was recognised in a file that holds no configuration; the commands show it."""
+"""Logs at INFO which model was recognised in a file that holds no configuration; the commands show it on stderr."""
 RUN_WEIGHTS = ("best.safetensors", "last.safetensors")
-"""What training writes into a run folder, in the order in which we look for it."""
+"""The weight files of a run folder, in order of preference."""
 _SAFE_TORCH_LOAD = (2, 10)  # weights_only=True had bypasses before this release
 
 
@@ -78,9 +78,9 @@ def read_weights(path: str | Path) -> WeightsFile:
 
 
 def run_weights(path: str | Path) -> Path:
-    """The weight file in the run folder `path`: the best weights, or the last where no best were kept.
+    """The weight file in the run folder `path`: the best weights, or the last if no best weights were kept.
 
-    A path that is no folder comes back as it is. Raises InputError for a folder that holds neither file.
+    A path that is not a folder comes back unchanged. Raises InputError for a folder that holds neither file.
     """
     path = Path(path)
     if not path.is_dir():
@@ -110,7 +110,7 @@ def torch_load(path: Path) -> object:
             raise InputError(
                 f"{path} holds pickled code or objects, which is refused: export its tensors as safetensors"
             ) from None
-        raise InputError(f"{path} is no torch weight file") from None
+        raise InputError(f"{path} is not a torch weight file") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is not a whole torch weight file ({_first_line(error)}): fetch it again") from None
 
@@ -123,8 +123,7 @@ def write_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """`load_state_dict(strict=True)` whose failure is one line naming the first missing, unexpected or misshapen
-    keys."""
+    """`load_state_dict(strict=True)` that fails with one line naming the first missing, unexpected, misshapen keys."""
     wanted = model.state_dict()
     missing = [key for key in wanted if key not in tensors]
     unexpected = [key for key in tensors if key not in wanted]

@@ -1,6 +1,6 @@
-"""Reading students: Apple's files, open_clip's, our own; and writing ours.
+"""Read students from Apple's, open_clip's and our own files, and write our own.
 
-Published files hold 77 positions. They are kept, or stretched by the rule that leaves the first 20 alone.
+Published files hold 77 positions. They are kept, or stretched by the rule that leaves the first 20 unchanged.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PUBLISHED_LENGTH = 77
 _POSITIONS = "text_encoder.positional_embedding"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_OUR_VARIANTS = ("small", "tiny", "vit_b", "vit_s", "vit_tiny")  # all others have published files
+_OUR_VARIANTS = ("small", "tiny", "vit_b", "vit_s", "vit_tiny")  # all other variants have published files
 # mobileclip_s0.pt, MobileCLIP2-L-14-OpenCLIP ...; the wide towers have one architecture for both generations
 _PUBLISHED_NAME = re.compile(r"mobileclip(2?)[-_](s[0-4]|b(?:[-_]?lt)?|l[-_]?14)(?![a-z0-9])")
 
@@ -54,12 +54,12 @@ def load_student(
     Args:
         path_or_hub_name: our safetensors; a run folder, whose best weights are read; or a state dict in
             ml-mobileclip's or open_clip's key layout.
-        variant: needed for a published file when neither its name nor its weights tell.
-        context_length: default: as stored. A longer one stretches 77 positions, a shorter one keeps the first.
-        pad_mask: default: as stored. A published file evaluates as published (False), unless it is stretched.
-        device: where the student goes.
+        variant: needed for a published file if neither its name nor its weights show it.
+        context_length: defaults to the stored one. A longer one stretches 77 positions, a shorter one keeps the first.
+        pad_mask: defaults to the stored one. A published file has False, as published, unless it is stretched.
+        device: the student's device.
 
-    The log names the file's sha256, and the model that was recognised in a published file.
+    The log names the file's sha256 and, for a published file, the model that was recognised.
 
     Raises InputError when the file is missing or broken, or does not fit the variant in every key and shape.
     """
@@ -94,7 +94,7 @@ def save_student(student: MobileCLIP, path: str | Path) -> None:
 
 
 def _empty_student(config: StudentConfig) -> MobileCLIP:
-    """A student whose weights are still to come: drawing random ones would take longer than reading the file."""
+    """A student without weights: drawing random ones would take longer than reading the file."""
     with torch.device("meta"):
         student = create_student(replace(config, reparameterized=False))
         if config.reparameterized:
@@ -119,20 +119,20 @@ def _own(weights: WeightsFile, variant: str | None) -> tuple[StudentConfig, dict
 def _published(weights: WeightsFile, variant: str | None) -> tuple[StudentConfig, dict[str, Tensor]]:
     if not is_published(weights.tensors):
         raise InputError(
-            f"{weights.path} is no MobileCLIP: its keys ({', '.join(list(weights.tensors)[:3])}, ...) are in neither "
-            "ml-mobileclip's nor open_clip's layout"
+            f"{weights.path} is not a MobileCLIP: its keys ({', '.join(list(weights.tensors)[:3])}, ...) follow "
+            "neither ml-mobileclip's nor open_clip's layout"
         )
     variant = variant or _variant_in_weights(weights)
     config = replace(variant_config(variant), context_length=_PUBLISHED_LENGTH, pad_mask=False)
     tensors = rename_keys(weights.tensors, config)
     positions = tensors.get(_POSITIONS)
-    if positions is not None and positions.dim() == 2:  # a file that someone has stretched already
+    if positions is not None and positions.dim() == 2:  # a file that has been stretched already
         config = replace(config, context_length=len(positions))
     return config, tensors
 
 
 def _variant_in_name(name: str) -> str | None:
-    """The variant that Apple's or the hub's name for a file gives away."""
+    """The variant that Apple's or the hub's name of a file shows; None if it shows none."""
     match = _PUBLISHED_NAME.search(name.lower())
     if match is None:
         return None
@@ -142,7 +142,7 @@ def _variant_in_name(name: str) -> str | None:
 
 
 def _variant_in_weights(weights: WeightsFile) -> str:
-    """The only published variant whose keys and shapes these are."""
+    """The only published variant with these keys and shapes; InputError if none or several fit."""
     names = [name for name in VARIANTS if name not in _OUR_VARIANTS]
     if is_apple(weights.tensors):
         names = [name for name in names if not name.startswith("mobileclip2")]
@@ -150,17 +150,17 @@ def _variant_in_weights(weights: WeightsFile) -> str:
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise InputError(f"{weights.path} could be {' or '.join(fitting)}: say which as the variant")
+        raise InputError(f"{weights.path} could be {' or '.join(fitting)}: give the variant")
     raise InputError(
         f"{weights.path} fits none of the variants {', '.join(names)}: give the variant to see what differs"
     )
 
 
 def resize_positions(table: Tensor, context_length: int, source: str | Path) -> Tensor:
-    """A table of positions at another length: its first rows, or 77 stretched. Other lengths raise InputError."""
+    """The table at another length: its first rows, or 77 rows stretched. Other lengths raise InputError."""
     if context_length > len(table) != _PUBLISHED_LENGTH:
         raise InputError(
-            f"{source} has {len(table)} positions, and only {_PUBLISHED_LENGTH} are stretched: "
+            f"{source} has {len(table)} positions, and only tables of {_PUBLISHED_LENGTH} can be stretched: "
             f"ask for a context length of at most {len(table)}"
         )
     return stretch_positions(table, context_length)
@@ -187,7 +187,7 @@ def _download(repository: str, files: tuple[str, ...]) -> Path:
             return Path(hf_hub_download(repository, file))
         except EntryNotFoundError as error:
             reason: Exception = error
-        except Exception as error:  # the hub client leaks its HTTP library's errors, whichever that is
+        except Exception as error:  # the hub client lets the errors of its HTTP library through
             reason = error
             break
     text = str(reason).strip().splitlines()

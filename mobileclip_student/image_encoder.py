@@ -1,4 +1,4 @@
-"""The image tower: MobileCLIP's, or a ViT; a timm model whose classifier is the projection into the joint space.
+"""The image tower, MobileCLIP's or a ViT: a timm model whose classifier projects into the joint space.
 
 Shapes: B images, R image side in pixels, D embedding.
 """
@@ -22,7 +22,7 @@ from longclip_teacher.errors import InputError
 
 __all__ = ["FIXED_SIZE_TOWERS", "PUBLISHED_TOWERS", "VIT", "ImageConfig", "ImageEncoder"]
 
-# The towers of the published models, and how each is pooled
+# The towers of the published models and the pooling of each
 _POOLING = {
     "fastvit_mci0": "avg",
     "fastvit_mci1": "avg",
@@ -35,12 +35,12 @@ _POOLING = {
 _NARROW, VIT = "fastvit", "vit"
 PUBLISHED_TOWERS = tuple(_POOLING)
 FIXED_SIZE_TOWERS = ("vit_base_mci_224", "vit_large_patch14_clip_224")
-_MAX_SIZE = 8192  # a configuration read from a file may not ask for any amount of memory
+_MAX_SIZE = 8192  # bounds the memory that a configuration read from a file can ask for
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Shape of an image tower, and what its pictures look like."""
+    """Shape of an image tower and the format of its pictures."""
 
     tower: str
     """a timm model of the MobileCLIP papers; `fastvit`: a FastViT of the given `layers` and `embed_dims`; `vit`: a ViT
@@ -51,45 +51,47 @@ class ImageConfig:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     interpolation: str = "bilinear"
     drop_path: float = 0.0
-    """stochastic depth in training: share of residual branches dropped in the last block, rising to it from 0"""
+    """stochastic depth in training: share of residual branches dropped in the last block, rising from 0 in the first"""
     norm_eps: float | None = None
     """epsilon of a ViT's LayerNorms; None: timm's"""
     stem_padding: int | None = None
     """pixels of zeros around the picture in a ViT's convolutional stem; None: timm's (none)"""
     layers: tuple[int, ...] = ()
-    """`fastvit` only: RepMixer blocks a stage"""
+    """`fastvit` only: RepMixer blocks per stage"""
     embed_dims: tuple[int, ...] = ()
-    """`fastvit` only: channels a stage, each a multiple of the one before"""
+    """`fastvit` only: channels per stage, each a multiple of the one before"""
     mlp_ratio: float = 3.0
-    """`fastvit` only"""
+    """`fastvit` only: hidden channels of an FFN per channel"""
     layer_scale: float = 1e-5
     """`fastvit` only: initial layer scale; a small tower trained from scratch learns faster with 0.1"""
     patch: int = 0
-    """`vit` only: side of a patch in pixels; divides `image_size`"""
+    """`vit` only: side of a patch in pixels; must divide `image_size`"""
     width: int = 0
     """`vit` only: channels of a token"""
     depth: int = 0
     """`vit` only: transformer blocks"""
     heads: int = 0
-    """`vit` only: attention heads; divide `width`"""
+    """`vit` only: attention heads; must divide `width`"""
     distillation_token: bool = False
-    """`vit` only: a second class token with a head of its own, for the teacher's answer (DeiT, section 4)"""
+    """`vit` only: a second class token with its own head, which learns the teacher's answer (DeiT, section 4)"""
 
     def __post_init__(self) -> None:
         if self.tower not in (*_POOLING, _NARROW, VIT):
             raise InputError(f"no image tower {self.tower!r}: choose {', '.join(_POOLING)}, {_NARROW} or {VIT}")
         if (self.tower == _NARROW) != bool(self.layers) or len(self.layers) != len(self.embed_dims):
-            raise InputError(f"give layers and embed_dims, one a stage, to the image tower {_NARROW!r} and to no other")
+            raise InputError(
+                f"layers and embed_dims, one entry per stage, belong to the image tower {_NARROW!r} and to no other"
+            )
         if (self.norm_eps, self.stem_padding) != (None, None) and self.tower != "vit_base_mci_224":
             raise InputError("norm_eps and stem_padding are for the image tower vit_base_mci_224 only")
         if len(self.mean) != 3 or len(self.std) != 3 or not 1 <= self.image_size <= _MAX_SIZE:
-            raise InputError("an image tower needs 3 means, 3 deviations and a sensible image_size")
+            raise InputError(f"an image tower needs 3 means, 3 deviations and an image_size in 1..{_MAX_SIZE}")
         if not all(1 <= number <= _MAX_SIZE for number in (*self.layers, *self.embed_dims)):
             raise InputError(f"layers {self.layers} and embed_dims {self.embed_dims} must lie in 1..{_MAX_SIZE}")
         if any(wide % narrow for narrow, wide in zip(self.embed_dims, self.embed_dims[1:], strict=False)):
             raise InputError(f"embed_dims {self.embed_dims}: each must be a multiple of the one before")
         if not 0 <= self.drop_path < 1:
-            raise InputError(f"drop_path is a share from 0 to below 1, not {self.drop_path}")
+            raise InputError(f"drop_path is a share, 0 or more and below 1, not {self.drop_path}")
         self._check_vit()
 
     def _check_vit(self) -> None:
@@ -102,16 +104,18 @@ class ImageConfig:
             if type(size) is not int or not 1 <= size <= _MAX_SIZE:
                 raise InputError(f"the image tower {VIT!r} needs a {name} in 1..{_MAX_SIZE}, not {size!r}")
         if self.image_size % self.patch:
-            raise InputError(f"pictures of {self.image_size} pixels do not divide into patches of {self.patch}")
+            raise InputError(f"image_size {self.image_size} is not a multiple of the patch {self.patch}")
         if self.width % self.heads:
-            raise InputError(f"{self.heads} heads do not divide an image width of {self.width}: give heads that do")
+            raise InputError(
+                f"image width {self.width} is not a multiple of its {self.heads} heads: choose heads that divide it"
+            )
 
 
 class ImageEncoder(nn.Module):
-    """Images, normalised already, to features.
+    """Features of normalised images.
 
-    `channels_last` runs a FastViT in that memory format, which changes features and gradients by rounding alone: S0
-    trains 1.3 times as fast on a CPU, a narrow tower 1.6 times. Parameters keep their layout.
+    `channels_last` runs a FastViT in that memory format, which changes features and gradients only by rounding. On a
+    CPU, S0 then trains 1.3 times as fast and a narrow tower 1.6 times. Parameters keep their layout.
     """
 
     channels_last: bool = True
@@ -129,7 +133,7 @@ class ImageEncoder(nn.Module):
         return class_features if distillation_features is None else (class_features + distillation_features) / 2
 
     def heads(self, images: Float[Tensor, "B 3 R R"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"] | None]:
-        """What the class token says and, of a ViT with a distillation token, what that says."""
+        """Features of the class token and of the distillation token; None if the tower has no distillation token."""
         images = self._in_format(images)
         if not isinstance(self.trunk, VisionTransformerDistilled):
             return self.trunk(images), None
@@ -143,7 +147,7 @@ class ImageEncoder(nn.Module):
 
 
 class _Pointwise(nn.Conv2d):
-    """A 1 x 1 convolution of pictures that trains on a CPU as a matrix product.
+    """A 1 x 1 convolution of pictures, computed as a matrix product when it trains on a CPU.
 
     oneDNN's backward of a 1 x 1 convolution of 3 channels-last channels with stride 2 corrupts memory (torch 2.15).
     """
@@ -171,7 +175,7 @@ def _trunk(config: ImageConfig, embed_dim: int) -> nn.Module:
 
 
 def _named_tower(config: ImageConfig, embed_dim: int) -> nn.Module:
-    """timm's model; MobileCLIP-B's published code differs from it in `norm_eps` and `stem_padding`, 1% of a feature."""
+    """timm's model. MobileCLIP-B's published code differs in `norm_eps` and `stem_padding`: 1% of a feature."""
     norm: dict[str, Any] = {} if config.norm_eps is None else {"norm_layer": partial(nn.LayerNorm, eps=config.norm_eps)}
     tower: Any = timm.create_model(
         config.tower,
@@ -186,7 +190,7 @@ def _named_tower(config: ImageConfig, embed_dim: int) -> nn.Module:
 
 
 def _narrow_fastvit(config: ImageConfig, embed_dim: int) -> FastVit:
-    """MCi's recipe (RepMixer stages, 7 x 7 downsampling with activation) at a width and depth of choice."""
+    """MCi's recipe (RepMixer stages, 7 x 7 downsampling with activation) at the configured width and depth."""
     stages = len(config.layers)
     return FastVit(
         layers=config.layers,
@@ -204,7 +208,7 @@ def _narrow_fastvit(config: ImageConfig, embed_dim: int) -> FastVit:
 
 
 def _vit(config: ImageConfig, embed_dim: int) -> VisionTransformer:
-    """A pre-norm ViT with GELU, read at its class token after a final LayerNorm; or DeiT's, with two such tokens."""
+    """A pre-norm ViT with GELU, pooled at its class token after a final LayerNorm, or DeiT's with two such tokens."""
     kind = VisionTransformerDistilled if config.distillation_token else VisionTransformer
     return kind(
         img_size=config.image_size,

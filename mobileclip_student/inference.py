@@ -1,4 +1,4 @@
-"""Faster ways to run the same towers: image features for inference, and torch.compile for training.
+"""Faster ways to run the towers: image features for inference, and torch.compile for training.
 
 Shapes: B images, R image side, D embedding.
 """
@@ -34,12 +34,12 @@ def fast_image_encoder(
 ) -> Callable[[Float[Tensor, "B 3 R R"]], Float[Tensor, "B D"]]:
     """The image tower of `student` as a function of normalised images for inference: float32, any B, no gradient.
 
-    Features equal those of `student.eval()` to 1e-5 of their norm; they are not normalised. It is a fused, frozen copy
-    on the student's device; `student` stays as it is.
+    Features equal those of `student.eval()` to 1e-5 of their norm and are not normalised. The function runs a fused,
+    frozen copy on the student's device; `student` itself does not change.
 
-    backend  eager: PyTorch, channels last. compile: torch.compile with the weights as constants; half a minute and a
-             C++ compiler for each new B. onnxruntime: CPU only, needs the extra `onnx`; runs with the number of threads
-             torch has now. auto: as choose_backend says.
+    backend  eager: PyTorch, channels last. compile: torch.compile with the weights as constants; needs a C++ compiler
+             and half a minute for each new B. onnxruntime: CPU only, needs the extra `onnx`; uses as many threads as
+             torch does at the call. auto: see choose_backend.
 
     Raises InputError for a backend that is unknown or cannot run here.
     """
@@ -59,20 +59,22 @@ def fast_image_encoder(
 
 
 def choose_backend(device: torch.device) -> Backend:
-    """What `auto` means: onnxruntime on a CPU where the packages for it are installed, eager elsewhere."""
+    """The backend that `auto` means: onnxruntime on a CPU if its packages are installed, otherwise eager."""
     has_onnx = all(importlib.util.find_spec(name) is not None for name in _ONNX_PACKAGES)
     return "onnxruntime" if device.type == "cpu" and has_onnx else "eager"
 
 
 def _compiled(tower: nn.Module) -> Callable[[Tensor], Tensor]:
-    # freezing: folded and laid out as constants
+    # freezing folds the weights and lays them out as constants
     compiled: Callable[[Tensor], Tensor] = torch.compile(tower, dynamic=False, options={"freezing": True})
     return torch.no_grad()(compiled)
 
 
 def _in_onnxruntime(trunk: nn.Module, image_size: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     if device.type != "cpu":
-        raise InputError(f"backend onnxruntime runs on the CPU, the student is on {device}: choose eager or compile")
+        raise InputError(
+            f"backend onnxruntime runs on the CPU, but the student is on {device}: choose eager or compile"
+        )
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"backend onnxruntime needs {', '.join(missing)}: pip install 'compact-longclip[onnx]'")
@@ -91,9 +93,9 @@ def _in_onnxruntime(trunk: nn.Module, image_size: int, device: torch.device) -> 
 
 @torch.no_grad()
 def _onnx_bytes(trunk: nn.Module, image_size: int) -> bytes:
-    """The tower as an ONNX model of one input `images` [B, 3, R, R] with any B."""
+    """The tower as an ONNX model with one input, `images` [B, 3, R, R], for any B."""
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    example = torch.zeros(2, 3, image_size, image_size)  # torch.export takes a size of 1 for a constant
+    example = torch.zeros(2, 3, image_size, image_size)  # torch.export treats a size of 1 as a constant
     program = torch.onnx.export(
         trunk, (example,), input_names=["images"], dynamo=True, dynamic_shapes=({0: batch},), verbose=False
     )
@@ -102,18 +104,18 @@ def _onnx_bytes(trunk: nn.Module, image_size: int) -> bytes:
 
 
 def compile_towers(model: nn.Module, mode: str | None = None) -> None:
-    """Let torch.compile speed up a MobileCLIP or a LongCLIP in place, for training or inference; features and gradients
-    equal to rounding.
+    """Speed up a MobileCLIP or a LongCLIP with torch.compile, in place, for training or inference.
 
-    The image tower is compiled whole, for the batch sizes that come; the text tower block by block, for any length.
-    Names of parameters stay (nn.Module.compile), so files and checkpoints do not see it. `mode` is torch.compile's;
-    with "reduce-overhead" the image tower is replayed as a CUDA graph, which wants batches of one size.
+    Features and gradients change only by rounding. The image tower is compiled whole, for each batch size that occurs;
+    the text tower is compiled block by block, for any length. Parameters keep their names (nn.Module.compile), so files
+    and checkpoints stay the same. `mode` is torch.compile's; "reduce-overhead" replays the image tower as a CUDA graph,
+    which needs batches of one size.
     """
-    for name, tower in model.named_children():  # a teacher may be left with one
+    for name, tower in model.named_children():  # a teacher may be reduced to one tower
         if name in ("image_encoder", "visual"):
-            trunk = tower.trunk if isinstance(tower, ImageEncoder) else tower  # which every way of encoding runs
+            trunk = tower.trunk if isinstance(tower, ImageEncoder) else tower  # every way of encoding runs the blocks
             trunk.compile(mode=mode)
             continue
         for block in tower.modules():
             if isinstance(block, (AttentionBlock, RepMixerBlock, ResidualAttentionBlock)):
-                block.compile(dynamic=True)  # lengths change every step, which a CUDA graph could not follow
+                block.compile(dynamic=True)  # lengths change every step, and a CUDA graph cannot follow

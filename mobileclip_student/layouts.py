@@ -1,4 +1,4 @@
-"""The key layouts in which students were published, and their way into ours.
+"""Rename the keys of published students to ours. There are two published layouts:
 
 `ml-mobileclip` (S0, S1, S2, B): `image_encoder.model.*`, `text_encoder.*`; the image keys go through timm's filters.
 `open_clip` (all but S0): `visual.trunk.*`, `text.*`.
@@ -26,7 +26,7 @@ _OPEN_CLIP_IMAGE, _OPEN_CLIP_TEXT = "visual.", "text."
 _POSITIONS = "text_encoder.positional_embedding"
 _Rules = tuple[tuple[str, str], ...]
 
-# Within the text tower, ours <- theirs; applied in this order
+# Within the text tower: their pattern, our key; applied in this order
 _APPLE_TEXT_KEYS: _Rules = (
     (r"^embedding_layer\.", "token_embedding."),
     (r"^positional_embedding\.pos_embed\.pos_embed$", "positional_embedding"),
@@ -59,17 +59,17 @@ _OPEN_CLIP_TEXT_KEYS: _Rules = (
 
 
 def is_apple(tensors: Mapping[str, Tensor]) -> bool:
-    """Are these keys in ml-mobileclip's layout?"""
+    """Whether these keys follow ml-mobileclip's layout."""
     return any(key.startswith(_APPLE_IMAGE) for key in tensors)
 
 
 def is_published(tensors: Mapping[str, Tensor]) -> bool:
-    """Are these keys in one of the two published layouts?"""
+    """Whether these keys follow one of the two published layouts."""
     return is_apple(tensors) or any(key.startswith(_OPEN_CLIP_IMAGE + "trunk.") for key in tensors)
 
 
 def rename_keys(tensors: Mapping[str, Tensor], config: StudentConfig) -> dict[str, Tensor]:
-    """The tensors under our keys, in our shapes. A key of no layout keeps its name, for a strict load to name."""
+    """The tensors under our keys, in our shapes. An unknown key keeps its name, so that the strict load names it."""
     if is_apple(tensors):
         image_prefix, text_prefix, text_keys = _APPLE_IMAGE, _APPLE_TEXT, _APPLE_TEXT_KEYS
         image_tensors = {key: value for key, value in tensors.items() if key.startswith(image_prefix)}
@@ -90,7 +90,7 @@ def rename_keys(tensors: Mapping[str, Tensor], config: StudentConfig) -> dict[st
 
 
 def rename_clip_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of open_clip's text transformer, which is Long-CLIP's too, under the keys of our text encoder."""
+    """The tensors of open_clip's (and Long-CLIP's) text transformer under the keys of our text encoder."""
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
         renamed.update(_text_entry(key, value, _OPEN_CLIP_TEXT_KEYS))
@@ -98,7 +98,7 @@ def rename_clip_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fits(tensors: Mapping[str, Tensor], config: StudentConfig) -> bool:
-    """Are these published tensors, keys and shapes, those of `config`? (The number of positions may differ.)"""
+    """Whether these published tensors have the keys and shapes of `config`. The number of positions may differ."""
     try:
         renamed = rename_keys(tensors, config)
     except InputError:
@@ -134,7 +134,7 @@ def _text_entry(key: str, value: Tensor, rules: _Rules) -> dict[str, Tensor]:
 
 
 def _apple_image(tensors: dict[str, Tensor], config: StudentConfig) -> dict[str, Tensor]:
-    with torch.device("meta"):  # the filters look at the model's structure only
+    with torch.device("meta"):  # the filters only look at the model's structure
         trunk = ImageEncoder(config.image, config.embed_dim).trunk
     module = vision_transformer_hybrid if config.image.tower == "vit_base_mci_224" else fastvit
     try:

@@ -35,7 +35,7 @@ _TEXT_TOWERS: dict[str, dict[str, Any]] = {
     "longclip": {"hybrid": False, "causal": True, "activation": "quickgelu"},
 }
 VARIANTS: tuple[str, ...] = tuple(sorted(path.stem for path in _CONFIGS.glob("*.json")))
-_VIT_FIELDS = {  # of ImageConfig, by the names of `override`
+_VIT_FIELDS = {  # the names of `override` and the fields of ImageConfig
     "image_patch": "patch",
     "image_width": "width",
     "image_layers": "depth",
@@ -43,26 +43,26 @@ _VIT_FIELDS = {  # of ImageConfig, by the names of `override`
     "distillation_token": "distillation_token",
 }
 _INITIAL_TEMPERATURE = 0.07
-_MAX_SIZE = 8192  # a configuration read from a file may not ask for any amount of memory
+_MAX_SIZE = 8192  # bounds the memory that a configuration read from a file can ask for
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """All that is needed to build a student; stored with its weights."""
+    """Everything that is needed to build a student; stored with its weights."""
 
     variant: str
     embed_dim: int
     image: ImageConfig
     text: TextConfig
     context_length: int = CONTEXT_LENGTH
-    """tokens a caption may have; longer ones are cut, keeping EOT"""
+    """longest caption in tokens; longer ones are cut, with EOT kept"""
     pad_mask: bool = True
-    """pads never matter; False: as published, every position up to the context length takes part"""
+    """True: pads never matter. False, as published: every position up to the context length takes part"""
     reparameterized: bool = False
-    """in inference form: branches and BatchNorms are folded"""
+    """whether the student is in inference form, with branches and BatchNorms folded"""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON holds them."""
+        """The configuration as plain values for JSON."""
         return asdict(self)
 
     def describe(self) -> str:
@@ -89,7 +89,7 @@ class StudentConfig:
 
 
 class MobileCLIP(nn.Module):
-    """The student. Features come unnormalised unless asked otherwise; captions may have any padded length."""
+    """The student. Features are not normalised unless asked for; captions may be padded to any length."""
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
@@ -111,12 +111,12 @@ class MobileCLIP(nn.Module):
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"] | None]:
         """Features of the class token and of the distillation token (None where the tower has none), not normalised.
 
-        `encode_image` gives their mean: heads that differ in training answer together (DeiT, section 4).
+        `encode_image` returns their mean: the heads differ in training and answer together (DeiT, section 4).
         """
         return self.image_encoder.heads(images)
 
     def encode_text(self, tokens: Int[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
-        """Features of captions; more than `context_length` tokens are cut with EOT kept."""
+        """Features of captions; captions beyond `context_length` tokens are cut, with EOT kept."""
         return self.encode_texts(tokens, normalize=normalize)[0]
 
     def encode_texts(self, *batches: Int[Tensor, "B L"], normalize: bool = False) -> list[Float[Tensor, "B D"]]:
@@ -182,11 +182,11 @@ def override(
 ) -> StudentConfig:
     """`config` with towers of another shape; None leaves a value as it is. Tensors of the same shape still load.
 
-    image_patch, image_width, image_layers, image_heads and distillation_token are a ViT's (tower `vit`). text_tower is
-    hybrid (RepMixer, attention, RepMixer), base (attention both ways), causal, or longclip (causal with QuickGELU:
+    image_patch, image_width, image_layers, image_heads and distillation_token belong to a ViT (tower `vit`). text_tower
+    is hybrid (RepMixer, attention, RepMixer), base (attention both ways), causal, or longclip (causal with QuickGELU:
     Long-CLIP's own text transformer).
 
-    Raises InputError for what the image tower does not have and for sizes that do not go together.
+    Raises InputError for options that the image tower does not have and for sizes that do not fit together.
     """
     of_vit = _given(
         image_patch=image_patch,

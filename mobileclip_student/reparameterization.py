@@ -1,4 +1,4 @@
-"""Train form to inference form: parallel branches, BatchNorms and layer scales folded into single convolutions.
+"""From the train form to the inference form: fold branches, BatchNorms and layer scales into single convolutions.
 
 MobileOne blocks and RepMixers (FastViT, section 3.2) add several linear maps of the same input; with fixed BatchNorm
 statistics the sum is one convolution. timm folds the image tower's, `RepMixerBlock.fuse` the text tower's.
@@ -24,9 +24,9 @@ __all__ = ["reparameterize"]
 
 @torch.no_grad()
 def reparameterize(student: MobileCLIP) -> MobileCLIP:
-    """A fused copy in eval mode, frozen, with the same outputs to rounding; `student` itself stays as it is.
+    """A fused, frozen copy in eval mode, whose outputs differ only by rounding; `student` itself does not change.
 
-    Towers without such blocks (ViT images, base texts) come out unchanged.
+    Towers without such blocks (ViT image towers, base text towers) are copied as they are.
     """
     fused = deepcopy(student).eval().requires_grad_(False)
     if student.config.reparameterized:
@@ -37,7 +37,7 @@ def reparameterize(student: MobileCLIP) -> MobileCLIP:
         if isinstance(block, (RepMixerBlock, AttentionBlock)):
             _fold_image_block(block)
         if isinstance(block, MobileOneBlock) and hasattr(block, "id_tensor"):
-            del block.id_tensor  # timm's scratch, dense and as large as the block
+            del block.id_tensor  # timm's temporary tensor, dense and as large as the block
     for block in fused.text_encoder.blocks:
         if isinstance(block, TextRepMixerBlock):
             block.fuse()
@@ -45,7 +45,7 @@ def reparameterize(student: MobileCLIP) -> MobileCLIP:
 
 
 def _fold_image_block(block: Any) -> None:
-    """What timm leaves: the BatchNorm in the convolutional FFN, and the layer scales, which follow linear maps."""
+    """Fold what timm leaves: the BatchNorm in the convolutional FFN, and the layer scales, which follow linear maps."""
     ffn = block.mlp
     ffn.conv.conv = fuse_conv_bn_eval(ffn.conv.conv, ffn.conv.bn)
     ffn.conv.bn = nn.Identity()

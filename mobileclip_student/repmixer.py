@@ -1,7 +1,7 @@
 """The RepMixer block over tokens: the convolutional part of MobileCLIP's hybrid text tower, exact under padding.
 
 A depthwise convolution mixes neighbouring tokens, a convolutional FFN mixes channels (MobileCLIP, section 4.2; FastViT,
-section 3.1). Padding must not leak in by two ways: through the kernel, so pads are zeroed before each convolution, and
+section 3.1). Padding could leak in two ways: through the kernel, so pads are zeroed before each convolution, and
 through the BatchNorm statistics, so these are taken over real tokens only.
 
 Shapes: B captions, L tokens, C channels, K kernel width.
@@ -63,7 +63,7 @@ def _group_statistics(x: Float[Tensor, "B L C"], valid: Bool[Tensor, "B L"] | No
     weights = tokens.new_ones(len(tokens)) if valid is None else valid.flatten().to(tokens)
     count = weights.sum()
     weights = weights / count
-    with torch.autocast(x.device.type, enabled=False):  # the sums are matrix products, which autocast would round
+    with torch.autocast(x.device.type, enabled=False):  # autocast would round the sums, which are matrix products
         mean = weights @ tokens
         variance = weights @ (tokens - mean).square()
     return TokenStatistics(mean, variance, count)
@@ -72,8 +72,8 @@ def _group_statistics(x: Float[Tensor, "B L C"], valid: Bool[Tensor, "B L"] | No
 class TokenBatchNorm(nn.Module):
     """BatchNorm over real tokens, given as the affine map of each channel: y = scale * x + shift.
 
-    In evaluation, and in training without pads, this is `nn.BatchNorm1d` over the tokens. It is no subclass of it:
-    `convert_sync_batchnorm` leaves it alone, and each process keeps the statistics of its own captions.
+    In evaluation, and in training without pads, this is `nn.BatchNorm1d` over the tokens. It is not a subclass, so
+    `convert_sync_batchnorm` leaves it alone and each process keeps the statistics of its own captions.
     """
 
     running_mean: Tensor
@@ -90,7 +90,8 @@ class TokenBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def affine(self, statistics: TokenStatistics | None = None) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
-        """(scale, shift) that normalise with `statistics`, which enter the running ones; None: with the latter."""
+        """(scale, shift) that normalise with `statistics` and update the running ones; None normalises with the running
+        ones."""
         if statistics is None:
             mean, variance = self.running_mean, self.running_var
         else:
@@ -109,7 +110,7 @@ class TokenBatchNorm(nn.Module):
 
 
 class TokenConv(nn.Conv2d):
-    """Depthwise convolution over tokens, the same length out as in. Pads must be zero in the input.
+    """Depthwise convolution over tokens that keeps their number. Pads must be zero in the input.
 
     A 1 x K Conv2d on a channels-last view: [B, L, C] goes in and out without a copy (a Conv1d makes two).
     """
@@ -123,7 +124,7 @@ class TokenConv(nn.Conv2d):
         return super().forward(x.transpose(1, 2).unsqueeze(2)).squeeze(2).transpose(1, 2)
 
     def mix(self, groups: Sequence[TokenGroup]) -> list[Float[Tensor, "B L C"]]:
-        """Stands, when fused, where a RepMixer or a NormalizedConv stood."""
+        """The fused form of a RepMixer or a NormalizedConv."""
         return [self(group.x) for group in groups]
 
     @classmethod
@@ -142,7 +143,7 @@ class NormalizedConv(nn.Module):
         self.norm = TokenBatchNorm(channels)
 
     def mix(self, groups: Sequence[TokenGroup]) -> list[Float[Tensor, "B L C"]]:
-        """Convolve and normalise each group, in training with the statistics of all."""
+        """Convolve and normalise each group; in training, with the statistics of all groups."""
         mixed = [self.conv(group.x) for group in groups]
         scale, shift = self.norm.affine(_statistics(mixed, groups) if self.training else None)
         return [torch.addcmul(shift, y, scale) for y in mixed]
@@ -166,7 +167,7 @@ class RepMixer(nn.Module):
         self.layer_scale = LayerScale(channels, layer_scale)
 
     def mix(self, groups: Sequence[TokenGroup]) -> list[Float[Tensor, "B L C"]]:
-        """Mix neighbouring tokens of each group, in training with the statistics of all."""
+        """Mix neighbouring tokens of each group; in training, with the statistics of all groups."""
         mixed = [self.conv(group.x) for group in groups]
         of_x = token_statistics(groups) if self.training else None  # both BatchNorms of x see the same tokens
         of_mixed = _statistics(mixed, groups) if self.training else None
@@ -197,7 +198,7 @@ class RepMixer(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel."""
+    """A learned factor per channel."""
 
     def __init__(self, channels: int, init: float) -> None:
         super().__init__()
@@ -242,12 +243,12 @@ class RepMixerBlock(nn.Module):
 
 
 def take_tokens(x: Float[Tensor, "B L C"], index: Int[Tensor, " B"]) -> Float[Tensor, "B C"]:
-    """One token of each caption."""
+    """The token at each caption's index."""
     return x[torch.arange(len(x), device=x.device), index]
 
 
 def _statistics(mixed: Sequence[Tensor], groups: Sequence[TokenGroup]) -> TokenStatistics:
-    """Of `mixed`, over the tokens that are real in `groups`."""
+    """Statistics of `mixed` over the tokens that are real in `groups`."""
     return token_statistics([TokenGroup(y, group.valid) for y, group in zip(mixed, groups, strict=True)])
 
 

@@ -1,7 +1,7 @@
-"""Where the towers of a student start: another student's, timm's pretrained weights, a Long-CLIP's text tower, or a
-plain truncated normal.
+"""Initial weights of a student's towers: another student's, timm's pretrained ones, a Long-CLIP's text tower, or a
+truncated normal.
 
-Only what the joint space decides, the projection to D channels, stays as it was where D differs.
+The projection into the joint space is not taken over where its width D differs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from mobileclip_student.text_encoder import AttentionBlock
 __all__ = ["TIMM", "LongCLIPText", "load_image_tower", "load_text_tower", "truncated_normal_"]
 
 logger = logging.getLogger(__name__)
-TIMM = "timm"  # as a source of an image tower: timm's pretrained weights
-_IMAGE_HEADS = ("head.", "head_dist.")  # an image tower's projections; FastViT's is head.fc
-# What timm has weights of: DeiT by width and heads (DeiT, table 1), each of 12 blocks on patches of 16 pixels
+TIMM = "timm"  # the name of timm's pretrained weights as the source of an image tower
+_IMAGE_HEADS = ("head.", "head_dist.")  # the projections of an image tower; FastViT's is head.fc
+# timm has weights of these ViTs: DeiT by width and heads (DeiT, table 1), each with 12 blocks and patches of 16 pixels
 _DEIT = {(192, 3): "tiny", (384, 6): "small", (768, 12): "base"}
 _DEIT_DEPTH, _DEIT_PATCH = 12, 16
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -42,7 +42,7 @@ _INITIAL_STD = 0.02
 
 @dataclass(frozen=True)
 class LongCLIPText:
-    """The text tower of a Long-CLIP, with what its tensors do not tell."""
+    """The text tower of a Long-CLIP, with the facts that its tensors do not show."""
 
     tensors: Mapping[str, Tensor]
     """its state dict (`LongCLIP.text.state_dict()`)"""
@@ -52,7 +52,7 @@ class LongCLIPText:
 
 @dataclass(frozen=True)
 class _TextTower:
-    """A text tower to take over, its tensors under our keys."""
+    """A text tower to take over, with its tensors under our keys."""
 
     name: str
     tensors: dict[str, Tensor]
@@ -63,16 +63,17 @@ class _TextTower:
 
 
 def load_image_tower(student: MobileCLIP, source: MobileCLIP | str | Path) -> None:
-    """Give `student` the image tower of `source` in place, and the mean and std of pictures that the tower knows.
+    """Give `student`, in place, the image tower of `source` and the mean and std that this tower was trained with.
 
     Args:
-        student: what is to be trained.
-        source: a student, its file or its hub name; or "timm": the pretrained weights that timm has of this tower.
-            Those of a ViT are DeiT's, trained on ImageNet-1k; those of a published tower MobileCLIP's or a CLIP's. The
-            log names them and their licence.
+        student: the student to be trained.
+        source: a student, its file, run folder or hub name; or "timm" for timm's pretrained weights of this tower. For
+            a ViT these are DeiT's, trained on ImageNet-1k; for a published tower MobileCLIP's or a CLIP's. The log
+            names them and their licence.
 
-    The positions of a ViT are resampled to the student's grid. The projection stays fresh where D differs, and with
-    timm's weights always. Raises InputError when timm has no such weights, or cannot get them, or a tower does not fit.
+    The positions of a ViT are resampled to the student's grid. The projection stays freshly initialised where D
+    differs, and always with timm's weights. Raises InputError if timm has no such weights or cannot fetch them, or if
+    a tower does not fit.
     """
     ours, trunk = student.config.image, student.image_encoder.trunk
     if source == TIMM:
@@ -102,16 +103,16 @@ def load_image_tower(student: MobileCLIP, source: MobileCLIP | str | Path) -> No
 
 
 def load_text_tower(student: MobileCLIP, source: MobileCLIP | LongCLIPText | str | Path) -> None:
-    """Give `student` the text tower of `source` in place, and its activation.
+    """Give `student`, in place, the text tower of `source` and its activation.
 
     Args:
-        student: what is to be trained.
-        source: a student, its file or its hub name; or a Long-CLIP's text tower, for a base, causal or longclip tower
-            of the same width and heads. Causal ones of as many layers then give Long-CLIP's own features.
+        student: the student to be trained.
+        source: a student, its file, run folder or hub name; or a Long-CLIP's text tower, for a base, causal or longclip
+            tower of the same width and heads. A causal tower with as many layers then gives Long-CLIP's own features.
 
-    Of more layers than the student has, evenly spaced ones are taken, the first and the last among them (for a single
-    layer the first), unless RepMixer blocks stand around them. Positions are cut, or stretched from 77. The projection
-    stays fresh where D differs. Raises InputError when the towers do not fit.
+    If the source has more layers than the student, evenly spaced ones are taken, the first and the last among them (a
+    single layer is the first); a tower with RepMixer blocks must have equally many. Positions are cut, or stretched
+    from 77. The projection stays freshly initialised where D differs. Raises InputError if the towers do not fit.
     """
     config, encoder = student.config.text, student.text_encoder
     theirs = _text_tower(source)
@@ -148,10 +149,10 @@ def load_text_tower(student: MobileCLIP, source: MobileCLIP | LongCLIPText | str
 
 @torch.no_grad()
 def truncated_normal_(student: MobileCLIP) -> None:
-    """Redraw the weights of linear layers and all embeddings, in place: normal, deviation 0.02, cut at two deviations.
+    """Redraw the weights of linear layers and embeddings in place: normal, deviation 0.02, cut at two deviations.
 
-    Embeddings are those of tokens and of positions, and a ViT's class tokens; the text projection is a linear layer.
-    Biases, norms, convolutions, layer scales and the logit scale stay. Draws from torch's global generator.
+    Embeddings are those of tokens and positions and a ViT's class tokens; the text projection counts as a linear layer.
+    Biases, norms, convolutions, layer scales and the logit scale do not change. Uses torch's global generator.
     """
     trunk, encoder = student.image_encoder.trunk, student.text_encoder
     weights = [module.weight for module in student.modules() if isinstance(module, (nn.Linear, nn.Embedding))]
@@ -162,7 +163,7 @@ def truncated_normal_(student: MobileCLIP) -> None:
 
 
 def _student(source: MobileCLIP | str | Path) -> tuple[MobileCLIP, str]:
-    """The student and what to call it; one whose branches are folded has no tower to train on."""
+    """The student and its name for messages. InputError if its branches are folded: such towers cannot be trained."""
     other = source if isinstance(source, MobileCLIP) else load_student(source)
     name = f"student {other.config.variant}" if isinstance(source, MobileCLIP) else str(source)
     if other.config.reparameterized:
@@ -179,17 +180,17 @@ def _timm_tower(image: ImageConfig) -> tuple[dict[str, Tensor], ImageConfig]:
         if kind is None or (image.depth, image.patch) != (_DEIT_DEPTH, _DEIT_PATCH):
             known = ", ".join(f"{width} with {heads} heads" for width, heads in _DEIT)
             raise InputError(
-                f"timm has weights of ViTs of {_DEIT_DEPTH} layers on patches of {_DEIT_PATCH} pixels and width "
+                f"timm has weights of ViTs with {_DEIT_DEPTH} layers, patches of {_DEIT_PATCH} pixels and width "
                 f"{known}; not of {image.depth} layers, patches of {image.patch} and width {image.width} with "
                 f"{image.heads} heads"
             )
         name = f"deit_{kind}{'_distilled' if image.distillation_token else ''}_patch{_DEIT_PATCH}_224"
     elif image.tower not in PUBLISHED_TOWERS:
-        raise InputError(f"timm has no weights of the image tower {image.tower}: start it from a student's file")
+        raise InputError(f"timm has no weights for the image tower {image.tower}: start it from a student's file")
     size: dict[str, Any] = {"img_size": image.image_size} if image.tower == VIT else {}  # timm resamples the positions
     try:
         model: Any = timm.create_model(name, pretrained=True, num_classes=0, **size)
-    except Exception as error:  # what timm, the hub's client and its HTTP library raise
+    except Exception as error:  # errors of timm, the hub's client and its HTTP library
         lines = str(error).strip().splitlines()
         raise InputError(
             f"cannot get timm's weights of {name} ({type(error).__name__}: {lines[0][:160] if lines else ''}): "
@@ -201,7 +202,7 @@ def _timm_tower(image: ImageConfig) -> tuple[dict[str, Tensor], ImageConfig]:
 
 
 def _resampled(positions: Tensor, ours: ImageConfig, theirs: ImageConfig) -> Tensor:
-    """A ViT's positions at the student's grid."""
+    """A ViT's positions, resampled to the student's grid."""
     new, old = (config.image_size // config.patch for config in (ours, theirs))
     prefix = 2 if ours.distillation_token else 1
     return resample_abs_pos_embed(positions, [new, new], [old, old], num_prefix_tokens=prefix)
@@ -224,7 +225,7 @@ def _text_tower(source: MobileCLIP | LongCLIPText | str | Path) -> _TextTower:
 
 
 def _spaced_layers(theirs: _TextTower, layers: int) -> dict[str, Tensor]:
-    """The tensors with `layers` evenly spaced blocks of those there are, numbered anew."""
+    """The tensors with `layers` evenly spaced blocks, renumbered."""
     blocks = sorted({int(match[1]) for key in theirs.tensors if (match := _BLOCK.match(key))})
     if layers > len(blocks):
         raise InputError(

@@ -1,7 +1,7 @@
-"""MobileCLIP's text tower at any number of tokens, with captions that do not feel their padding.
+"""MobileCLIP's text tower at any number of tokens; padding does not change a caption's feature.
 
 Base towers are pre-norm transformers; the hybrid one (MobileCLIP-S0's) puts its attention layers between two RepMixer
-blocks. Attention sees both ways unless causal.
+blocks. Attention runs both ways unless the tower is causal.
 
 Shapes: B captions, L tokens, C width, H heads, D embedding.
 """
@@ -30,7 +30,7 @@ def _quick_gelu(x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quickgelu": _quick_gelu}
-# A configuration read from a file may not ask for any amount of memory
+# These bound the memory that a configuration read from a file can ask for
 _MAX_SIZE, _MAX_VOCAB_SIZE = 8192, 1 << 20
 
 
@@ -45,11 +45,11 @@ class TextConfig:
     hybrid: bool = False
     """a RepMixer block before and after the attention layers"""
     causal: bool = False
-    """each token attends only to those before it"""
+    """each token attends only to itself and to those before it"""
     kernel_size: int = 11
-    """tokens a RepMixer block's convolutions see (odd)"""
+    """kernel width of a RepMixer block's convolutions in tokens (odd)"""
     activation: Activation = "gelu"
-    """of the attention layers' FFNs; quickgelu, x * sigmoid(1.702 x), is OpenAI's and Long-CLIP's"""
+    """activation of the attention layers' FFNs; OpenAI and Long-CLIP use quickgelu, x * sigmoid(1.702 x)"""
     layer_scale: float = 1e-5
     """initial layer scale of the RepMixer blocks"""
     mlp_ratio: float = 4.0
@@ -60,15 +60,19 @@ class TextConfig:
         if not all(1 <= size <= _MAX_SIZE for size in sizes) or not 1 <= self.vocab_size <= _MAX_VOCAB_SIZE:
             raise InputError(f"a text tower cannot have the sizes {self}")
         if self.width % self.heads:
-            raise InputError(f"{self.heads} heads do not divide a text width of {self.width}: give heads that do")
+            raise InputError(
+                f"text width {self.width} is not a multiple of its {self.heads} heads: choose heads that divide it"
+            )
         if self.kernel_size % 2 == 0:
-            raise InputError(f"kernel_size is {self.kernel_size}: a convolution that keeps the length needs an odd one")
+            raise InputError(
+                f"kernel_size {self.kernel_size} is even: a convolution that keeps the length needs an odd one"
+            )
         if self.activation not in _ACTIVATIONS:
-            raise InputError(f"no activation {self.activation!r} of a text tower: choose {', '.join(_ACTIVATIONS)}")
+            raise InputError(f"there is no activation {self.activation!r}: choose {', '.join(_ACTIVATIONS)}")
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm computed in fp32 whatever comes in, also under autocast; gives back the input's type."""
+    """LayerNorm computed in fp32, also under autocast; the output has the input's type."""
 
     def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         if x.dtype not in (torch.float16, torch.bfloat16):
@@ -136,18 +140,18 @@ class AttentionBlock(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Token ids to text features, pooled at EOT.
+    """Text features of token ids, pooled at EOT.
 
-    With `pad_mask` a caption's feature is the same whatever it is padded to and whatever stands beside it: pads are no
-    keys, are zeroed before each convolution and stay out of the BatchNorm statistics. Without, the published behaviour:
-    captions are padded to `context_length` and every position takes part.
+    With `pad_mask`, a caption's feature depends neither on its padding nor on the captions beside it: pads are not
+    attended, are zeroed before each convolution and stay out of the BatchNorm statistics. Without it, the tower behaves
+    as published: captions are padded to `context_length` and every position takes part.
     """
 
     def __init__(self, config: TextConfig, embed_dim: int, *, context_length: int, pad_mask: bool) -> None:
         super().__init__()
         self.context_length, self.pad_mask, self.causal = context_length, pad_mask, config.causal
         self.trim_captions = True
-        """False: pads that are masked are computed all the same, up to the context length."""
+        """False: masked pads are still computed, up to the context length."""
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, config.width))
         blocks: list[nn.Module] = [AttentionBlock(config) for _ in range(config.layers)]
@@ -159,12 +163,12 @@ class TextTransformer(nn.Module):
         self._init_parameters(config)
 
     def forward(self, *batches: Int[Tensor, "B L"]) -> list[Float[Tensor, "B D"]]:
-        """Features of each batch of captions, not normalised. Any L: longer captions are cut with EOT kept.
+        """Features of each batch of captions, not normalised. L is any length: longer captions are cut, with EOT kept.
 
-        Trimming a batch to its longest caption changes features and gradients by no more than 1e-5, in training too.
+        Trimming a batch to its longest caption changes features and gradients by at most 1e-5, in training too.
 
-        Batches given together are computed each at its own length and share the BatchNorm statistics in training: those
-        of long and of short captions differ, and at inference there is one set for both.
+        Batches given together are each computed at their own length but share the BatchNorm statistics in training: the
+        statistics of long and short captions differ, and inference has one set for both.
         """
         groups, _, lengths = self._embed(batches)
         for block in self.blocks[:-1]:
@@ -173,9 +177,9 @@ class TextTransformer(nn.Module):
         return [self.ln_final(x) @ self.projection for x in pooled]
 
     def traced(self, *batches: Int[Tensor, "B L"]) -> tuple[list[Float[Tensor, "B D"]], list[Trace]]:
-        """The features of `forward`, and of each batch what its attention blocks compute on the way.
+        """The features of `forward`, and the trace of each batch through the attention blocks.
 
-        RepMixer blocks run but leave no entry. Only real tokens are valid, with `pad_mask` off too.
+        RepMixer blocks run but leave no entry. Only real tokens are valid, also with `pad_mask` off.
         """
         groups, tokens, lengths = self._embed(batches)
         traces = [
@@ -199,7 +203,7 @@ class TextTransformer(nn.Module):
     def _embed(
         self, batches: Sequence[Int[Tensor, "B L"]]
     ) -> tuple[list[TokenGroup], list[Float[Tensor, "B L C"]], list[Int[Tensor, " B"]]]:
-        """Of each batch: tokens with positions, tokens without, and lengths of the captions."""
+        """For each batch: tokens with positions, tokens without, and lengths of the captions."""
         groups, embedded, lengths = [], [], []
         for tokens in batches:
             tokens = truncate(tokens, self.context_length)
@@ -216,7 +220,7 @@ class TextTransformer(nn.Module):
 
     @torch.no_grad()
     def _init_parameters(self, config: TextConfig) -> None:
-        """CLIP's for the transformer, FastViT's small FFNs in RepMixer blocks, whose convolutions keep PyTorch's."""
+        """Initialise the transformer as CLIP does, RepMixer FFNs as FastViT does; convolutions keep PyTorch's."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.projection, std=config.width**-0.5)

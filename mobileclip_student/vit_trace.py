@@ -1,4 +1,4 @@
-"""What a ViT of timm computes on the way to its features, for losses that compare towers layer by layer.
+"""The activations inside one of timm's ViTs, for losses that compare towers layer by layer.
 
 Shapes: B images, L class token(s) + patches, C width, H heads.
 """
@@ -24,10 +24,10 @@ Output = TypeVar("Output")
 def trace_vit(
     trunk: VisionTransformer, images: Float[Tensor, "B 3 R R"], forward: Callable[[Tensor], Output] | None = None
 ) -> tuple[Output, Trace]:
-    """The trunk's own output for `images` and what its attention blocks compute on the way.
+    """The trunk's output for `images` and the trace of its attention blocks.
 
-    `forward` is what runs the trunk on the images, if not a plain call of it, such as an encoder around it that reads
-    several heads; the output is then that. Nothing is computed twice.
+    `forward` runs the trunk on the images if a plain call does not, such as an encoder around it that reads several
+    heads; its output is then returned. Nothing is computed twice.
     """
     blocks: Any = trunk.blocks
     patches, embedding, projected, hidden = (_Outputs() for _ in range(4))
@@ -58,14 +58,14 @@ def trace_vit(
 
 
 def _prefix_tokens(trunk: VisionTransformer, batch: int) -> list[Float[Tensor, "B 1 C"]]:
-    """Class token and, of DeiT's ViT, distillation token, as they stand before the patches."""
+    """The class token and, in DeiT's ViT, the distillation token, which stand before the patches."""
     names = ("cls_token", "reg_token", "dist_token")
     tokens = [token for name in names if (token := getattr(trunk, name, None)) is not None]
     return [token.expand(batch, -1, -1) for token in tokens]
 
 
 class _Outputs:
-    """A hook that keeps what modules put out, or what goes into them."""
+    """A hook that keeps the outputs, or the inputs, of modules."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []

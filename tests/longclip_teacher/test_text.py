@@ -194,7 +194,7 @@ def test_truncation_keeps_the_end_token() -> None:
     assert tokens[0, -1] == EOT
     assert (tokens == EOT).sum() == 1
     assert tokenizer.count_tokens(long_caption) == 52
-    with pytest.raises(InputError, match="1 tokens"):
+    with pytest.raises(InputError, match="context_length 1 leaves no room"):
         tokenizer("a", context_length=1)
 
 

@@ -93,7 +93,7 @@ def test_another_variant_is_refused(path: Path) -> None:
 
 def test_files_that_are_no_student(tmp_path: Path) -> None:
     save_file({"visual.conv1.weight": torch.zeros(2)}, tmp_path / "clip.safetensors")
-    with pytest.raises(InputError, match=r"no MobileCLIP.*visual\.conv1\.weight"):
+    with pytest.raises(InputError, match=r"is not a MobileCLIP.*visual\.conv1\.weight"):
         load_student(tmp_path / "clip.safetensors")
     save_file({"visual.trunk.x": torch.zeros(2)}, tmp_path / "parts.safetensors")
     with pytest.raises(InputError, match="fits none of the variants"):

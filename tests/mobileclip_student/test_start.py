@@ -292,7 +292,7 @@ def test_timms_weights_of_a_published_tower(downloads: list) -> None:
 
 
 def test_what_timm_has_not_or_cannot_get_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="no weights of the image tower fastvit"):
+    with pytest.raises(InputError, match="no weights for the image tower fastvit"):
         load_image_tower(create_student("tiny"), "timm")
     with pytest.raises(InputError, match=r"192 with 3 heads, 384 with 6 heads.*not of 3 layers, patches of 8"):
         load_image_tower(create_student("vit_tiny"), "timm")

@@ -150,8 +150,8 @@ def test_our_variants_are_never_guessed_from_weights(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"patch": 7}, "32 pixels do not divide into patches of 7"),
-        ({"heads": 5}, "5 heads do not divide an image width of 24"),
+        ({"patch": 7}, "image_size 32 is not a multiple of the patch 7"),
+        ({"heads": 5}, "image width 24 is not a multiple of its 5 heads"),
         ({"depth": 0}, "needs a depth"),
         ({"width": 10**9}, "needs a width"),
         ({"heads": 2.0}, "needs a heads in"),
