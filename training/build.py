@@ -23,7 +23,7 @@ from mobileclip_student.start import TIMM, LongCLIPText, load_image_tower, load_
 from training.cache.datacompdr import DataCompDRStore, datacompdr_facts
 from training.cache.reader import cache_facts, open_cache
 from training.data.index import ShardIndex, expand_patterns
-from training.data.loader import OpenStore, ShardLoader, build_loader
+from training.data.loader import LoaderSettings, OpenStore, ShardLoader, build_loader
 from training.data.store import TeacherFacts, TeacherStore
 from training.distill import TOWERS, Distiller, Teachers
 from training.distributed import Runtime
@@ -303,7 +303,7 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Dist
     data, speed = config.data, config.speed
     facts = {} if distiller.teachers is None else distiller.teachers.facts
     context_length = max(distiller.model.context_length, *(known.context_length for known in facts.values()), 0)
-    loader = build_loader(
+    settings = LoaderSettings(
         data.shards,
         views=distiller.views,
         augment=config.augment,
@@ -326,6 +326,7 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Dist
         trim_captions=speed.trim,
         pin_memory=runtime.device.type == "cuda",
     )
+    loader = build_loader(settings)
     if loader.steps_per_epoch < 1:
         raise InputError(
             f"{loader.num_samples} samples make no batch of {config.run.global_batch_size}: "

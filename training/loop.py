@@ -56,18 +56,8 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
         batches: Iterator[Batch] = iter(())
         while True:
             done = state.step >= total_steps
-            if (run.eval_every and state.step % run.eval_every == 0 and state.step > 0) or done:
-                _evaluate(config, runtime, state, log)
-            if state.step > 0 and (state.step % run.save_every == 0 or done):
-                _save(config, runtime, state, "last")
-            if run.keep_every and state.step > 0 and state.step % run.keep_every == 0:
-                _save(config, runtime, state, f"step_{state.step}")
+            _evaluate_and_save(config, runtime, state, log, done)
             if done:
-                if meter.starved_share > _STARVED_SHARE:
-                    log.say(
-                        f"{meter.starved_share:.0%} of the training time went into waiting for data: raise "
-                        "--data.num_workers, or store smaller pictures (make_shards.py --resize)"
-                    )
                 break
 
             waiting = time.monotonic()
@@ -93,20 +83,28 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
             log.advance(state.step)
             if state.step % run.log_every == 0 or state.step == total_steps:
                 values = {name: value.item() for name, value in losses.items()}
-                scale = distiller.model.linear_logit_scale.item()
-                log.scalars(
-                    state.step,
-                    {
-                        **values,
-                        "lr": rate,
-                        "grad_norm": grad_norm.item(),
-                        "logit_scale": scale,
-                        **meter.read(state.step),
-                    },
-                )
+                values |= {"lr": rate, "grad_norm": grad_norm.item()}
+                values |= {"logit_scale": distiller.model.linear_logit_scale.item()}
+                log.scalars(state.step, values | meter.read(state.step))
+        if meter.starved_share > _STARVED_SHARE:
+            log.say(
+                f"{meter.starved_share:.0%} of the training time went into waiting for data: raise "
+                "--data.num_workers, or store smaller pictures (make_shards.py --resize)"
+            )
     finally:
         log.close()
     return state
+
+
+def _evaluate_and_save(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog, done: bool) -> None:
+    """Evaluate and write the checkpoints that are due at this step; at the last one both, whatever the intervals."""
+    run, step = config.run, state.step
+    if (run.eval_every and step % run.eval_every == 0 and step > 0) or done:
+        _evaluate(config, runtime, state, log)
+    if step > 0 and (step % run.save_every == 0 or done):
+        _save(config, runtime, state, "last")
+    if run.keep_every and step > 0 and step % run.keep_every == 0:
+        _save(config, runtime, state, f"step_{step}")
 
 
 def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:

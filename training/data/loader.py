@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -27,7 +27,7 @@ from training.data.stream import ShardStream
 from training.data.transforms import ViewSpec, sample_generator
 from training.settings.augment import AugmentConfig
 
-__all__ = ["Batch", "OpenStore", "SampleIndex", "ShardLoader", "build_loader", "epoch_order"]
+__all__ = ["Batch", "LoaderSettings", "OpenStore", "SampleIndex", "ShardLoader", "build_loader", "epoch_order"]
 
 OpenStore: TypeAlias = Callable[[ShardIndex | None], TeacherStore]
 _MAX_ATTEMPTS = 20  # samples tried for one place in a batch
@@ -193,89 +193,140 @@ class ShardLoader:
             )
 
 
-def build_loader(
-    shards: str | Path | Sequence[str | Path],
-    *,
-    views: Sequence[ViewSpec],
-    augment: AugmentConfig,
-    tokenizer: CaptionTokenizer,
-    context_length: int,
-    global_batch_size: int,
-    stage: Stage = "both",
-    images: Path | None = None,
-    captions: Sequence[str] = (),
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    num_workers: int = 0,
-    max_bad_share: float = 0.01,
-    shuffle_shards: int = 64,
-    epoch_samples: int | None = None,
-    open_store: OpenStore | None = None,
-    stored_features: bool = True,
-    fast_decode: bool = True,
-    trim_captions: bool = True,
-    pin_memory: bool = False,
-    show_progress: bool = False,
-) -> ShardLoader:
-    """Build one rank's loader over shards (see `expand_patterns`) or, for a single tower, over loose files.
+@dataclass(frozen=True)
+class LoaderSettings:
+    """What one rank's loader reads and how. Raise InputError for numbers out of bounds."""
 
-    views             of each picture: the student's, then those of teachers with other settings
-    global_batch_size total of all ranks; divided by `world_size`
-    stage             image: samples need no caption; text: they need no picture, none is read, views are unused
-    images            image stage: a folder of pictures instead of `shards` (see `PictureFolder`)
-    captions          text stage: caption files instead of `shards` (see `CaptionFiles`)
-    max_bad_share     share of samples that may be unusable (and are replaced) before the run stops
-    shuffle_shards    number of shards whose samples are mixed at a time; loose files are all mixed
-    epoch_samples     samples per epoch: required for a stream; makes an epoch over indexed samples shorter
-    open_store        opens the stored teacher features of the indexed shards (None for a stream). Their crops and
-    captions are replayed; `stored_features` False leaves the features themselves out
-    fast_decode       see training/data/pictures.py
-    trim_captions     False pads captions to `context_length`
-    pin_memory        batches in page-locked memory, for a GPU
-    show_progress     show a bar while shards without a manifest are indexed
+    shards: str | Path | Sequence[str | Path]
+    """See `expand_patterns`."""
+    _: KW_ONLY
+    views: Sequence[ViewSpec]
+    """Views of each picture: the student's, then those of teachers with other settings."""
+    augment: AugmentConfig
+    tokenizer: CaptionTokenizer
+    context_length: int
+    global_batch_size: int
+    """Total of all ranks; divided by `world_size`."""
+    stage: Stage = "both"
+    """image: samples need no caption; text: they need no picture, none is read, views are unused."""
+    images: Path | None = None
+    """Image stage: a folder of pictures instead of `shards` (see `PictureFolder`)."""
+    captions: Sequence[str] = ()
+    """Text stage: caption files instead of `shards` (see `CaptionFiles`)."""
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    num_workers: int = 0
+    max_bad_share: float = 0.01
+    """Share of samples that may be unusable (and are replaced) before the run stops."""
+    shuffle_shards: int = 64
+    """Number of shards whose samples are mixed at a time; loose files are all mixed."""
+    epoch_samples: int | None = None
+    """Samples per epoch: required for a stream; makes an epoch over indexed samples shorter."""
+    open_store: OpenStore | None = None
+    """Opens the stored teacher features of the indexed shards (None for a stream). Their crops and captions are
+    replayed."""
+    stored_features: bool = True
+    """False leaves the stored features themselves out."""
+    fast_decode: bool = True
+    """See training/data/pictures.py."""
+    trim_captions: bool = True
+    """False pads captions to `context_length`."""
+    pin_memory: bool = False
+    """Batches in page-locked memory, for a GPU."""
+    show_progress: bool = False
+    """Show a bar while shards without a manifest are indexed."""
 
-    Raise InputError for whatever is wrong with the data or these numbers.
+    def __post_init__(self) -> None:
+        if not self.views and self.stage != "text":
+            raise InputError("no views: give one for the student, and one for each teacher with another size")
+        if self.global_batch_size < 1 or self.global_batch_size % self.world_size:
+            raise InputError(
+                f"global_batch_size {self.global_batch_size} is not divisible by the {self.world_size} processes"
+            )
+        if not 0 <= self.max_bad_share <= 1 or self.shuffle_shards < 1 or self.seed < 0 or self.num_workers < 0:
+            raise InputError(
+                "data: max_bad_share must be 0 to 1, shuffle_shards 1 or more, seed and num_workers 0 or more"
+            )
+
+
+def build_loader(settings: LoaderSettings) -> ShardLoader:
+    """Build one rank's loader over shards or, for a single tower, over loose files.
+
+    Raise InputError for whatever is wrong with the data.
     """
-    if not views and stage != "text":
-        raise InputError("no views: give one for the student, and one for each teacher with another size")
-    if global_batch_size < 1 or global_batch_size % world_size:
-        raise InputError(f"global_batch_size {global_batch_size} is not divisible by the {world_size} processes")
-    if not 0 <= max_bad_share <= 1 or shuffle_shards < 1 or seed < 0 or num_workers < 0:
-        raise InputError("data: max_bad_share must be 0 to 1, shuffle_shards 1 or more, seed and num_workers 0 or more")
-    loose = _loose_files(stage, images, captions)
-    if loose is not None and open_store is not None:
+    loose = _loose_files(settings.stage, settings.images, settings.captions)
+    if loose is not None and settings.open_store is not None:
         raise InputError("stored teacher features belong to shards: give --data.shards, or drop --teacher.cache")
-    members: Stage = stage if open_store is None else "both"  # a store identifies a sample by its picture and captions
-    paths = [] if loose is not None else expand_patterns(shards)
+    # a store identifies a sample by its picture and captions
+    members: Stage = settings.stage if settings.open_store is None else "both"
+    paths = [] if loose is not None else expand_patterns(settings.shards)
     is_stream = bool(paths) and is_remote(paths[0])
-    index = None if loose is not None or is_stream else ShardIndex(paths, show_progress, members)
-    store = open_store(index) if open_store is not None else None
-    decoder = SampleDecoder(tuple(views), augment, seed, fast_decode, store, stored_features, stage)
-    batch_size = global_batch_size // world_size
-    source: _IndexedBatches | ShardStream
+    index = None if loose is not None or is_stream else ShardIndex(paths, settings.show_progress, members)
     samples: SampleIndex | None = loose or index
-    if samples is None:
-        if epoch_samples is None:
-            raise InputError("remote shards have no index: set epoch_samples to the number of samples per epoch")
-        source = ShardStream(paths, decoder, tokenizer, context_length, batch_size, rank, trim_captions, members)
-        num_samples, num_epoch = None, epoch_samples
-    else:
-        num_samples, num_epoch = samples.num_samples, epoch_samples or samples.num_samples
-        if num_epoch > num_samples:
-            raise InputError(f"epoch_samples {num_epoch} exceeds the {num_samples} samples of the data: lower it")
-        source = _IndexedBatches(
-            samples, decoder, tokenizer, context_length, batch_size, rank, world_size, shuffle_shards, trim_captions
-        )
-    if num_epoch < global_batch_size:
-        raise InputError(f"{num_epoch} samples are fewer than one global batch of {global_batch_size}: lower it")
+    num_samples = None if samples is None else samples.num_samples
+    steps_per_epoch = _epoch_samples(settings, num_samples) // settings.global_batch_size
+    store = None if settings.open_store is None else settings.open_store(index)
+    source = _source(settings, samples, paths, members, store)
     return ShardLoader(
         source,
         num_samples=num_samples,
-        steps_per_epoch=num_epoch // global_batch_size,
-        num_workers=num_workers,
-        max_bad_share=max_bad_share,
-        pin_memory=pin_memory,
+        steps_per_epoch=steps_per_epoch,
+        num_workers=settings.num_workers,
+        max_bad_share=settings.max_bad_share,
+        pin_memory=settings.pin_memory,
+    )
+
+
+def _epoch_samples(settings: LoaderSettings, num_samples: int | None) -> int:
+    """Return the number of samples of an epoch, of `num_samples` in the data (None for a stream)."""
+    num_epoch = settings.epoch_samples or num_samples
+    if num_epoch is None:
+        raise InputError("remote shards have no index: set epoch_samples to the number of samples per epoch")
+    if num_samples is not None and num_epoch > num_samples:
+        raise InputError(f"epoch_samples {num_epoch} exceeds the {num_samples} samples of the data: lower it")
+    if num_epoch < settings.global_batch_size:
+        raise InputError(
+            f"{num_epoch} samples are fewer than one global batch of {settings.global_batch_size}: lower it"
+        )
+    return num_epoch
+
+
+def _source(
+    settings: LoaderSettings, samples: SampleIndex | None, urls: list[str], members: Stage, store: TeacherStore | None
+) -> _IndexedBatches | ShardStream:
+    """Return the batches of `samples`, or of the remote shards at `urls` where there is no index."""
+    decoder = SampleDecoder(
+        tuple(settings.views),
+        settings.augment,
+        settings.seed,
+        settings.fast_decode,
+        store,
+        settings.stored_features,
+        settings.stage,
+    )
+    batch_size = settings.global_batch_size // settings.world_size
+    if samples is None:
+        return ShardStream(
+            urls,
+            decoder,
+            settings.tokenizer,
+            settings.context_length,
+            batch_size,
+            settings.rank,
+            settings.trim_captions,
+            members,
+        )
+    return _IndexedBatches(
+        samples,
+        decoder,
+        settings.tokenizer,
+        settings.context_length,
+        batch_size,
+        settings.rank,
+        settings.world_size,
+        settings.shuffle_shards,
+        settings.trim_captions,
     )
 
 

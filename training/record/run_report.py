@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.cost import measure_costs
-from eval.measures.figures import Figures, best_models, figure_columns, format_figure, model_figures
+from eval.measures.figures import Column, Figures, best_models, figure_columns, format_figure, model_figures
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.report import Report, model_colours, write_report
@@ -58,19 +59,8 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
     figures: dict[str, Figures] = {
         title if name == config.run.train else name: {**model_figures(results[name]), **costs[name]} for name in models
     }
-    table = Table(
-        box=box.SIMPLE_HEAD, caption=f"best weights of {out_dir}; costs at batch 1, the best of a row is bold"
-    )
-    table.add_column("")
-    for name in figures:
-        table.add_column(name, justify="right")
-    for column in columns:  # a row a figure: any number of tests fits a terminal
-        best_names = best_models(column, figures)
-        cells = ((name, format_figure(values[column.key], column.unit)) for name, values in figures.items())
-        marked = (f"[bold]{cell}[/bold]" if name in best_names else cell for name, cell in cells)
-        table.add_row(f"{column.title}, {column.unit}" if column.unit in ("%", "ms") else column.title, *marked)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+    console.print(_table(columns, figures, f"best weights of {out_dir}; costs at batch 1, the best of a row is bold"))
 
     write_report(
         out_dir / "report.html",
@@ -88,6 +78,20 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
         ),
     )
     console.print(f"Report: {out_dir / 'report.html'}", markup=False)
+
+
+def _table(columns: Sequence[Column], figures: Mapping[str, Figures], caption: str) -> Table:
+    """The figures as a table: a row for each, so that any number of tests fits a terminal, and a column per model."""
+    table = Table(box=box.SIMPLE_HEAD, caption=caption)
+    table.add_column("")
+    for name in figures:
+        table.add_column(name, justify="right")
+    for column in columns:
+        best_names = best_models(column, figures)
+        cells = ((name, format_figure(values[column.key], column.unit)) for name, values in figures.items())
+        marked = (f"[bold]{cell}[/bold]" if name in best_names else cell for name, cell in cells)
+        table.add_row(f"{column.title}, {column.unit}" if column.unit in ("%", "ms") else column.title, *marked)
+    return table
 
 
 def _trained_title(config: TrainConfig) -> str:

@@ -22,7 +22,7 @@ from PIL import Image
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, caption_lengths
 from training.data.index import RawSample, ShardIndex, Stage, expand_patterns, scan_tar
-from training.data.loader import Batch, ShardLoader, build_loader, epoch_order
+from training.data.loader import Batch, LoaderSettings, ShardLoader, build_loader, epoch_order
 from training.data.samples import BadSample, SampleDecoder, read_captions
 from training.data.stream import read_remote_shard
 from training.data.transforms import ViewSpec
@@ -65,7 +65,7 @@ def loader(shards: Any, **options: Any) -> ShardLoader:
         "views": [ViewSpec(16)], "augment": AugmentConfig(), "tokenizer": TOKENIZER, "context_length": 248,
         "global_batch_size": 8,
     }  # fmt: skip
-    return build_loader(shards, **{**settings, **options})
+    return build_loader(LoaderSettings(shards, **{**settings, **options}))
 
 
 def keys_of(batches: Iterator[Batch]) -> list[str]:

@@ -18,7 +18,7 @@ from PIL import Image
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from training.data.index import RawSample, ShardIndex
-from training.data.loader import ShardLoader, build_loader
+from training.data.loader import LoaderSettings, ShardLoader, build_loader
 from training.data.loose_files import CaptionFiles, PictureFolder
 from training.data.samples import Batch
 from training.data.store import StoredDraw, TeacherFacts
@@ -54,7 +54,7 @@ def loader(shards: Any = (), **options: Any) -> ShardLoader:
         "views": [ViewSpec(16)], "augment": AugmentConfig(), "tokenizer": TOKENIZER, "context_length": 248,
         "global_batch_size": 8,
     }  # fmt: skip
-    return build_loader(shards, **{**settings, **options})
+    return build_loader(LoaderSettings(shards, **{**settings, **options}))
 
 
 def keys_of(batches: Iterable[Batch]) -> list[str]:
