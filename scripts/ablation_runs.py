@@ -24,7 +24,7 @@ from eval.measures.figures import model_figures
 from longclip_teacher.errors import InputError
 from training.data.index import ShardIndex, expand_patterns, is_remote
 from training.record.run_log import read_metrics
-from training.settings.tree import TrainConfig, config_to_toml
+from training.settings.tree import TrainConfig, config_to_toml, without_removed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -218,7 +218,7 @@ def _seconds(folder: Path) -> float:
 def _settings(path: Path) -> dict[str, Any]:
     """Return the values of a run's config.toml by section.field, without settings that do not affect the results."""
     try:
-        return _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+        return _flat(without_removed(tomllib.loads(path.read_text(encoding="utf-8")), path))
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"cannot read {path} ({error}): remove its folder and run again") from None
 

@@ -147,7 +147,7 @@ def build_distiller(config: TrainConfig, runtime: Runtime) -> Distiller:
         config.loss,
         towers=TOWERS if config.run.stage == "both" else (config.run.stage,),
         frozen=tuple(tower for tower in TOWERS if getattr(init, f"freeze_{tower}")),
-        streaming=config.speed.streaming_losses,
+        streaming=config.speed.savings.streaming_losses,
     )
     _apply_speed(config.speed, model, [] if teachers is None else teachers.models)
     if config.run.sync_bn and runtime.world_size > 1:
@@ -291,23 +291,23 @@ def _stored_facts(config: TrainConfig) -> TeacherFacts | None:
 
 def _apply_speed(speed: SpeedOptions, model: MobileCLIP | LongCLIP, teachers: list[LongCLIP]) -> None:
     for text_side in (model.text_encoder if isinstance(model, MobileCLIP) else model, *teachers):
-        text_side.trim_captions = speed.trim
+        text_side.trim_captions = speed.savings.trim
     if isinstance(model, MobileCLIP):
-        model.image_encoder.channels_last = speed.channels_last
+        model.image_encoder.channels_last = speed.savings.channels_last
     for compiled in (model, *teachers) if speed.compile else ():
         compile_towers(compiled)
 
 
 def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Distiller) -> ShardLoader:
     """The loader of this process: the model's view of each picture, and the teachers' where they differ."""
-    data, speed = config.data, config.speed
+    data, savings = config.data, config.speed.savings
     facts = {} if distiller.teachers is None else distiller.teachers.facts
     context_length = max(distiller.model.context_length, *(known.context_length for known in facts.values()), 0)
     settings = LoaderSettings(
         data.shards,
         views=distiller.views,
         augment=config.augment,
-        tokenizer=CaptionTokenizer(context_length, fast=speed.fast_tokenizer),
+        tokenizer=CaptionTokenizer(context_length, fast=savings.fast_tokenizer),
         context_length=context_length,
         global_batch_size=config.run.global_batch_size,
         rank=runtime.rank,
@@ -322,8 +322,8 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Dist
         stage=config.run.stage,
         images=data.images,
         captions=data.captions,
-        fast_decode=speed.fast_decode,
-        trim_captions=speed.trim,
+        fast_decode=savings.fast_decode,
+        trim_captions=savings.trim,
         pin_memory=runtime.device.type == "cuda",
     )
     loader = build_loader(settings)
@@ -346,6 +346,6 @@ def _store_opener(config: TrainConfig, facts: TeacherFacts | None) -> OpenStore 
             return DataCompDRStore(facts)
         if index is None:
             raise InputError("streamed shards have no sidecars: copy them to a disk, or leave --teacher.cache out")
-        return open_cache(Path(cache), index, config.augment, teacher.checkpoint, config.speed.fast_decode)
+        return open_cache(Path(cache), index, config.augment, teacher.checkpoint, config.speed.savings.fast_decode)
 
     return open_store

@@ -22,7 +22,7 @@ from mobileclip_student import MobileCLIP, save_student
 from training.distill import Distiller
 from training.ema import ModelEma
 from training.settings.options import SpeedOptions
-from training.settings.tree import TrainConfig
+from training.settings.tree import TrainConfig, without_removed
 
 __all__ = ["TrainState", "find_checkpoint", "load_checkpoint", "save_checkpoint", "save_weights"]
 
@@ -121,6 +121,7 @@ def save_weights(path: Path, model: MobileCLIP | LongCLIP) -> None:
 
 
 def _check_config(path: Path, saved: dict[str, dict[str, Any]], config: TrainConfig) -> None:
+    saved = without_removed({section: fields for section, fields in saved.items() if section != "speed"}, path)
     for section, fields in config.to_dict().items():
         for name, value in fields.items():
             if name not in _FREE_FIELDS.get(section, ()) and saved.get(section, {}).get(name) != value:

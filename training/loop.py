@@ -40,7 +40,7 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
     run, out_dir = config.run, config.run.out_dir
     steps_per_epoch = loader.steps_per_epoch
     total_steps = run.max_steps or max(1, round(run.epochs * steps_per_epoch))
-    optimizer = build_optimizer(distiller, config.optim, fused=config.speed.fused_adamw)
+    optimizer = build_optimizer(distiller, config.optim, fused=config.speed.savings.fused_adamw)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=run.precision == "fp16")
     ema = None if config.optim.ema is None else ModelEma(distiller.model, config.optim.ema)
     state = TrainState(distiller, optimizer, scaler, ema)

@@ -22,7 +22,7 @@ def main() -> None:
     from training.record.evaluate import check_sets
     from training.record.run_report import report_run
 
-    if config.speed.keep_memory:
+    if config.speed.savings.keep_memory:
         keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     with start(config.run.device) as runtime:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from longclip_teacher.errors import InputError
-from training.checkpointing import TrainState, find_checkpoint, load_checkpoint
+from training.checkpointing import TrainState, _check_config, find_checkpoint, load_checkpoint
 from training.record.run_log import read_metrics
-from training.settings.tree import parse_config
+from training.settings.tree import REMOVED, parse_config
 
 MAIN = Path(__file__).resolve().parents[2] / "training" / "main.py"
 STEPS = 9  # of 7 an epoch: the resumed part crosses an epoch boundary
@@ -125,3 +125,15 @@ def test_checkpoints_of_other_settings_or_damaged_ones_are_refused(whole: Path, 
     torch.save({"weights": torch.zeros(2)}, truncated)
     with pytest.raises(InputError, match="is not a training checkpoint"):
         load_checkpoint(truncated, state, config)
+
+
+def test_a_checkpoint_from_before_an_option_was_removed_is_still_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(ARGS)
+    saved = config.to_dict()
+    saved["speed"] = {"trim": False}  # as runs had it before --speed.reference
+    saved["loss"]["gone"] = 0.0
+    monkeypatch.setitem(REMOVED, "loss.gone", (0.0, "use --loss.vrd_long"))
+    _check_config(Path("last.pt"), saved, config)
+    saved["loss"]["gone"] = 1.0
+    with pytest.raises(InputError, match=r"last\.pt: --loss\.gone is gone: use --loss\.vrd_long"):
+        _check_config(Path("last.pt"), saved, config)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 
 from training.main import main
 from training.record.run_log import read_metrics
-from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER, SpeedOptions
+from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER, Savings, SpeedOptions
 
 STEPS = 3
 # Adam's first steps are of one size whatever the gradient's: a small rate keeps rounding from growing into a difference
@@ -145,10 +145,20 @@ def everything_on(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 class TestSwitches:
     @pytest.mark.parametrize("name", SWITCHES)
     def test_on_equals_off(self, name: str, everything_on: list[dict[str, float]], tmp_path: Path) -> None:
-        off = train(tmp_path / "off", f"--speed.{name}", "False")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SpeedOptions, "savings", replace(Savings(), **{name: False}))
+            off = train(tmp_path / "off")
         assert largest_difference(off, everything_on) <= SWITCHES[name]
         saved = json.loads((tmp_path / "off" / "environment.json").read_text())
         assert saved["world_size"] == 1
 
     def test_every_switch_has_its_test(self) -> None:
-        assert {field.name for field in fields(SpeedOptions)} - {"compile"} == set(SWITCHES)
+        assert {field.name for field in fields(Savings)} == set(SWITCHES)
+
+    def test_the_reference_turns_all_off_and_trains_the_same(
+        self, everything_on: list[dict[str, float]], tmp_path: Path
+    ) -> None:
+        assert asdict(SpeedOptions().savings) == dict.fromkeys(SWITCHES, True)
+        assert asdict(SpeedOptions(reference=True).savings) == dict.fromkeys(SWITCHES, False)
+        reference = train(tmp_path / "reference", "--speed.reference", "True")
+        assert 0 < largest_difference(reference, everything_on) <= max(SWITCHES.values())

@@ -17,6 +17,7 @@ __all__ = [
     "MixOptions",
     "OptimOptions",
     "RunOptions",
+    "Savings",
     "SpeedOptions",
     "StudentOptions",
     "TeacherOptions",
@@ -257,28 +258,45 @@ class MixOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpeedOptions:
-    """What makes a run faster and leaves its results alone, within the tolerance named. All are on but compile."""
+class Savings:
+    """What makes a run faster and leaves its results alone, within the tolerance named. --speed.reference True turns
+    all of them off; tests turn them off one by one."""
 
     fast_decode: bool = True
-    """Decode and resize JPEGs with torchvision; False: with PIL. Pixels equal to 1 level in 255 (bilinear) or 2
+    """Decode and resize JPEGs with torchvision; off: with PIL. Pixels equal to 1 level in 255 (bilinear) or 2
     (bicubic), on average to 0.02."""
     fast_tokenizer: bool = True
-    """Remember the tokens of words; False: open_clip's SimpleTokenizer. The ids are the same."""
+    """Remember the tokens of words; off: open_clip's SimpleTokenizer. The ids are the same."""
     trim: bool = True
-    """Compute only real tokens; False: captions padded to 248 in both text towers. Features equal to 1e-5."""
+    """Compute only real tokens; off: captions padded to 248 in both text towers. Features equal to 1e-5."""
     streaming_losses: bool = True
-    """Contrastive and KL losses in blocks of rows, shared among the processes; False: full matrices in each. Losses and
-    gradients equal to 1e-5."""
+    """Contrastive and KL losses in blocks of rows, shared among the processes; off: full matrices in each process.
+    Losses and gradients equal to 1e-5."""
     channels_last: bool = True
-    """Image tower in channels-last memory format where that is faster. Features equal to rounding."""
+    """Run the image tower in channels-last memory format where that is faster. Features equal to rounding."""
     fused_adamw: bool = True
     """AdamW in one kernel. Weights equal to rounding."""
     keep_memory: bool = True
     """On Linux, keep freed memory in the process instead of giving it back after each operation. Changes no figure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedOptions:
+    """How the same results are computed: fast, or in the plain way that the fast one is checked and timed against."""
+
+    reference: bool = False
+    """Compute everything the plain way: PIL decodes, open_clip's SimpleTokenizer reads captions, both text towers
+    compute padding up to 248 tokens, losses hold full matrices, pictures keep the contiguous memory format, AdamW runs
+    operation by operation, and freed memory goes back to the system. Losses agree with the fast way to 1e-4, and to
+    1e-2 where the decoders' pixels differ."""
     compile: bool = False
-    """torch.compile of the towers: minutes at the start, on a CPU many; meant for GPUs. Features and gradients equal to
-    rounding."""
+    """Run torch.compile on the towers. Compilation takes minutes at the start, on a CPU many; it is meant for GPUs.
+    Features and gradients agree to rounding."""
+
+    @property
+    def savings(self) -> Savings:
+        """Each saving: all on, or with `reference` all off."""
+        return Savings(**dict.fromkeys((field.name for field in dataclasses.fields(Savings)), not self.reference))
 
 
 def require(condition: bool, message: str) -> None:

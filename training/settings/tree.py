@@ -6,20 +6,18 @@ user may type after it, so presets and command line are read by one parser and l
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import json
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import tomli_w
 import tyro
 
+from eval.base.arguments import errors_in_one_line
 from longclip_teacher.errors import InputError
 from training.settings.augment import AugmentConfig
 from training.settings.losses import LossOptions
@@ -39,8 +37,25 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["PRESETS", "TrainConfig", "config_from_toml", "config_to_toml", "named_fields", "parse_config"]
+__all__ = ["PRESETS", "REMOVED", "TrainConfig", "config_from_toml", "config_to_toml", "named_fields", "parse_config"]
 
+REMOVED: dict[str, tuple[Any, str]] = {  # field that is gone: (value at which it changed nothing, what to do instead)
+    **dict.fromkeys(
+        (
+            "speed.fast_decode",
+            "speed.fast_tokenizer",
+            "speed.trim",
+            "speed.streaming_losses",
+            "speed.channels_last",
+            "speed.fused_adamw",
+            "speed.keep_memory",
+        ),
+        (True, "use --speed.reference True, which computes everything the plain way"),
+    ),
+    "loss.fd_scale": (1.0, "fold it into the weights --loss.fd_image, --loss.fd_text, --loss.masked_fd"),
+    "loss.affinity_long": (0.0, "its gradient is crd's: use --loss.crd_long, as the preset tinyclip_affinity does"),
+    "loss.affinity_short": (0.0, "its gradient is crd's: use --loss.crd_short, as the preset tinyclip_affinity does"),
+}
 PRESETS = Path(__file__).parents[1] / "presets"
 DEFAULT_PRESET = "digit_scenes"
 
@@ -115,28 +130,21 @@ def config_to_toml(config: TrainConfig) -> str:
 
 
 def _parse(args: list[str], default: TrainConfig | None = None) -> TrainConfig:
-    errors = io.StringIO()
     description = (
         "Train a student from a teacher, or a teacher. Usage: [torchrun --nproc_per_node=N] training/main.py [PRESET] "
         f"[--section.field VALUE ...]. Presets: {', '.join(sorted(p.stem for p in PRESETS.glob('*.toml')))}, or a "
         f"TOML file; without one, {DEFAULT_PRESET}. Defaults shown below are the preset's."
     )
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                TrainConfig,
-                args=args,
-                default=default or TrainConfig(),
-                prog="training/main.py",
-                description=description,
-                use_underscores=True,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        words = re.sub(r"[^\x20-\x7e]+", " ", errors.getvalue())
-        raise InputError(f"configuration: {' '.join(words.split())}") from None
+    with errors_in_one_line():
+        return tyro.cli(
+            TrainConfig,
+            args=args,
+            default=default or TrainConfig(),
+            prog="training/main.py",
+            description=description,
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+        )
 
 
 def _preset_path(preset: str) -> Path:
@@ -162,11 +170,29 @@ def _toml_arguments(path: Path) -> list[str]:
         if not isinstance(fields, dict):
             _check_key(section, str(path))
             raise InputError(f"{path}: {section} is a section, write [{section}] and its fields below")
-        for name, value in fields.items():
+        for name, value in without_removed({section: fields}, path)[section].items():
             _check_key(f"{section}.{name}", str(path))
             values = value if isinstance(value, list) else [value]
             args += [f"--{section}.{name}", *(str(item) for item in values)]
     return args
+
+
+def without_removed(sections: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, dict[str, Any]]:
+    """The values of an older configuration without the fields that are gone and changed nothing as they were set.
+
+    Raises InputError, with what replaced it, for one that was set otherwise.
+    """
+    known = set(_keys())
+    kept: dict[str, dict[str, Any]] = {}
+    for section, fields in sections.items():
+        kept[section] = {}
+        for name, value in fields.items():
+            key = f"{section}.{name}"
+            if key in known or key not in REMOVED:
+                kept[section][name] = value
+            elif value != REMOVED[key][0]:
+                _check_key(key, str(path))
+    return kept
 
 
 def _field_of(arg: str) -> str:
@@ -176,10 +202,13 @@ def _field_of(arg: str) -> str:
 
 def _check_key(key: str, where: str) -> None:
     known = list(_keys())
-    if key not in known:
-        same_name = [other for other in known if other.split(".")[1] == key.split(".")[-1]]
-        near = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        raise InputError(f"{where}: there is no {key}{f'; did you mean {near[0]}?' if near else ''}")
+    if key in known:
+        return
+    if key in REMOVED:
+        raise InputError(f"{where}: --{key} is gone: {REMOVED[key][1]}")
+    same_name = [other for other in known if other.split(".")[1] == key.split(".")[-1]]
+    near = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    raise InputError(f"{where}: there is no {key}{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def _keys() -> Iterator[str]:

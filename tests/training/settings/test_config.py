@@ -8,7 +8,7 @@ import pytest
 
 from longclip_teacher.errors import InputError
 from training.build import check_config
-from training.settings.tree import PRESETS, config_from_toml, config_to_toml, parse_config
+from training.settings.tree import PRESETS, REMOVED, TrainConfig, config_from_toml, config_to_toml, parse_config
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
@@ -104,3 +104,39 @@ def test_settings_that_do_not_go_together_are_refused_before_any_work(
 def test_a_batch_just_above_the_rank_is_allowed() -> None:
     check_config(parse_config(["--run.global_batch_size", "33"]), 1)
     check_config(parse_config(["--run.global_batch_size", "32", "--loss.pca_scope", "off"]), 1)
+
+
+def removed_fields() -> list[str]:
+    known = {f"{section}.{name}" for section, fields in TrainConfig().to_dict().items() for name in fields}
+    return sorted(set(REMOVED) - known)
+
+
+@pytest.mark.parametrize("field", removed_fields())
+def test_a_removed_field_says_what_replaced_it(field: str, tmp_path: Path) -> None:
+    neutral, instead = REMOVED[field]
+    with pytest.raises(InputError) as caught:
+        parse_config([f"--{field}", str(neutral)])
+    assert str(caught.value) == f"the command line: --{field} is gone: {instead}"
+    section, name = field.split(".")
+    old = tmp_path / "config.toml"
+    old.write_text(f"[{section}]\n{name} = {'false' if neutral is True else neutral + 1}\n")
+    for read in (config_from_toml, lambda path: parse_config([str(path)])):
+        with pytest.raises(InputError) as caught:
+            read(old)
+        assert str(caught.value) == f"{old}: --{field} is gone: {instead}"
+
+
+def test_the_configuration_of_an_old_run_is_read_without_what_is_gone(tmp_path: Path) -> None:
+    old = tmp_path / "config.toml"
+    config = parse_config(["tiny_teacher"])
+    sections = config.to_dict()
+    assert "speed.trim" in removed_fields()
+    text = config_to_toml(config)
+    for field in removed_fields():
+        section, name = field.split(".")
+        assert name not in sections[section]
+        text = text.replace(f"[{section}]\n", f"[{section}]\n{name} = {str(REMOVED[field][0]).lower()}\n")
+    old.write_text(text)
+    assert text.count("trim = true") == 1
+    assert config_from_toml(old) == config
+    assert parse_config([str(old)]) == config
