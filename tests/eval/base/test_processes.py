@@ -26,11 +26,13 @@ CAPTIONS = [f"a {name} board and a {other} board" for name in ("red", "green", "
 
 
 def run(command: list[str], world_size: int) -> list[subprocess.CompletedProcess[str]]:
-    """`command` in so many processes that know of each other as torchrun's do."""
+    """Run `command` in `world_size` processes that know of each other as under torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]  # `main` imports conftest
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in search if path)
     processes = [
         subprocess.Popen(
             [sys.executable, *command],
