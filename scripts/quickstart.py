@@ -335,7 +335,7 @@ def write_results(
 
 
 def report(options: Options, models: Mapping[str, Figures], spreads: Mapping[str, Figures], notes: list[str]) -> None:
-    """report.html."""
+    """Write report.html."""
     seed = options.seeds[0]
     distilled = load_model(options.run_dir("distilled", seed))
     sets = test_sets(student_config(options))

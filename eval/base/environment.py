@@ -1,4 +1,4 @@
-"""How a result was made: command, commit, versions and machine, as a record for JSON and as lines for people."""
+"""How a result was made: command, commit, versions and machine, as a record for JSON and as lines of text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment_record() -> dict[str, Any]:
-    """Command, versions, machine and commit of this process, ready for JSON."""
+    """Return command, versions, machine and commit of this process, ready for JSON."""
     return {
         "command": [sys.executable, *sys.argv],
         "python": platform.python_version(),
@@ -37,7 +37,7 @@ def environment_record() -> dict[str, Any]:
 
 
 def environment_facts(record: Mapping[str, Any]) -> dict[str, str]:
-    """The record as a page shows it."""
+    """Return the record as a page shows it."""
     commit = record["commit"] or "not in a git checkout"
     return {
         "command": shlex.join(record["command"]),
@@ -50,7 +50,7 @@ def environment_facts(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def uncommitted_changes() -> str | None:
-    """What differs from the commit, as a patch; None outside a checkout."""
+    """Return the difference from the commit as a patch, or None outside a checkout."""
     return _git("diff", "HEAD")
 
 

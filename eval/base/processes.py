@@ -1,7 +1,7 @@
-"""Processes: start-up from torchrun's environment, shared work, what every process gets of the others.
+"""Processes: start-up from torchrun's environment, shared work, and the exchange of results.
 
-Evaluation shares pictures and captions among the processes; every process gets all features, rank 0 prints and writes.
-What travels is safetensors bytes, no pickle.
+Evaluation divides pictures and captions among the processes. Every process gets all features; rank 0 prints and writes.
+The processes exchange safetensors bytes, not pickle.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from longclip_teacher.errors import InputError
 
 __all__ = ["Runtime", "all_results", "is_main_process", "my_share", "process_device", "start"]
 
-_TIMEOUT = timedelta(hours=4)  # rank 0 evaluates, or draws the embedded data, while the others wait
+_TIMEOUT = timedelta(hours=4)  # rank 0 evaluates, or writes the embedded data, while the others wait
 _ERROR = "__error__"
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process stands: its rank, how many there are, its device."""
+    """The rank and the device of this process, and the number of processes."""
 
     rank: int
     world_size: int
@@ -69,9 +69,10 @@ def start(device: str = "auto", allow_tf32: bool = True) -> Iterator[Runtime]:
 
 
 def process_device(name: str) -> torch.device:
-    """The device called `name`: "auto" (a GPU if there is one), "cpu", "cuda" (the local rank's GPU) or "cuda:N".
+    """Return the device called `name`: "auto" (a GPU if there is one), "cpu", "cuda" (the local rank's GPU) or
+    "cuda:N".
 
-    Raises InputError for a GPU that is not there.
+    Raise InputError for a GPU that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,21 +93,22 @@ def process_device(name: str) -> torch.device:
 
 
 def is_main_process() -> bool:
-    """True on rank 0, and where there is one process only."""
+    """Return True on rank 0, and if there is only one process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def my_share(batches: Sequence[Item]) -> Sequence[Item]:
-    """This process's part of a list of batches, dealt out one by one: every batch is what one process would make."""
+    """Return this process's part of a list of batches, dealt out one by one. Batches stay the same for any number of
+    processes."""
     if not dist.is_initialized():
         return batches
     return batches[dist.get_rank() :: dist.get_world_size()]
 
 
 def all_results(compute: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """What `compute` returns on each process, in rank order, the same list everywhere; on the CPU if there are several.
+    """Return what `compute` returns on each process, in rank order; the same list everywhere, on the CPU if several.
 
-    An InputError on one process is raised on all of them, where the others would wait for it for ever.
+    An InputError on one process is raised on all of them, because the others would wait for it forever.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [compute()]
@@ -122,7 +124,8 @@ def all_results(compute: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tens
 
 
 def _all_gather_bytes(content: bytes) -> list[bytes]:
-    """Every rank's bytes; nccl wants them on the GPU, and both want one size, so that the shorter are filled up."""
+    """Return every rank's bytes. nccl needs them on the GPU, and both backends need one size, so shorter ones are
+    padded."""
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     local = _to_bytes(content).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]

@@ -1,4 +1,4 @@
-"""Samples of webdataset tars from untrusted sources: plain files alone, read within bounds, never extracted.
+"""Samples of webdataset tars from untrusted sources: plain files only, read within bounds, never extracted.
 
 A sample is a run of neighbouring members whose paths agree up to the first dot of the file name: `KEY.jpg`, `KEY.json`.
 """
@@ -21,7 +21,7 @@ _END_MARK = bytes(tarfile.BLOCKSIZE)
 
 
 class TarMember(NamedTuple):
-    """A member of a sample: where its content lies in the tar, and the content where it was asked for."""
+    """A member of a sample: the place of its content in the tar, and the content if it was asked for."""
 
     offset: int
     size: int
@@ -34,9 +34,10 @@ TarSample: TypeAlias = tuple[str, dict[str, TarMember]]
 
 
 def tar_samples(path: Path, most_bytes: Callable[[str], int]) -> Iterator[TarSample]:
-    """The samples of a local tar. `most_bytes` of a suffix is the size up to which such members are read, -1 for none.
+    """Yield the samples of a local tar. `most_bytes` of a suffix is the size up to which such members are read, -1 for
+    none.
 
-    Raises InputError naming a tar that is missing, foreign, broken or cut short.
+    Raise InputError naming a tar that is missing, foreign, broken or cut short.
     """
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -49,9 +50,9 @@ def tar_samples(path: Path, most_bytes: Callable[[str], int]) -> Iterator[TarSam
 
 
 def streamed_tar_samples(file: Any, most_bytes: Callable[[str], int]) -> Iterator[TarSample]:
-    """The samples of a tar that comes over a network, in one pass. `file` needs `read` alone; `most_bytes` as above.
+    """Yield the samples of a tar from a network in one pass. `file` needs only `read`; `most_bytes` is as above.
 
-    Raises tarfile.TarError or ValueError for a broken tar or one cut short, and whatever `file` raises.
+    Raise tarfile.TarError or ValueError for a tar that is broken or cut short, and whatever `file` raises.
     """
     stream = _Tail(file)
     with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # it reads, and no more is used
@@ -64,7 +65,7 @@ def _samples(
     number = 0
     for number, group in enumerate(group_by_keys(_members(tar, most_bytes), suffixes=None), start=1):  # noqa: B007
         yield group["__key__"], {suffix: member for suffix, member in group.items() if isinstance(member, TarMember)}
-    if block(tar.offset) != _END_MARK:  # tarfile takes a broken header, or none, for the end
+    if block(tar.offset) != _END_MARK:  # tarfile takes a broken or missing header for the end
         raise tarfile.ReadError(f"broken or cut short after {number} samples")
 
 
@@ -75,14 +76,15 @@ def _members(tar: tarfile.TarFile, most_bytes: Callable[[str], int]) -> Iterator
         if suffix is None:
             continue
         if member.size < 0:
-            raise tarfile.ReadError(f"member {member.name} of negative size")
+            raise tarfile.ReadError(f"member {member.name} has a negative size")
         file = tar.extractfile(member) if member.size <= most_bytes(suffix) else None
         found = TarMember(member.offset_data, member.size, None if file is None else file.read())
         yield {"fname": member.name, "data": found, "__url__": ""}
 
 
 def _suffix(member: tarfile.TarInfo) -> str | None:
-    """None for what cannot belong to a sample: links, folders, devices, hidden files (macOS leaves `._1.jpg`)."""
+    """Return None for what cannot belong to a sample: links, folders, devices, hidden files (macOS leaves
+    `._1.jpg`)."""
     hidden = member.name.rpartition("/")[2].startswith(".")
     if not member.isreg() or member.issparse() or hidden:
         return None
@@ -96,7 +98,7 @@ def _block(file: BinaryIO, offset: int) -> bytes:
 
 
 class _Tail:
-    """A stream that remembers its last bytes: tarfile reads a record ahead of the header it looks at."""
+    """A stream that remembers its last bytes, because tarfile reads one record ahead of the header it looks at."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._position, self._tail = file, 0, b""
@@ -108,6 +110,6 @@ class _Tail:
         return data
 
     def block(self, offset: int) -> bytes:
-        """The block at an offset among the last two records."""
+        """Return the block at an offset among the last two records."""
         start = offset - (self._position - len(self._tail))
         return self._tail[max(start, 0) : start + tarfile.BLOCKSIZE] if start >= 0 else b""

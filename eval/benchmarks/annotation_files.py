@@ -1,4 +1,4 @@
-"""Reading what a dataset says of its pictures: caption files, annotation JSON and tables, as untrusted data.
+"""Read a dataset's annotations: caption files, annotation JSON and tables, as untrusted data.
 
 Sizes are bounded, and a path that leaves the dataset's root is refused (symbolic links are the user's own).
 """
@@ -25,31 +25,31 @@ __all__ = [
     "tab_separated_rows",
 ]
 
-MAX_TEXT_BYTES = 1 << 20  # of one caption file
-MAX_JSON_BYTES = 1 << 30  # of an annotation file read whole
-MAX_ROW_CHARACTERS = 1 << 24  # of one row of an annotation file read row by row
+MAX_TEXT_BYTES = 1 << 20  # limit of one caption file
+MAX_JSON_BYTES = 1 << 30  # limit of an annotation file read at once
+MAX_ROW_CHARACTERS = 1 << 24  # limit of one row of an annotation file read row by row
 _BETWEEN_ROWS = re.compile(r"\s*,?\s*")
 _CHUNK = 1 << 20  # characters read at a time
 
 
 def inside_root(root: Path, name: object, source: Path) -> Path:
-    """root / name, where `name` stands in the file `source` and must not lead out of the root."""
+    """Return root / name, where `name` comes from the file `source` and must not lead out of the root."""
     if not isinstance(name, str) or not name or "\0" in name:
-        raise InputError(f"{source} names a file by what is no file name: {name!r}")
+        raise InputError(f"{source} contains an invalid file name: {name!r}")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InputError(f"{source} names a file outside the root, which is refused: {name}")
     return root / name
 
 
 def one_line(caption: object) -> str:
-    """The caption with line breaks as spaces. TypeError if it is not text."""
+    """Return the caption with line breaks as spaces. Raise TypeError if it is not text."""
     if not isinstance(caption, str):
         raise TypeError(f"a caption is {type(caption).__name__}, not text")
     return caption.replace("\n", " ").strip()
 
 
 def read_text(path: Path) -> str:
-    """A small UTF-8 file whole."""
+    """Read a small UTF-8 file."""
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise InputError(f"{path} is larger than {MAX_TEXT_BYTES} bytes, too large for captions or names")
@@ -63,7 +63,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """An annotation file whole."""
+    """Read an annotation file."""
     if not path.is_file():
         raise InputError(f"no annotation file at {path}")
     if path.stat().st_size > MAX_JSON_BYTES:
@@ -75,7 +75,8 @@ def read_json(path: Path) -> Any:
 
 
 def first_json_rows(path: Path, count: int) -> Iterator[Any]:
-    """The first `count` elements of a JSON array, without reading the rest: of ShareGPT4V's 1 GB the test is 1 MB."""
+    """Yield the first `count` elements of a JSON array without reading the rest: ShareGPT4V's test is 1 MB of its 1
+    GB."""
     if not path.is_file():
         raise InputError(f"no annotation file at {path}")
     decoder = json.JSONDecoder()
@@ -83,7 +84,7 @@ def first_json_rows(path: Path, count: int) -> Iterator[Any]:
         try:
             text = file.read(_CHUNK).lstrip()
             if not text.startswith("["):
-                raise ValueError("no array of rows")
+                raise ValueError("not an array of rows")
             position = 1
             while count > 0:
                 position = _BETWEEN_ROWS.match(text, position).end()  # type: ignore[union-attr]  # matches anything
@@ -92,7 +93,7 @@ def first_json_rows(path: Path, count: int) -> Iterator[Any]:
                 try:
                     row, position = decoder.raw_decode(text, position)
                 except ValueError:
-                    more = file.read(_CHUNK)  # the row goes on in the next chunk, unless there is none
+                    more = file.read(_CHUNK)  # the row continues in the next chunk, if there is one
                     text, position = text[position:], 0
                     if not more or len(text) > MAX_ROW_CHARACTERS:
                         raise
@@ -105,7 +106,7 @@ def first_json_rows(path: Path, count: int) -> Iterator[Any]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, numbered from 1, without their ends; empty ones are passed over."""
+    """Yield the non-empty lines of a UTF-8 file, numbered from 1, without their ends."""
     if not path.is_file():
         raise InputError(f"no annotation file at {path}")
     with path.open(encoding="utf-8-sig") as file:
@@ -122,7 +123,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The objects of a JSON-lines file with their line numbers from 1."""
+    """Yield the objects of a JSON-lines file with their line numbers from 1."""
     for number, line in read_lines(path):
         try:
             yield number, json.loads(line)
@@ -131,10 +132,10 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def tab_separated_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a tab-separated file with a header, as {column: text}, with their line numbers.
+    """Yield the rows of a tab-separated file with a header, as {column: text}, with their line numbers.
 
-    Quoting is that of spreadsheets and pandas: a field in double quotes may hold tabs, line ends and doubled quotes.
-    A column that a row lacks is None. A field has at most csv's own 131072 characters.
+    Quoting is as in spreadsheets and pandas: a field in double quotes may hold tabs, line ends and doubled quotes. A
+    column that a row lacks is None. A field has at most 131072 characters, the limit of csv.
     """
     if not path.is_file():
         raise InputError(f"no annotation file at {path}")
@@ -144,4 +145,4 @@ def tab_separated_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in reader:
                 yield reader.line_num, row
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no tab-separated UTF-8 table ({error})") from None
+        raise InputError(f"{path} is not a tab-separated UTF-8 table ({error})") from None

@@ -1,4 +1,4 @@
-"""Whether two people evaluate the same thing: a fingerprint of texts and pairing, and files against SHA256SUMS."""
+"""Check that two people evaluate the same data: a fingerprint of texts and pairing, and files against SHA256SUMS."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _CHUNK = 1 << 20  # bytes read at a time
 
 
 def pairing_sha256(images: Sequence[Path], captions: Sequence[str], caption_image: Sequence[int]) -> str:
-    """SHA-256 (hex) of the pictures' file names and their captions, in order; of no pixels and of no folder names.
+    """Return the SHA-256 (hex) of the pictures' file names and captions in order, without pixels and folder names.
 
-    The order counts, because it decides between equal scores. Equal on every machine and under every root.
+    The order counts, because it decides between equal scores. The result is equal on every machine and under every
+    root.
     """
     own: list[list[str]] = [[] for _ in images]
     for caption, row in zip(captions, caption_image, strict=True):
@@ -34,20 +35,20 @@ def pairing_sha256(images: Sequence[Path], captions: Sequence[str], caption_imag
 
 
 def verify_sha256sums(root: str | Path, show_progress: bool = False) -> int:
-    """Check every file that root/SHA256SUMS names and return their number.
+    """Check every file that root/SHA256SUMS names. Return their number.
 
-    The file is what `sha256sum` writes, with paths relative to the root. Raises InputError with the number of files
-    that are missing or differ and the first of each, or if there is no such file, nothing in it, or a path in it that
-    leads out of the root.
+    `sha256sum` writes that file, with paths relative to the root. Raise InputError with the number of files that are
+    missing or differ and the first of each, or if there is no such file, if it is empty, or if a path in it leads out
+    of the root.
     """
     sums = Path(root) / SHA256SUMS
     if not sums.is_file():
-        raise InputError(f"no {SHA256SUMS} in {root}: it is what `sha256sum FILES > {SHA256SUMS}` writes")
+        raise InputError(f"no {SHA256SUMS} in {root}: create it with `sha256sum FILES > {SHA256SUMS}`")
     expected: list[tuple[Path, str]] = []
     for number, line in read_lines(sums):
         match = _LINE.fullmatch(line)
         if match is None:
-            raise InputError(f"{sums}: line {number} is no line of sha256sum (64 hexadecimal digits, two spaces, path)")
+            raise InputError(f"{sums}: line {number} is not a line of sha256sum (64 hex digits, two spaces, path)")
         expected.append((inside_root(Path(root), match[2], sums), match[1].lower()))
     if not expected:
         raise InputError(f"{sums} names no files")

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from their binary version; the python version is pickle, which runs code.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from their binary version. The python version is pickle, which runs code.
 
 A picture is a record of label bytes (CIFAR-10: the class; CIFAR-100: the superclass, then the class) and 3072 pixel
 bytes: the red, the green and the blue plane of 32 x 32, row by row.
@@ -30,14 +30,14 @@ _PIXEL_BYTES = 3 * SIDE * SIDE
 
 @dataclass(frozen=True)
 class CifarVersion:
-    """Where one of the two sets keeps what."""
+    """The files and sizes of one of the two sets."""
 
     title: str
     folder: str
     archive: str
     names_file: str
     files: dict[str, tuple[str, ...]]
-    """Of each split."""
+    """File names by split."""
     num_classes: int
     num_label_bytes: int
     python_folder: str
@@ -72,7 +72,7 @@ CIFAR_VERSIONS = {
 
 @dataclass(frozen=True)
 class CifarPictures:
-    """`pixels` of the pictures, RGB, and the `targets`, the number of each one's class in `classnames`."""
+    """The pictures: `pixels` in RGB, and `targets`, the number of each picture's class in `classnames`."""
 
     pixels: UInt8[np.ndarray, "N 32 32 3"]
     targets: Int64[np.ndarray, " N"]
@@ -93,9 +93,9 @@ class CifarImages(Dataset):
 
 
 def read_cifar(root: Path, version: CifarVersion, split: Literal["test", "train"]) -> CifarPictures:
-    """A split of the binary version, in `root` or in its folder of that name; class names with spaces for `_`.
+    """Read a split of the binary version, in `root` or in its folder of that name. Class names have spaces for `_`.
 
-    Raises InputError that says what is missing, or which record is none.
+    Raise InputError that says what is missing, or which record is invalid.
     """
     folder = root / version.folder if (root / version.folder).is_dir() else root
     files = [folder / name for name in version.files[split]]
@@ -106,7 +106,7 @@ def read_cifar(root: Path, version: CifarVersion, split: Literal["test", "train"
     classnames = [name for name in classnames if name]
     if len(classnames) != version.num_classes:
         raise InputError(
-            f"{folder / version.names_file} has {len(classnames)} class names where {version.title} has "
+            f"{folder / version.names_file} has {len(classnames)} class names, but {version.title} has "
             f"{version.num_classes}"
         )
     records = np.concatenate([_read_records(path, version) for path in files])
@@ -114,7 +114,7 @@ def read_cifar(root: Path, version: CifarVersion, split: Literal["test", "train"
     if targets.max() >= version.num_classes:
         first = int(np.argmax(targets >= version.num_classes))
         raise InputError(
-            f"{folder}: picture {first} of the {split} split has class {targets[first]}, and {version.title} has "
+            f"{folder}: picture {first} of the {split} split has class {targets[first]}, but {version.title} has "
             f"{version.num_classes}"
         )
     planes = records[:, version.num_label_bytes :].reshape(-1, 3, SIDE, SIDE)  # [N,3,32,32]
@@ -127,7 +127,7 @@ def _read_records(path: Path, version: CifarVersion) -> UInt8[np.ndarray, "N byt
     size = path.stat().st_size
     if size == 0 or size % record_bytes or size > most:
         raise InputError(
-            f"{path} is no {version.title} file: {size} bytes where records of {record_bytes} are expected, "
+            f"{path} is not a {version.title} file: it has {size} bytes, not records of {record_bytes} bytes, "
             f"at most {most} bytes"
         )
     return np.fromfile(path, dtype=np.uint8).reshape(-1, record_bytes)

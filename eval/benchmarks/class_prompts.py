@@ -1,4 +1,4 @@
-"""What zero-shot classification reads: class names from a file, and the templates of CLIP's authors or of the user."""
+"""The inputs of zero-shot classification: class names from a file, and templates of CLIP's authors or of the user."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ CIFAR_TEMPLATES: tuple[str, ...] = tuple(  # 18, those of CLIP's authors for CIF
 
 
 def read_classnames(path: Path | None) -> list[str] | None:
-    """The class names of a text file, one per line; None without a file: the data set has its own."""
+    """Read the class names of a text file, one per line. Return None without a file: the data set has its own."""
     return None if path is None else _lines(path)
 
 
 def read_templates(choice: str) -> Sequence[str] | None:
-    """The templates that --templates means; None leaves them to the data set."""
+    """Return the templates that --templates selects, or None to leave them to the data set."""
     named = {"auto": None, "openai": OPENAI_TEMPLATES, "simple": SIMPLE_TEMPLATES, "cifar": CIFAR_TEMPLATES}
     if choice in named:
         return named[choice]
     if "{}" in choice:
         return [choice]
     if not Path(choice).is_file():
-        raise InputError(f"--templates {choice!r} is no file, no sentence with {{}}, and neither of {', '.join(named)}")
+        raise InputError(f"--templates {choice!r}: give a file, a sentence with {{}}, or one of {', '.join(named)}")
     templates = _lines(Path(choice))
     for number, template in enumerate(templates, start=1):
         if "{}" not in template:
@@ -46,8 +46,8 @@ def read_templates(choice: str) -> Sequence[str] | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty."""
+    """Return the non-empty lines of a text file."""
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
-        raise InputError(f"{path} is empty: write one entry a line")
+        raise InputError(f"{path} is empty: write one entry per line")
     return lines

@@ -1,8 +1,8 @@
-"""ImageNet and the test sets made for its classifiers: their class folders, in class order, and how many pictures.
+"""ImageNet and the test sets made for its classifiers: class folders in class order, and numbers of pictures.
 
-A class number is a set's own, 0 to C - 1 in the order of ImageNet's 1000 class numbers; ImageNet-A and -R have 200 of
-these classes, and are scored among those 200 alone. The lists of synsets and of the 200 classes are timm's, the class
-names open_clip's.
+Class numbers are a set's own, 0 to C - 1 in the order of ImageNet's 1000 class numbers. ImageNet-A and -R have 200 of
+these classes and are scored among those 200 alone. The lists of synsets and of the 200 classes come from timm, the
+class names from open_clip.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ class ImageNetSet:
     title: str
     num_images: int
     indices_file: str | None = None
-    """timm's list of the ImageNet classes it has; None: all 1000."""
+    """timm's list of the set's ImageNet classes; None: all 1000."""
     numbered: bool = False
-    """Whether its folders are named by class number (0, 1, ... 999) and not by synset (n01440764, ...)."""
+    """Whether its folders are named by class number (0, 1, ... 999) instead of by synset (n01440764, ...)."""
 
     def imagenet_numbers(self) -> list[int]:
-        """The ImageNet class number of each of its classes."""
+        """Return the ImageNet class number of each of its classes."""
         return list(range(len(imagenet_synsets()))) if self.indices_file is None else _indices(self.indices_file)
 
     def folders(self) -> list[str]:
-        """The folder of each class."""
+        """Return the folder of each class."""
         synsets = imagenet_synsets()
         return [str(number) if self.numbered else synsets[number] for number in self.imagenet_numbers()]
 
     def classnames(self) -> list[str]:
-        """The name of each class."""
+        """Return the name of each class."""
         return [IMAGENET_CLASSNAMES[number] for number in self.imagenet_numbers()]
 
 
@@ -53,7 +53,7 @@ IMAGENET_SETS = {
 
 @cache
 def imagenet_synsets() -> list[str]:
-    """The folder names of ImageNet's classes by class number: n01440764 (tench) is class 0."""
+    """Return the folder names of ImageNet's classes by class number: n01440764 (tench) is class 0."""
     return ImageNetInfo().label_names()
 
 

@@ -1,4 +1,4 @@
-"""Features of pictures with classes, which zero-shot classification and the probes share.
+"""Features of pictures with classes, for zero-shot classification and the probes.
 
 Shapes: N pictures, D embedding width.
 """
@@ -30,7 +30,7 @@ __all__ = ["LabelledFeatures", "encode_labelled"]
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Unit-norm `features` [N,D] of the pictures that could be read, and the class `targets` [N] of each."""
+    """Unit-norm `features` [N,D] of the readable pictures, and the class `targets` [N] of each."""
 
     features: Float[Tensor, "N D"]
     targets: Int64[Tensor, " N"]
@@ -38,14 +38,15 @@ class LabelledFeatures:
 
     @property
     def num_found(self) -> int:
-        """Pictures that were there, the unreadable ones too."""
+        """The number of pictures, including unreadable ones."""
         return len(self.targets) + len(self.unreadable)
 
 
 def encode_labelled(model: ClipModel, labelled: LabelledImages, encoding: Encoding = Encoding()) -> LabelledFeatures:
-    """Features and classes of labelled pictures, on the model's device; the model keeps the training mode it was in.
+    """Return features and classes of labelled pictures, on the model's device. The model's training mode does not
+    change.
 
-    Unreadable pictures are left out and named; more than 1% of them is an InputError, as are NaN features.
+    Unreadable pictures are left out and named. More than 1% of them raises InputError, and so do NaN features.
     """
     if labelled.files is None:
         return _encode_stream(model, labelled, encoding)

@@ -1,8 +1,8 @@
 """Pictures with classes: known test sets, any folder of class folders (ImageFolder), shards of .jpg + .cls pairs.
 
-Left to find out by itself (`auto`), ImageNet is known by its folders' names (synsets such as n01440764, of which some
-are enough), and ImageNet-V2 by its thousand folders 0 to 999. A data set asked for by name must be whole: a folder that
-does not fit it is refused with what is missing.
+With `auto`, ImageNet is recognised by its folders' names (synsets such as n01440764, some of which are enough), and
+ImageNet-V2 by its thousand folders 0 to 999. A data set requested by name must be complete: a folder that does not fit
+it is refused with what is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Split = Literal["test", "train"]
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Pictures for classification: class c is called `classnames[c]`; they are `files`, or in `shards`, or `cifar`."""
+    """Pictures for classification; class c is called `classnames[c]`. They are `files`, or in `shards`, or `cifar`."""
 
     name: str
     source: str
@@ -41,10 +41,10 @@ class LabelledImages:
     cifar: CifarPictures | None = None
     title: str = ""
     num_expected: int | None = None
-    """How many pictures the benchmark `title` has, where it is a known one."""
+    """The number of pictures in the benchmark `title`, if it is a known one."""
 
     def dataset(self, preprocess: Any) -> Dataset:
-        """(class, picture) by index, but as a stream for shards."""
+        """Return (class, picture) by index, but for shards as a stream."""
         if self.files is not None:
             return ImageFiles(self.files, preprocess)
         if self.cifar is not None:
@@ -53,10 +53,10 @@ class LabelledImages:
         return ShardImages(self.shards, len(self.classnames), preprocess)
 
     def count_mismatch(self, num_found: int) -> str | None:
-        """What to say if a known benchmark has another number of pictures than were found."""
+        """Return a warning if a known benchmark has another number of pictures than were found."""
         if self.num_expected is None or num_found == self.num_expected:
             return None
-        return f"{self.title} has {self.num_expected} pictures, here are {num_found}: not a figure to compare"
+        return f"{self.title} has {self.num_expected} pictures, but {num_found} were found: do not compare the figure"
 
 
 def find_labelled_images(
@@ -65,13 +65,13 @@ def find_labelled_images(
     dataset: DatasetName = "auto",
     split: Split = "test",
 ) -> LabelledImages:
-    """The pictures of a folder of class folders, of shards (`DIR/*.tar`, or a folder of them), or of a known set.
+    """Find the pictures of a folder of class folders, of shards (`DIR/*.tar`, or a folder of them), or of a known set.
 
-    `classnames` replace a known set's own, in the order of its class numbers; otherwise they are in the sorted order of
-    the folders, or of the shards' class numbers. Left out, they are ImageNet's for synset folders and for shards, and
-    otherwise the folders' names with `_` and `-` as spaces. `folder` takes folder names as they are, synsets too.
-    `split` matters to CIFAR, whose two splits lie in one folder; of the other sets, only the test split has a known
-    number of pictures. Raises InputError with what is missing.
+    `classnames` replace a known set's own, in the order of its class numbers; otherwise they follow the sorted order of
+    the folders, or of the shards' class numbers. By default they are ImageNet's for synset folders and for shards, and
+    otherwise the folders' names with `_` and `-` as spaces. `folder` takes folder names as they are, including synsets.
+    `split` matters to CIFAR, whose two splits share a folder; for the other sets, only the test split has a known
+    number of pictures. Raise InputError with what is missing.
     """
     if dataset in CIFAR_VERSIONS:
         return _from_cifar(Path(source), classnames, dataset, split)
@@ -81,7 +81,7 @@ def find_labelled_images(
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders and any(is_picture(path) for path in root.iterdir()):
         raise InputError(
-            f"{root} holds pictures but no class folders: move them into one folder a class (n01440764/...)"
+            f"{root} holds pictures but no class folders: move them into one folder per class (n01440764/...)"
         )
     if not folders:
         return _from_shards(sorted(root.glob("*.tar")), source, classnames, dataset, split)
@@ -130,7 +130,7 @@ def _from_imagenet_set(
         )
     if foreign:
         raise InputError(
-            f"{root} is not {entry.title}: {len(foreign)} folders are none of its {len(wanted)} classes, "
+            f"{root} is not {entry.title}: {len(foreign)} folders are not among its {len(wanted)} classes, "
             f"the first: {foreign[0]}"
         )
     return LabelledImages(
@@ -152,7 +152,7 @@ def _from_shards(
     if dataset not in IMAGENET_SETS and classnames is not None:
         return LabelledImages(str(source), str(source), list(classnames), shards=shards)
     if dataset == "folder":
-        raise InputError(f"the classes of shards have numbers alone: name those of {source} with --classnames FILE")
+        raise InputError(f"shards only number their classes: name those of {source} with --classnames FILE")
     name = "imagenet" if dataset == "auto" else dataset
     entry = IMAGENET_SETS[name]
     return LabelledImages(

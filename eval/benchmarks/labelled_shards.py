@@ -1,6 +1,6 @@
 """Pictures with classes in webdataset shards: tar files whose samples have a picture and a `.cls`, the class number.
 
-Shards are streamed, never extracted; of their members only pictures and `.cls` are read, and only up to a size.
+Shards are streamed, never extracted. Only pictures and `.cls` members are read, and only up to a size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ShardImages"]
 
 
 class ShardImages(IterableDataset):
-    """(class, picture) from shards, each shard read by one worker; what cannot be read arrives as `Unreadable`."""
+    """(class, picture) from shards, each shard read by one worker. What cannot be read arrives as `Unreadable`."""
 
     def __init__(self, shards: Sequence[Path], num_classes: int, preprocess: Any) -> None:
         self.shards, self.num_classes, self.preprocess = shards, num_classes, preprocess
@@ -42,7 +42,9 @@ class ShardImages(IterableDataset):
     def _label(self, members: dict[str, bytes]) -> int:
         text = members.get(".cls", b"").decode("ascii", errors="replace").strip()
         if not text.isdecimal() or int(text[:9]) >= self.num_classes:
-            raise InputError(f"class {text[:20]!r} is no number below {self.num_classes}" if text else "no .cls member")
+            raise InputError(
+                f"class {text[:20]!r} is not a number below {self.num_classes}" if text else "no .cls member"
+            )
         return int(text)
 
 

@@ -1,4 +1,4 @@
-"""Retrieval sets named on a command line as NAME=PROTOCOL:FOLDER, and what tells one set's content from another's."""
+"""Retrieval sets named on a command line as NAME=PROTOCOL:FOLDER, and a digest of a set's content."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["is_plain_name", "parse_sets", "set_digest"]
 
 
 def parse_sets(entries: Sequence[str], flag: str) -> dict[str, RetrievalSet]:
-    """The sets by name, in order. `flag` is what the user typed. Raises InputError for what is not
-    NAME=PROTOCOL:FOLDER, a name that comes twice, and a folder that does not fit its protocol."""
+    """Return the sets by name, in order. `flag` is what the user typed. Raise InputError for an entry that is not
+    NAME=PROTOCOL:FOLDER, a repeated name, or a folder that does not fit its protocol."""
     sets: dict[str, RetrievalSet] = {}
     for entry in entries:
         name, equals, place = entry.partition("=")
@@ -22,18 +22,19 @@ def parse_sets(entries: Sequence[str], flag: str) -> dict[str, RetrievalSet]:
         if not (name and equals and colon and root):
             raise InputError(f"{flag} {entry}: write NAME=PROTOCOL:FOLDER, such as urban=urban1k:data/Urban1k")
         if name in sets:
-            raise InputError(f"{flag} {entry}: {name} is named already, give each set a name of its own")
+            raise InputError(f"{flag} {entry}: the name {name} is taken, give each set its own")
         sets[name] = load_retrieval_set(protocol, root)
     return sets
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name can be part of a file's name."""
+    """Return whether a name can be part of a file's name."""
     return re.fullmatch(r"\w[\w.+-]*", name) is not None
 
 
 def set_digest(retrieval_set: RetrievalSet) -> str:
-    """sha256 of the set's pictures (their bytes) and captions in order; wherever the folder lies, it is the same."""
+    """Return the sha256 of the set's pictures (their bytes) and captions in order. The folder's place does not
+    matter."""
     digest = hashlib.sha256()
     for image in retrieval_set.images:
         try:

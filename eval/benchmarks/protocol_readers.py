@@ -1,8 +1,8 @@
-"""Readers of the retrieval benchmarks' own files: each gives the pictures, in a fixed order, with their captions.
+"""Readers of the retrieval benchmarks' own files. Each gives the pictures, in a fixed order, with their captions.
 
-A reader takes the root and, where its protocol has an annotation file, the one that the user named (else None). It
-says in one line what is missing or malformed; numbers of pictures and the pictures themselves are checked afterwards
-(protocols.py). All files are untrusted: what they name must lie inside the root.
+A reader takes the root and, if its protocol has an annotation file, the one that the user named (else None). It reports
+in one line what is missing or malformed. protocols.py then checks the pictures and their number. All files are
+untrusted: the paths in them must lie inside the root.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ __all__ = [
 
 SHAREGPT4V_JSON = "share-captioner_coco_lcs_sam_1246k_1107.json"
 SHAREGPT4V_TEST_ROWS = 1000
-CAPTIONS_PER_IMAGE = 5  # of COCO and Flickr30k; the few further ones that COCO has are not used by anyone
+CAPTIONS_PER_IMAGE = 5  # in COCO and Flickr30k; nobody uses the few further ones in COCO
 FLICKR30K_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
-# Where the pictures of each part of ImageInWords lie: the first of these folders that is there.
+# The folders of each part of ImageInWords' pictures; the first that exists is used.
 IMAGEINWORDS_FOLDERS = {
     "IIW-400": ("docci_aar", "images_aar"),
     "DCI_Test": ("dci", "photos"),
@@ -59,14 +59,14 @@ Pairs = list[tuple[Path, list[str]]]  # each picture with its captions
 
 
 def read_sharegpt4v_test(root: Path, annotations: Path | None) -> Pairs:
-    """The first 1000 rows of ShareGPT4V's array: `image` and the answer, `conversations[1].value`."""
+    """Return the first 1000 rows of ShareGPT4V's array: `image` and the answer, `conversations[1].value`."""
     path = annotations or _sharegpt4v_json(root)
     pairs: Pairs = []
     for number, row in enumerate(first_json_rows(path, SHAREGPT4V_TEST_ROWS)):
         try:
             image, caption = row["image"], one_line(row["conversations"][1]["value"])
         except (KeyError, IndexError, TypeError):
-            raise InputError(f"{path}: row {number} is no ShareGPT4V row (image, conversations[1].value)") from None
+            raise InputError(f"{path}: row {number} is not a ShareGPT4V row (image, conversations[1].value)") from None
         pairs.append((inside_root(root, image, path), [caption]))
     return pairs
 
@@ -82,12 +82,12 @@ def _sharegpt4v_json(root: Path) -> Path:
 
 
 def read_urban1k(root: Path, annotations: Path | None) -> Pairs:
-    """image/N.jpg with the first line of caption/N.txt."""
+    """Return image/N.jpg with the first line of caption/N.txt."""
     return [(image, [read_text(text).strip().split("\n")[0]]) for image, text in _paired_folders(root)]
 
 
 def read_docci_test(root: Path, annotations: Path | None) -> Pairs:
-    """The rows of docci_descriptions.jsonlines whose split is "test", in the file's order."""
+    """Return the rows of docci_descriptions.jsonlines whose split is "test", in the file's order."""
     path = annotations or root / "docci_descriptions.jsonlines"
     folder = _folder(root, "DOCCI's pictures", "images")
     pairs: Pairs = []
@@ -96,15 +96,15 @@ def read_docci_test(root: Path, annotations: Path | None) -> Pairs:
             if row["split"] == "test":
                 pairs.append((inside_root(folder, row["image_file"], path), [one_line(row["description"])]))
         except (KeyError, TypeError):
-            raise InputError(f"{path}: line {number} is no DOCCI row (split, image_file, description)") from None
+            raise InputError(f"{path}: line {number} is not a DOCCI row (split, image_file, description)") from None
     return pairs
 
 
 def read_dci(root: Path, annotations: Path | None, *, part: Literal["full", "extra", "short"]) -> Pairs:
-    """annotations/*.json in the order of their names, with one of DCI's texts of the whole picture.
+    """Return the pictures of annotations/*.json in the order of their names, each with one of DCI's texts.
 
-    "full" is `short_caption` and `extra_caption` joined, which DCI's own code calls the extended caption. Where a
-    picture's extra_caption is empty, "full" is the short one alone, and "extra" leaves the picture out.
+    "full" joins `short_caption` and `extra_caption`, which DCI's own code calls the extended caption. If a picture's
+    extra_caption is empty, "full" is the short one alone, and "extra" leaves the picture out.
     """
     base = root / "densely_captioned_images" if (root / "densely_captioned_images").is_dir() else root
     folder = _folder(base, "DCI's pictures (of SA-1B's archive sa_000138)", "photos")
@@ -115,7 +115,7 @@ def read_dci(root: Path, annotations: Path | None, *, part: Literal["full", "ext
         try:
             image, short, extra = row["image"], one_line(row["short_caption"]), one_line(row["extra_caption"])
         except (KeyError, TypeError):
-            raise InputError(f"{path} is no DCI annotation (image, short_caption, extra_caption)") from None
+            raise InputError(f"{path} is not a DCI annotation (image, short_caption, extra_caption)") from None
         caption = {"full": f"{short} {extra}".strip(), "extra": extra, "short": short}[part]
         if caption or part != "extra":
             pairs.append((inside_root(folder, image, path), [caption]))
@@ -123,9 +123,10 @@ def read_dci(root: Path, annotations: Path | None, *, part: Literal["full", "ext
 
 
 def read_long_dci(root: Path, annotations: Path | None) -> Pairs:
-    """A tab-separated table with a header: a column of picture paths and one of captions, by TULIP's or common names.
+    """Read a tab-separated table with a header: a column of picture paths and one of captions, with TULIP's or common
+    names.
 
-    The paths start at the root, or at root/photos where there is such a folder.
+    The paths start at the root, or at root/photos if that folder exists.
     """
     tables = [path for path in (root / "dci_long.csv", root / "dci_long.tsv") if path.is_file()]
     path = annotations or (tables[0] if tables else root / "dci_long.csv")
@@ -144,7 +145,7 @@ def read_long_dci(root: Path, annotations: Path | None) -> Pairs:
 
 
 def read_imageinwords(root: Path, annotations: Path | None, *, parts: tuple[str, ...]) -> Pairs:
-    """PART/data.jsonl of the ImageInWords repository's datasets/, field "IIW", one part after the other."""
+    """Read PART/data.jsonl of the ImageInWords repository's datasets/, field "IIW", one part after the other."""
     pairs: Pairs = []
     for part in parts:
         places = [root / part / "data.jsonl", root / "datasets" / part / "data.jsonl"]
@@ -154,18 +155,20 @@ def read_imageinwords(root: Path, annotations: Path | None, *, parts: tuple[str,
             try:
                 name, caption = row.get("image/key", row.get("image")), one_line(row["IIW"])
             except (KeyError, TypeError, AttributeError):
-                raise InputError(f"{path}: line {number} is no ImageInWords row (image/key or image, IIW)") from None
+                raise InputError(
+                    f"{path}: line {number} is not an ImageInWords row (image/key or image, IIW)"
+                ) from None
             if isinstance(name, str) and name and not is_picture(Path(name)):
                 name += ".jpg"  # DOCCI's pictures are named by their key
             pairs.append((inside_root(folder, name, path), [caption]))
     return pairs
 
 
-# --- short captions, five a picture ---
+# --- short captions, five per picture ---
 
 
 def read_coco_val2017(root: Path, annotations: Path | None) -> Pairs:
-    """captions_val2017.json: pictures in the order of their ids, as pycocotools and torchvision give them."""
+    """Read captions_val2017.json: pictures in the order of their ids, as pycocotools and torchvision give them."""
     path = annotations or root / "annotations" / "captions_val2017.json"
     folder = _folder(root, "COCO's validation pictures", "val2017")
     content = read_json(path)
@@ -180,24 +183,25 @@ def read_coco_val2017(root: Path, annotations: Path | None) -> Pairs:
         ]
     except (KeyError, TypeError):
         raise InputError(
-            f"{path} is no COCO captions file (images: id, file_name; annotations: image_id, caption)"
+            f"{path} is not a COCO captions file (images: id, file_name; annotations: image_id, caption)"
         ) from None
 
 
 def read_coco_karpathy_test(root: Path, annotations: Path | None) -> Pairs:
-    """dataset_coco.json, split "test"; its pictures are some of val2014's."""
+    """Read dataset_coco.json, split "test". Its pictures are part of val2014."""
     _folder(root, "COCO's pictures of 2014", "val2014")
     return _karpathy_test(annotations or _beside(root, "dataset_coco.json"), root)
 
 
 def read_flickr30k_karpathy_test(root: Path, annotations: Path | None) -> Pairs:
-    """dataset_flickr30k.json, split "test"."""
+    """Read dataset_flickr30k.json, split "test"."""
     folder = _folder(root, "Flickr30k's pictures", *FLICKR30K_FOLDERS)
     return _karpathy_test(annotations or _beside(root, "dataset_flickr30k.json"), folder)
 
 
 def _karpathy_test(path: Path, folder: Path) -> Pairs:
-    """The test split of a file of Karpathy's, in its order; a picture is [filepath/]filename below the folder."""
+    """Return the test split of one of Karpathy's files, in its order. A picture is [filepath/]filename below the
+    folder."""
     content = read_json(path)
     pairs: Pairs = []
     try:
@@ -208,13 +212,13 @@ def _karpathy_test(path: Path, folder: Path) -> Pairs:
                 pairs.append((inside_root(folder, name, path), captions))
     except (KeyError, TypeError):
         raise InputError(
-            f"{path} is no file of Karpathy's splits (images: split, filename, sentences with raw)"
+            f"{path} is not a file of Karpathy's splits (images: split, filename, sentences with raw)"
         ) from None
     return pairs
 
 
 def read_flickr30k_all(root: Path, annotations: Path | None) -> Pairs:
-    """Lines of results_20130124.token, `PICTURE.jpg#N<tab>caption`, pictures in the order of their first line."""
+    """Read lines of results_20130124.token, `PICTURE.jpg#N<tab>caption`, pictures in the order of their first line."""
     path = annotations or _beside(root, "results_20130124.token")
     folder = _folder(root, "Flickr30k's pictures", *FLICKR30K_FOLDERS)
     captions: dict[str, list[str]] = {}
@@ -222,7 +226,7 @@ def read_flickr30k_all(root: Path, annotations: Path | None) -> Pairs:
         key, tab, caption = line.partition("\t")
         name, mark, _ = key.rpartition("#")
         if not tab or not mark:
-            raise InputError(f"{path}: line {number} is no caption of Flickr30k (PICTURE.jpg#N, a tab, the caption)")
+            raise InputError(f"{path}: line {number} is not a caption of Flickr30k (PICTURE.jpg#N, a tab, the caption)")
         captions.setdefault(name, []).append(caption.strip())
     return [(inside_root(folder, name, path), own) for name, own in captions.items()]
 
@@ -231,7 +235,8 @@ def read_flickr30k_all(root: Path, annotations: Path | None) -> Pairs:
 
 
 def read_folder(root: Path, annotations: Path | None) -> Pairs:
-    """Pictures with a .txt of the same name beside them, or image/N.jpg with caption/N.txt; all of each text."""
+    """Read pictures with a .txt of the same name beside them, or image/N.jpg with caption/N.txt, with all of each
+    text."""
     if (root / "image").is_dir() and (root / "caption").is_dir():
         files = _paired_folders(root)
     else:
@@ -245,7 +250,7 @@ def read_folder(root: Path, annotations: Path | None) -> Pairs:
 
 
 def _folder(root: Path, what: str, *names: str) -> Path:
-    """The first of the folders root/name that is there."""
+    """Return the first of the folders root/name that exists."""
     found = next((root / name for name in names if (root / name).is_dir()), None)
     if found is None:
         raise InputError(f"no folder {' or '.join(names)} in {root}: {what} belong there")
@@ -253,13 +258,13 @@ def _folder(root: Path, what: str, *names: str) -> Path:
 
 
 def _beside(root: Path, name: str) -> Path:
-    """root/name, or root/annotations/name if only that is there."""
+    """Return root/name, or root/annotations/name if only that exists."""
     inner = root / "annotations" / name
     return inner if inner.is_file() and not (root / name).is_file() else root / name
 
 
 def _paired_folders(root: Path) -> list[tuple[Path, Path]]:
-    """Pictures in root/image and their captions in root/caption, by name; numbers in numerical order."""
+    """Return pictures in root/image and their captions in root/caption, by name; numbers in numerical order."""
     for name in ("image", "caption"):
         if not (root / name).is_dir():
             raise InputError(f"no folder {root / name}: the pairs are image/N.jpg and caption/N.txt")

@@ -1,4 +1,4 @@
-"""Samples of a webdataset shard as evaluation reads them: the members of the wanted kinds, as bytes."""
+"""Samples of a webdataset shard for evaluation: the members of the requested kinds, as bytes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MAX_MEMBER_BYTES = 1 << 26  # 64 MB
 
 
 def shard_samples(shard: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {suffix: bytes}) of each sample, with the members whose suffix (".jpg", ".syn.json") is wanted.
+    """Yield (key, {suffix: bytes}) of each sample, with the members whose suffix (".jpg", ".syn.json") is wanted.
 
-    A member above `MAX_MEMBER_BYTES` arrives as b"". Keys, suffixes and InputErrors: see `tar_samples`.
+    A member above `MAX_MEMBER_BYTES` arrives as b"". For keys, suffixes and InputErrors see `tar_samples`.
     """
     for key, members in tar_samples(shard, lambda suffix: MAX_MEMBER_BYTES if is_wanted(f".{suffix}") else -1):
         wanted = {f".{suffix}": member.content or b"" for suffix, member in members.items()}

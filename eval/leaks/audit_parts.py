@@ -1,10 +1,10 @@
-"""What the leakage audit reads, a part at a time, and what it keeps of it: hashes of pictures and of captions.
+"""The parts of data that the leakage audit reads, and what it stores of them: hashes of pictures and captions.
 
-A part is a shard, or a list of some thousand pictures and captions. Parts are hashed in worker processes, each by one
-of them; with a cache, what was hashed of a part is kept in a file named by the part's content, so that an audit that
-was stopped goes on where it was.
+A part is a shard, or a list of some thousand pictures and captions. Each part is hashed by one worker process. With a
+cache, the hashes of a part are stored in a file named after the part's content, so that a stopped audit can continue
+where it was.
 
-Shapes: n samples of a part, p of them with a picture that can be read, m captions.
+Shapes: n samples of a part, p of them with a readable picture, m captions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from longclip_teacher.text import first_sentence
 
 __all__ = ["FileList", "HashedPart", "Part", "Sample", "Shard", "hash_parts", "join_parts", "normalized"]
 
-CACHE_VERSION = 1  # of the hashes and of their file: raised when either changes
+CACHE_VERSION = 1  # version of the hashes and of their file; raise it when either changes
 CAPTION_KEYS = ("caption", "caption_long", "caption_short", "syn_text")
 _DIGEST_BYTES = 16
 
@@ -48,7 +48,7 @@ class Sample(NamedTuple):
     content: bytes | None
     captions: tuple[str, ...]
     problem: str | None = None
-    """What of it could not be read."""
+    """What could not be read."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Shard:
     path: Path
 
     def title(self, name: str) -> str:
-        """Where the sample of that name is."""
+        """Return where the sample of that name is."""
         return f"{self.path}:{name}"
 
     def fingerprint(self) -> str:
-        """Of all its bytes."""
+        """Return a hash of all its bytes."""
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             while block := file.read(1 << 20):
@@ -70,7 +70,8 @@ class Shard:
         return digest.hexdigest()
 
     def samples(self) -> Iterator[Sample]:
-        """One for each picture, and one for captions without a picture. InputError for a broken tar."""
+        """Yield one sample for each picture, and one for captions without a picture. Raise InputError for a broken
+        tar."""
         for key, members in shard_samples(self.path, _is_read):
             captions, problem = _member_captions(members)
             pictures = {suffix: content for suffix, content in members.items() if suffix in IMAGE_SUFFIXES}
@@ -83,24 +84,25 @@ class Shard:
 
 @dataclass(frozen=True)
 class FileList:
-    """Pictures by path with their captions; a picture without a path has a name and captions only."""
+    """Pictures by path with their captions. A picture without a path has only a name and captions."""
 
     names: tuple[str, ...]
     paths: tuple[Path | None, ...]
     captions: tuple[tuple[str, ...], ...]
 
     def title(self, name: str) -> str:
-        """Where the sample of that name is: names are paths here."""
+        """Return where the sample of that name is. Names are paths here."""
         return name
 
     def split(self, size: int) -> list[FileList]:
-        """The list in parts of `size` files."""
+        """Split the list into parts of `size` files."""
         starts = range(0, len(self.names), size)
         parts = [slice(start, start + size) for start in starts]
         return [FileList(self.names[part], self.paths[part], self.captions[part]) for part in parts]
 
     def fingerprint(self) -> str:
-        """Of names, captions, and the files' sizes and times: reading the files would take as long as hashing them."""
+        """Return a hash of names, captions, and sizes and times of files. Reading the files would take as long as
+        hashing them."""
         digest = hashlib.sha256()
         for name, path, captions in zip(self.names, self.paths, self.captions, strict=True):
             status = path.stat() if path is not None and path.is_file() else None
@@ -109,7 +111,7 @@ class FileList:
         return digest.hexdigest()
 
     def samples(self) -> Iterator[Sample]:
-        """One for each name, in order."""
+        """Yield one sample for each name, in order."""
         for name, path, captions in zip(self.names, self.paths, self.captions, strict=True):
             if path is None:
                 yield Sample(name, None, captions)
@@ -133,35 +135,35 @@ class HashedPart:
     names: np.ndarray
     """[n] text."""
     sha256: UInt8[np.ndarray, "n 32"]
-    """Of the picture's file; zeros where there is no file."""
+    """Hash of the picture's file; zeros if there is no file."""
     picture_samples: Int[np.ndarray, " p"]
-    """The sample that each of the pictures belongs to: those that could be decoded."""
+    """The sample of each picture that could be decoded."""
     phashes: UInt8[np.ndarray, "p 32"]
     thumbnails: UInt8[np.ndarray, "p 32 32 3"]
     caption_samples: Int[np.ndarray, " m"]
     """The sample that each caption belongs to."""
     caption_lengths: Int[np.ndarray, " m"]
-    """Characters of the normalised caption."""
+    """Length of the normalised caption in characters."""
     caption_digests: UInt8[np.ndarray, "m 16"]
-    """Of the normalised caption."""
+    """Hash of the normalised caption."""
     sentence_digests: UInt8[np.ndarray, "m 16"]
-    """Of its normalised first sentence."""
+    """Hash of its normalised first sentence."""
     problems: np.ndarray
     """[k] text: what could not be read."""
 
 
 def normalized(caption: str) -> str:
-    """The caption's words in small letters, a space apart: spelling of marks, spaces and case does not count."""
+    """Return the caption's words in lower case, one space apart. Punctuation, spaces and case do not count."""
     return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", caption).casefold()))
 
 
 def hash_parts(
     parts: Iterable[Part], cache: Path | None = None, num_workers: int = 0
 ) -> Iterator[tuple[Part, HashedPart]]:
-    """Each part with its hashes, in order; at most two parts a worker are under way, so memory stays bounded.
+    """Yield each part with its hashes, in order. At most two parts per worker are in progress, so memory stays bounded.
 
-    `cache` is the folder where the hashes are kept; `num_workers` 0 hashes in this process. Raises InputError for a
-    broken shard or a folder that cannot be written.
+    `cache` is the folder for the hashes; `num_workers` 0 hashes in this process. Raise InputError for a broken shard or
+    a folder that cannot be written.
     """
     if cache is not None:
         try:
@@ -185,15 +187,13 @@ def hash_parts(
             first, future = pending.popleft()
             yield first, future.result()
     except BrokenProcessPool:
-        raise InputError(
-            "a worker process was ended from outside, mostly for lack of memory: lower --num-workers"
-        ) from None
+        raise InputError("a worker process was killed, most likely for lack of memory: lower --num-workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def join_parts(parts: Sequence[HashedPart]) -> HashedPart:
-    """The parts as one, in order."""
+    """Join the parts into one, in order."""
     starts = np.cumsum([0, *(len(part.names) for part in parts)])[:-1]
     joined = {}
     for field in fields(HashedPart):
@@ -269,7 +269,7 @@ def _is_read(suffix: str) -> bool:
 
 
 def _member_captions(members: dict[str, bytes]) -> tuple[tuple[str, ...], str | None]:
-    """The captions of a sample's .txt and .json members, each once, and what is wrong with one that cannot be read."""
+    """Return the distinct captions of a sample's .txt and .json members, and what is wrong with an unreadable one."""
     captions: list[str] = []
     problem = None
     for suffix, content in members.items():
@@ -290,7 +290,7 @@ def _json_captions(content: Any) -> list[str]:
 
 
 def _save(path: Path, hashed: HashedPart) -> None:
-    """Atomically: a killed audit leaves the whole file or none."""
+    """Save atomically, so that a killed audit leaves the complete file or none."""
     with atomic_file(path) as temporary:
         try:
             with temporary.open("wb") as file:
@@ -300,7 +300,7 @@ def _save(path: Path, hashed: HashedPart) -> None:
 
 
 def _load(path: Path) -> HashedPart | None:
-    """What was kept, or None if there is nothing or it is damaged."""
+    """Return the stored hashes, or None if there are none or they are damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return HashedPart(**{field.name: file[field.name] for field in fields(HashedPart)})

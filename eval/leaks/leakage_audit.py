@@ -1,14 +1,14 @@
 """What training data and a benchmark share: the signs of a leak, and the audit that collects them.
 
-Six signs, of which the first three are leaks and the others hints to look at:
+There are six signs. The first three are leaks, the others hints to look at:
 
 - sha256: the same file, byte for byte;
-- look: the same picture in another file, compressed anew or resized (picture_hashes.py says how, and what it misses);
-- caption: the same whole caption, but for case, spaces and punctuation;
-- short_caption: the same, of a caption so short that two people may have written it ("a man riding a wave");
-- first_sentence: captions that begin with the same sentence, as those of templates do;
+- look: the same picture in another file, recompressed or resized (picture_hashes.py says how, and what it misses);
+- caption: the same complete caption, apart from case, spaces and punctuation;
+- short_caption: the same, but so short that two people may have written it ("a man riding a wave");
+- first_sentence: captions that start with the same sentence, as template captions do;
 - name: the same file name without its folder and suffix. Shards number their files, and so do benchmarks: equal numbers
-  mean little, equal names of one pool (COCO's 000000391895) a lot, which only a reader can tell.
+mean little, but equal names of one pool (COCO's 000000391895) mean a lot, and only a reader can tell.
 
 Shapes: n samples, m captions.
 """
@@ -51,14 +51,14 @@ _MAX_LISTED = 1000  # unreadable pictures named in the JSON
 
 
 class Look(NamedTuple):
-    """How alike two pictures look; see picture_hashes.py."""
+    """How similar two pictures look; see picture_hashes.py."""
 
     distance: int
-    """Bits in which the perceptual hashes differ, of 256."""
+    """Bits, of 256, in which the perceptual hashes differ."""
     correlation: float
-    """Of the thumbnails."""
+    """Correlation of the thumbnails."""
     difference: float
-    """Of the thumbnails in their worst tile, in grey levels."""
+    """Difference of the thumbnails in their worst tile, in grey levels."""
 
 
 class Match(NamedTuple):
@@ -68,15 +68,15 @@ class Match(NamedTuple):
     benchmark: str
     part: Part
     sample: int
-    """Which sample of the part."""
+    """The sample's place in the part."""
     other: int
-    """Which picture of the benchmark."""
+    """The picture's place in the benchmark."""
     look: Look | None = None
     caption: str | None = None
     """What the captions share, as the benchmark writes it."""
 
     def as_json(self) -> dict[str, Any]:
-        """The pair's names and figures."""
+        """Return the pair's names and figures."""
         look = self.look._asdict() if self.look is not None else {}
         caption = {"caption": self.caption} if self.caption is not None else {}
         return {"train": self.train, "benchmark": self.benchmark, **look, **caption}
@@ -95,15 +95,15 @@ class Benchmark:
 
 @dataclass
 class Audit:
-    """Compares training data, a part at a time, with a benchmark.
+    """Compare training data, one part at a time, with a benchmark.
 
-    Leaks are listed with all their pairs. Of the hints, each training sample has its first pair only: the first
-    sentence of a template would make a pair of everything.
+    Leaks are listed with all their pairs. For hints, each training sample has only its first pair, because the first
+    sentence of a template would pair everything.
     """
 
     benchmark: Benchmark
     min_caption_length: int
-    """Characters of letters and single spaces from which equal captions are a leak and no coincidence."""
+    """Characters, of letters and single spaces, from which equal captions are a leak and not a coincidence."""
     num_samples: int = 0
     num_pictures: int = 0
     num_plain: int = 0
@@ -155,7 +155,7 @@ class Audit:
         for index, row in enumerate(hashed.caption_samples.tolist()):
             length = int(hashed.caption_lengths[index])
             if length == 0:
-                continue  # a caption without a word says nothing
+                continue  # a caption without words says nothing
             sign: Sign = "caption" if length >= self.min_caption_length else "short_caption"
             places = self._captions.get(hashed.caption_digests[index].tobytes(), [])
             if not places:
@@ -172,11 +172,11 @@ class Audit:
 
     @property
     def has_leak(self) -> bool:
-        """Whether a file, a look or a whole caption is in both."""
+        """Whether a file, a look or a complete caption is in both."""
         return any(self.matches[sign] for sign in LEAKS)
 
     def figures(self) -> dict[str, Any]:
-        """Counts and all pairs, as the JSON has them."""
+        """Return counts and all pairs, as in the JSON."""
         hashed = self.benchmark.hashed
         return {
             "benchmark": self.benchmark.name,

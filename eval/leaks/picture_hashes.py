@@ -1,13 +1,13 @@
-"""Pictures that look the same: a perceptual hash finds candidates, small thumbnails confirm them.
+"""Pictures that look the same: a perceptual hash finds candidates, and small thumbnails confirm them.
 
 The hash is imagehash's `phash` at 16 x 16: the signs, around their median, of the 256 lowest frequencies of the
-brightness. It survives new compression and new size, but pictures that share background and layout have hashes that are
-close, too. So a candidate counts only if its 32 x 32 colour thumbnail correlates as well, and differs nowhere: in each
-of 8 x 8 tiles the mean difference stays small. One object that is another fails its tile, however large the rest.
+brightness. It survives recompression and resizing, but pictures that share background and layout have similar hashes
+too. So a candidate counts only if its 32 x 32 colour thumbnail correlates as well and differs nowhere: in each of the 8
+x 8 tiles the mean difference stays small. One different object fails its tile, however large the rest.
 
-How the thresholds were chosen. Different pictures: 1,000 collages of emoji-like stamps (256 px) among themselves and
-against 5,000 others (128 px), 2,000 drawings of three shapes in a fixed frame among themselves. Copies: of 250 of each
-of the three, saved as JPEG of quality 60 or as WebP of quality 50, doubled by smooth filters, halved by nearest
+How the thresholds were chosen. Different pictures: 1,000 collages of emoji-like stamps (256 px) against each other and
+against 5,000 others (128 px), and 2,000 drawings of three shapes in a fixed frame against each other. Copies: 250 of
+each of the three kinds, saved as JPEG of quality 60 or WebP of quality 50, doubled by smooth filters, halved by nearest
 neighbour, and halved and saved at quality 60.
 
                         different pictures               copies          threshold
@@ -16,9 +16,9 @@ neighbour, and halved and saved at quality 60.
     worst tile          at least 42 where the hash is    at most 28      30 grey levels
                         within 48 bits
 
-What they do not find: crops, and mirrored, rotated or recoloured copies.
+Not found: crops, and mirrored, rotated or recoloured copies.
 
-A picture of nearly one colour has no look to compare: its hash is rounding noise. `has_detail` tells such pictures.
+A picture of nearly one colour has no look to compare: its hash is rounding noise. `has_detail` finds such pictures.
 
 Shapes: N and M pictures, P matches.
 """
@@ -47,11 +47,11 @@ HASH_SIZE = 16
 HASH_BITS = HASH_SIZE**2
 THUMBNAIL_SIZE = 32
 MAX_DISTANCE = 40
-"""Bits, of 256, in which the hashes of two pictures that look the same may differ."""
+"""Bits, of 256, by which the hashes of two pictures that look the same may differ."""
 MIN_CORRELATION = 0.9
-"""Of their thumbnails, each channel less its mean."""
+"""Correlation of their thumbnails, each channel minus its mean."""
 MAX_TILE_DIFFERENCE = 30.0
-"""Mean absolute difference of the thumbnails, each channel less its mean, in the worst tile: grey levels 0..255."""
+"""Mean absolute difference of the thumbnails, each channel minus its mean, in the worst tile: grey levels 0..255."""
 MIN_DETAIL = 3.0
 """Standard deviation of a thumbnail around its mean colour, in grey levels 0..255, below which a picture is plain."""
 _TILE = 4  # pixels of the thumbnail on a side
@@ -59,7 +59,7 @@ _BLOCK = 1024  # rows of the table of distances held at a time: 20 MB for 5,000 
 
 
 class PictureHash(NamedTuple):
-    """What is kept of a picture: its packed hash (256 bits) and its thumbnail."""
+    """What is stored of a picture: its packed hash (256 bits) and its thumbnail."""
 
     phash: UInt8[np.ndarray, " 32"]
     thumbnail: UInt8[np.ndarray, "32 32 3"]
@@ -77,14 +77,14 @@ class LookAlikes(NamedTuple):
 
 
 def hash_picture(image: Image.Image) -> PictureHash:
-    """Hash of an RGB picture of any size and shape; both parts see it squeezed into a square."""
+    """Hash an RGB picture of any size and shape. Both parts see it squeezed into a square."""
     bits = imagehash.phash(image, hash_size=HASH_SIZE).hash
     thumbnail = image.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
     return PictureHash(np.packbits(bits), np.asarray(thumbnail))
 
 
 def has_detail(thumbnails: UInt8[np.ndarray, "N 32 32 3"]) -> Bool[np.ndarray, " N"]:
-    """False for pictures so plain that they cannot be compared by look."""
+    """Return False for pictures too plain to be compared by look."""
     return _centred(thumbnails).std(axis=1) >= MIN_DETAIL
 
 
@@ -94,9 +94,9 @@ def find_look_alikes(
     other_phashes: UInt8[np.ndarray, "M 32"],
     other_thumbnails: UInt8[np.ndarray, "M 32 32 3"],
 ) -> LookAlikes:
-    """Every pair of pictures of two sets that look the same; plain pictures are in none.
+    """Return every pair of pictures of two sets that look the same. Plain pictures are in no pair.
 
-    All N x M distances are computed, a block of rows at a time: bits as -1 and 1 make the Hamming distance a matrix
+    All N x M distances are computed, one block of rows at a time. Bits as -1 and 1 make the Hamming distance a matrix
     product, which is exact in float32.
     """
     others = _signs(other_phashes)
@@ -131,7 +131,7 @@ def _centred(thumbnails: UInt8[np.ndarray, "N 32 32 3"]) -> Float[np.ndarray, "N
 def _correlations(
     thumbnails: UInt8[np.ndarray, "P 32 32 3"], others: UInt8[np.ndarray, "P 32 32 3"]
 ) -> Float[np.ndarray, " P"]:
-    """Of each pair; 0 where a picture is plain."""
+    """Return the correlation of each pair; 0 if a picture is plain."""
     first, second = _centred(thumbnails), _centred(others)
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     detailed = has_detail(thumbnails) & has_detail(others)
@@ -141,7 +141,7 @@ def _correlations(
 def _tile_differences(
     thumbnails: UInt8[np.ndarray, "P 32 32 3"], others: UInt8[np.ndarray, "P 32 32 3"]
 ) -> Float[np.ndarray, " P"]:
-    """Of each pair, in its worst tile."""
+    """Return the difference of each pair in its worst tile."""
     tiles = THUMBNAIL_SIZE // _TILE
     differences = np.abs(_centred(thumbnails) - _centred(others)).reshape(-1, tiles, _TILE, tiles, _TILE, 3)
     return differences.mean(axis=(2, 4, 5)).reshape(-1, tiles * tiles).max(axis=1)

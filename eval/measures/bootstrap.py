@@ -1,12 +1,12 @@
-"""How sure a recall is: 95% confidence intervals, and those of the difference between two models, by bootstrap.
+"""Confidence of recalls: 95% intervals, and intervals of the difference between two models, by bootstrap.
 
 Shapes: Q queries, P pictures, K series of hits (a model's R@1, its R@5, another's R@1, ...), B resamples.
 
-What is drawn anew, with replacement, is the picture with all its queries: the five captions of a picture are found or
-missed together, and intervals that take them for independent are too narrow. All K series see the same draws, so that
+Pictures are drawn anew, with replacement, each with all its queries. The five captions of a picture are found or missed
+together, and intervals that treat them as independent are too narrow. All K series see the same resamples, so
 differences between models are paired: a picture that is hard for both does not count as a difference. The interval is
-the percentile one (Efron and Tibshirani 1993, chapter 13): the middle 95% of the resampled figures. At exactly 0 or
-100% no resample differs and the interval has no width, which says nothing about the next thousand pictures.
+the percentile interval (Efron and Tibshirani 1993, chapter 13): the middle 95% of the resampled figures. At exactly 0
+or 100% no resample differs and the interval has no width, which says nothing about the next thousand pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimates:
-    """`recalls` by series, and of every series its `differences` from the baseline."""
+    """`recalls` by series, and the `differences` of every series from the baseline."""
 
     recalls: dict[str, Estimate]
     differences: dict[str, Estimate]
@@ -51,11 +51,11 @@ def bootstrap_recalls(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Estimates:
-    """The share of hits of each series with its interval, and its difference from `baseline` (unset: the first).
+    """Return each series' share of hits with its interval, and its difference from `baseline` (default: the first).
 
-    A hit is 1 or 0, or, for a model trained with several seeds, the share of its seeds that hit: the interval is then
-    of their mean, and tells what other pictures, not what other seeds would change. `query_picture` is each query's
-    picture. The same seed gives the same intervals. Raises InputError where the numbers of queries differ.
+    A hit is 1 or 0 or, for a model trained with several seeds, the share of its seeds that hit. The interval is then
+    that of their mean, and covers other pictures, not other seeds. `query_picture` is each query's picture. The same
+    seed gives the same intervals. Raise InputError if the numbers of queries differ.
     """
     if not hits or any(len(series) != len(query_picture) for series in hits.values()) or not len(query_picture):
         lengths = {name: len(series) for name, series in hits.items()}
@@ -74,7 +74,7 @@ def bootstrap_recalls(
 def _per_picture(
     series: Float[np.ndarray, "Q K"], query_picture: Int[np.ndarray, " Q"]
 ) -> tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]:
-    """Hits and number of queries of each picture."""
+    """Return hits and number of queries of each picture."""
     pictures, position = np.unique(query_picture, return_inverse=True)
     sums = np.zeros((len(pictures), series.shape[1]))
     np.add.at(sums, position, series)
@@ -84,7 +84,7 @@ def _per_picture(
 def _resampled(
     sums: Float[np.ndarray, "P K"], counts: Float[np.ndarray, " P"], num_resamples: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "B K"]:
-    """Shares of hits among the queries of as many pictures, drawn with replacement: weights say how often each came."""
+    """Return the shares of hits when as many pictures are drawn with replacement. Weights count the draws of each."""
     num_pictures = len(counts)
     block = max(1, _BLOCK_ELEMENTS // num_pictures)
     shares = []

@@ -1,4 +1,4 @@
-"""What eval/compare.py measures, and how it keeps that: one JSON file a model and set, so that a stopped run goes on.
+"""The measurements of eval/compare.py, stored as one JSON file per model and set, so that a stopped run can continue.
 
 Shapes: N pictures, M captions.
 """
@@ -27,12 +27,12 @@ __all__ = ["Kept", "examples_of", "measure_retrieval", "model_digest"]
 
 @dataclass(frozen=True)
 class Kept:
-    """Results in a folder, each beside the inputs that it was made from; other inputs make it anew."""
+    """Results in a folder, each stored with the inputs from which it was made. Other inputs make it again."""
 
     folder: Path
 
     def get(self, name: str, inputs: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of this name if it was made from the same inputs, else `make()`, which is then kept."""
+        """Return the result of this name if it was made from the same inputs. Otherwise store and return `make()`."""
         path = self.folder / f"{name}.json"
         found = _read(path)
         if found is not None and found.get("inputs") == inputs and isinstance(found.get("result"), dict):
@@ -45,10 +45,10 @@ class Kept:
 def measure_retrieval(
     model: ClipModel, retrieval_set: RetrievalSet, encoded: EncodedSet, *, num_failures: int
 ) -> dict[str, Any]:
-    """The figures of the JSON of eval/retrieval.py and what intervals and charts are made of, ready for JSON.
+    """Return the figures of eval/retrieval.py's JSON and the data for intervals and charts, ready for JSON.
 
     `ranks` has the rank of each picture's best caption (i2t) and of each caption's picture (t2i); `caption_image` [M]
-    says which picture a caption belongs to, `num_tokens` [M] how long it is, `failures` which queries went worst.
+    says which picture a caption belongs to, `num_tokens` [M] how long it is, `failures` the worst queries.
     """
     ranks = retrieval_ranks(encoded.image_features, encoded.text_features, encoded.caption_image)
     return {
@@ -61,7 +61,7 @@ def measure_retrieval(
 
 
 def examples_of(measured: Mapping[str, Any]) -> list[Example]:
-    """The failures of `measure_retrieval`, which went through JSON."""
+    """Return the failures of `measure_retrieval` after a round trip through JSON."""
     return [
         Example(
             _content(example["query"]),
@@ -72,8 +72,8 @@ def examples_of(measured: Mapping[str, Any]) -> list[Example]:
 
 
 def model_digest(model: ClipModel) -> str:
-    """sha256 of the weights and of what else decides the features: the configuration (context length, pad mask,
-    activation, picture size ...) and the preprocessing."""
+    """Return the sha256 of the weights and of all else that decides the features: the configuration (context length,
+    pad mask, activation, picture size ...) and the preprocessing."""
     config = getattr(model, "config", None)  # open_clip's models have none
     digest = hashlib.sha256(f"{type(model).__name__} {model.context_length} {config} {model.preprocess}".encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -103,7 +103,7 @@ def _content(tagged: Mapping[str, str]) -> Path | str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A kept file; None if there is none, or if it is damaged and must be made anew."""
+    """Return a stored file's content, or None if it is missing, or damaged and must be made again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

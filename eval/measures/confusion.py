@@ -1,4 +1,4 @@
-"""Which classes a classifier takes for which: recall of each class, the pairs confused most, a picture of it all.
+"""Which classes a classifier confuses: recall per class, the most confused pairs, and a plot of all.
 
 Shapes: N pictures, C classes. A confusion matrix [C,C] counts pictures: rows are true classes, columns the answers.
 """
@@ -32,12 +32,12 @@ Matrix = Int64[np.ndarray, "C C"]
 
 
 def confusion_matrix(targets: Int64[Tensor, " N"], answers: Int64[Tensor, " N"], num_classes: int) -> Matrix:
-    """How many pictures of each class (rows) got each answer (columns)."""
+    """Return how many pictures of each class (rows) got each answer (columns)."""
     return count_confusions(targets.cpu().numpy(), answers.cpu().numpy(), labels=np.arange(num_classes))
 
 
 def recall_by_class(matrix: Matrix, classnames: Sequence[str]) -> list[dict[str, Any]]:
-    """{class, num_images, accuracy in percent} of each class that has pictures."""
+    """Return {class, num_images, accuracy in percent} of each class that has pictures."""
     totals, hits = matrix.sum(axis=1), matrix.diagonal()
     return [
         {"class": classnames[row], "num_images": int(totals[row]), "accuracy": float(hits[row] * 100 / totals[row])}
@@ -46,14 +46,14 @@ def recall_by_class(matrix: Matrix, classnames: Sequence[str]) -> list[dict[str,
 
 
 def mean_recall(matrix: Matrix) -> float:
-    """The mean, over the classes that have pictures, of the share answered right, in percent."""
+    """Return the mean, over the classes that have pictures, of the share of right answers, in percent."""
     totals = matrix.sum(axis=1)
     present = totals > 0
     return float((matrix.diagonal()[present] / totals[present]).mean() * 100)
 
 
 def confused_pairs(matrix: Matrix, classnames: Sequence[str], limit: int = 20) -> list[list[Any]]:
-    """[true class, answer, how many pictures] of the wrong answers given most often, most first."""
+    """Return [true class, answer, number of pictures] of the most frequent wrong answers, most frequent first."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     most = np.argsort(-wrong, axis=None, kind="stable")[:limit]
@@ -66,7 +66,7 @@ def confused_pairs(matrix: Matrix, classnames: Sequence[str], limit: int = 20) -
 
 
 def check_plot_path(path: Path) -> None:
-    """InputError for a file that `draw_confusion` could not write, before the work that it would show."""
+    """Raise InputError for a file that `draw_confusion` cannot write, before any other work."""
     if path.suffix.lower() not in PLOT_SUFFIXES or path.is_dir():
         raise InputError(f"--plot {path}: name a file that ends in {' or '.join(PLOT_SUFFIXES)}")
 
@@ -75,8 +75,8 @@ def draw_confusion(matrix: Matrix, classnames: Sequence[str], title: str, path: 
     """Draw the matrix, each row as shares of its class's pictures, to a .png or .svg file.
 
     Classes that have no picture and were never the answer are left out. Up to 40 classes are named, up to 15 have
-    percentages in their cells. What never happened is white, and colours follow the square root of the share: a rare
-    confusion stays visible among a thousand classes.
+    percentages in their cells. Zero is white, and colours follow the square root of the share, so a rare confusion
+    stays visible among a thousand classes.
     """
     check_plot_path(path)
     shown = np.flatnonzero(matrix.sum(axis=1) + matrix.sum(axis=0))

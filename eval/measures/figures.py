@@ -1,4 +1,4 @@
-"""The figures by which models are compared: what each is called, means and looks like in reports and on the console."""
+"""The figures by which models are compared: their names, meanings and formats in reports and on the console."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Column:
     meaning: str
     """One sentence for a newcomer."""
     reference: tuple[float, str] | None = None
-    """A value worth knowing beside the models', and what it is."""
+    """A value to show beside the models', and its description."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -47,23 +47,25 @@ COST_COLUMNS = (
 def figure_columns(
     tests: Iterable[str], *, zeroshot: bool = True, cost: bool = True, references: Mapping[str, tuple[float, str]] = {}
 ) -> list[Column]:
-    """The columns of `model_figures` for retrieval tests of these names; `references` are by test."""
+    """Return the columns of `model_figures` for retrieval tests of these names; `references` are by test."""
     columns = []
     for test in tests:
         for way, asked, found in (("i2t", "picture", "caption"), ("t2i", "caption", "picture")):
             meaning = (
-                f"Share of the {asked}s of the {test} test for which the model puts a right {found} first, among all."
+                f"Share of the {asked}s of the {test} test for which the model ranks a right {found} first among all."
             )
             title = f"{test} {asked} → {found}"
             columns.append(Column(f"{test}_{way}_r1", title, "%", meaning, references.get(test)))
     if zeroshot:
-        meaning = "Share of pictures put into the right class by comparing them with sentences that name the classes."
+        meaning = (
+            "Share of pictures assigned to the right class by comparing them with sentences that name the classes."
+        )
         columns.append(Column("zeroshot_top1", "zero-shot class", "%", meaning))
     return columns + list(COST_COLUMNS if cost else ())
 
 
 def model_figures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The figures of `evaluate_tests`' results: R@1 both ways of each retrieval test, top-1 of `zeroshot`."""
+    """Return the figures of `evaluate_tests`' results: R@1 both ways of each retrieval test, top-1 of `zeroshot`."""
     figures = {}
     for name, result in results.items():
         if name == "zeroshot":
@@ -74,7 +76,7 @@ def model_figures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def best_models(column: Column, models: Mapping[str, Figures]) -> set[str]:
-    """The models with the best value of a column, as it is shown; none if fewer than two have one."""
+    """Return the models with the best value of a column, as displayed; none if fewer than two have one."""
     values = {name: value for name, figures in models.items() if (value := figures.get(column.key)) is not None}
     if len(values) < 2:
         return set()
@@ -83,7 +85,7 @@ def best_models(column: Column, models: Mapping[str, Figures]) -> set[str]:
 
 
 def format_figure(value: float | None, unit: Unit) -> str:
-    """A figure as people read it: 62.7, 4.92 M, 13.8 MB, 1.25; a dash for None."""
+    """Format a figure for people: 62.7, 4.92 M, 13.8 MB, 1.25; a dash for None."""
     if value is None:
         return "–"
     if unit == "%":

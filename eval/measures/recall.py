@@ -22,7 +22,7 @@ __all__ = ["DirectionRanks", "RetrievalRanks", "direction_metrics", "recall_metr
 RECALL_AT = (1, 5, 10)
 # A tile of scores is 8 MB: it stays in a CPU's cache while it is counted, and is large enough for a fast matmul.
 _TILE_IMAGES, _TILE_TEXTS = 1024, 2048
-_TILE_STEP = 64  # smaller sets are one tile, filled up to a multiple of this
+_TILE_STEP = 64  # smaller sets are one tile, padded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DirectionRanks:
     """Whether the best match shares its score with a wrong candidate."""
 
     def select(self, queries: Tensor) -> DirectionRanks:
-        """The ranks of some queries only, by index or mask."""
+        """Return the ranks of some queries, by index or mask."""
         queries = queries.cpu()
         return DirectionRanks(self.ranks[queries], self.best_case[queries], self.tied[queries])
 
@@ -53,20 +53,20 @@ class RetrievalRanks:
 def recall_metrics(
     image_features: Float[Tensor, "N D"], text_features: Float[Tensor, "M D"], caption_image: Int[Tensor, " M"]
 ) -> dict[str, dict[str, Any]]:
-    """`{"i2t": direction_metrics, "t2i": direction_metrics}` of features compared by their dot product."""
+    """Return `{"i2t": direction_metrics, "t2i": direction_metrics}` of features compared by their dot product."""
     ranks = retrieval_ranks(image_features, text_features, caption_image)
     return {"i2t": direction_metrics(ranks.i2t), "t2i": direction_metrics(ranks.t2i)}
 
 
 def direction_metrics(found: DirectionRanks) -> dict[str, Any]:
-    """`{r1, r5, r10, mean_rank, median_rank, tied, best_case: {r1, r5, r10}}` of one or more queries.
+    """Return `{r1, r5, r10, mean_rank, median_rank, tied, best_case: {r1, r5, r10}}` of one or more queries.
 
-    Recall and `tied` are percentages of the queries. `tied` says how far recall depends on the rule for ties, and
-    `best_case` is recall under the rule often written down, 1 + the number that score strictly higher: a model that
-    cannot tell four candidates apart finds one of four by the places, and all four by that rule.
+    Recall and `tied` are percentages of the queries. `tied` shows how much recall depends on the rule for ties.
+    `best_case` is recall under the common rule 1 + the number that score strictly higher: a model that cannot tell four
+    candidates apart finds one of four by place, and all four by that rule.
     """
     if not len(found.ranks):
-        raise InputError("no queries to compute recall of")
+        raise InputError("there are no queries to compute recall from")
     ranks = found.ranks.double()
     return {
         **_recall(found.ranks),
@@ -80,32 +80,32 @@ def direction_metrics(found: DirectionRanks) -> dict[str, Any]:
 def retrieval_ranks(
     image_features: Float[Tensor, "N D"], text_features: Float[Tensor, "M D"], caption_image: Int[Tensor, " M"]
 ) -> RetrievalRanks:
-    """Ranks of every picture's captions among all captions, and of every caption's picture among all pictures.
+    """Return ranks of every picture's captions among all captions, and of every caption's picture among all pictures.
 
-    Scores are float32 dot products, whatever autocast or reduced matmul precision is on, computed on the features'
-    device in tiles that each serve both directions; beyond the features and one copy of them, memory is a few tiles.
-    The tiles that hold matching pairs are computed twice by the same call on the same shapes, first for the matches'
-    own scores and then for counting, so that a score equals itself to the bit. Raises InputError for a picture without
-    a caption, an owner that is no picture, and features that are not finite.
+    Scores are float32 dot products, whatever autocast or reduced matmul precision is on. They are computed on the
+    features' device in tiles that each serve both directions, so memory beyond the features and one copy is a few
+    tiles. Tiles that hold matching pairs are computed twice by the same call on the same shapes, first for the matches'
+    own scores and then for counting, so that a score equals itself to the bit. Raise InputError for a picture without a
+    caption, a caption whose picture does not exist, and features that are not finite.
     """
     num_images, num_texts = len(image_features), len(text_features)
     owner = caption_image.to(image_features.device)
     captions_of = torch.bincount(owner.clamp(min=0), minlength=num_images) if num_texts else owner.new_zeros(num_images)
     if not num_images or bool((owner < 0).any()) or len(captions_of) > num_images or bool((captions_of == 0).any()):
-        raise InputError(f"every one of the {num_images} pictures needs a caption, and every caption one of them")
-    order = torch.argsort(owner, stable=True)  # captions of a picture side by side: matches lie along a diagonal
+        raise InputError(f"each of the {num_images} pictures needs a caption, and each caption one of the pictures")
+    order = torch.argsort(owner, stable=True)  # a picture's captions side by side, so that matches lie along a diagonal
     with torch.no_grad(), _full_float32(image_features.device):
         tiles = _Tiles(image_features, text_features[order])
         if not (torch.isfinite(tiles.images).all() and torch.isfinite(tiles.texts).all()):
-            raise InputError("NaN or infinity in the features: their ranks mean nothing")
+            raise InputError("NaN or infinity in the features: their ranks are meaningless")
         i2t, t2i = _count(tiles, owner[order], order)
     back = torch.argsort(order).cpu()  # from captions side by side to the caller's order
     return RetrievalRanks(i2t, t2i.select(back))
 
 
 class _Tiles:
-    """Scores of N pictures and M captions, a tile at a time. Features are filled up so that all tiles have one shape:
-    the same kernel computes every score, and equal features get equal scores wherever they lie."""
+    """Scores of N pictures and M captions, one tile at a time. Features are padded so that all tiles have one shape:
+    the same kernel computes every score, and equal features get equal scores wherever they are."""
 
     def __init__(self, images: Float[Tensor, "N D"], texts: Float[Tensor, "M D"]) -> None:
         self.num_images, self.num_texts = len(images), len(texts)
@@ -123,7 +123,7 @@ class _Tiles:
         return _slices(self.num_texts, self.columns)
 
     def scores(self, rows: slice, columns: slice) -> Float[Tensor, "R C"]:
-        """One tile, without the filling; the next call overwrites it."""
+        """Return one tile, without the padding. The next call overwrites it."""
         images = self.images[rows.start : rows.start + self.rows]
         texts = self.texts[columns.start : columns.start + self.columns]
         torch.mm(images, texts.T, out=self._scores)
@@ -131,7 +131,8 @@ class _Tiles:
 
 
 def _count(tiles: _Tiles, owner: Int[Tensor, " M"], order: Int[Tensor, " M"]) -> tuple[DirectionRanks, DirectionRanks]:
-    """Ranks of pictures and of captions; `owner` [M] rises, `order` [M] is a caption's place among the candidates."""
+    """Return ranks of pictures and of captions. `owner` [M] ascends, `order` [M] is a caption's place among the
+    candidates."""
     own_score = _own_scores(tiles, owner)
     lowest = own_score.new_full((tiles.num_images,), -torch.inf)
     best = lowest.scatter_reduce(0, owner, own_score, "amax")  # [N]
@@ -150,10 +151,11 @@ def _count(tiles: _Tiles, owner: Int[Tensor, " M"], order: Int[Tensor, " M"]) ->
 
 
 class _Counts:
-    """Of Q queries along one side of the tiles, how many candidates score higher than the best match or the same."""
+    """Counts, for Q queries along one side of the tiles, of candidates that score higher than or equal to the best
+    match."""
 
     def __init__(self, tiles: _Tiles, num_queries: int, dim: int) -> None:
-        self.dim = dim  # of the candidates
+        self.dim = dim  # axis of the candidates
         zeros = torch.zeros(num_queries, dtype=torch.int32, device=tiles.images.device)
         self.higher, self.equal, self.equal_and_earlier = zeros, zeros.clone(), zeros.clone()
         self._mask = torch.empty(tiles.rows, tiles.columns, dtype=torch.bool, device=tiles.images.device)
@@ -167,19 +169,19 @@ class _Counts:
         equal = torch.ge(scores, best, out=mask).sum(self.dim, dtype=torch.int32) - higher
         self.higher[queries] += higher
         self.equal[queries] += equal
-        if equal.any():  # rare, but for the tiles along the diagonal, which hold the matches themselves
+        if equal.any():  # rare, except in the tiles along the diagonal, which hold the matches themselves
             earlier = (scores == best) & (candidate < first_match)
             self.equal_and_earlier[queries] += earlier.sum(self.dim, dtype=torch.int32)
 
     def ranks(self, num_best: Int[Tensor, " Q"]) -> DirectionRanks:
-        """The ranks, where `num_best` matches of each query share its best score."""
+        """Return the ranks, if `num_best` matches of each query share its best score."""
         best_case = 1 + self.higher.long()
         tied = self.equal > num_best
         return DirectionRanks((best_case + self.equal_and_earlier).cpu(), best_case.cpu(), tied.cpu())
 
 
 def _own_scores(tiles: _Tiles, owner: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
-    """The score of each caption with its own picture, taken from the tile that holds the pair."""
+    """Return the score of each caption with its own picture, taken from the tile that holds the pair."""
     own_score = tiles.images.new_empty(tiles.num_texts)
     rows = tiles.row_slices()
     for columns in tiles.column_slices():
@@ -207,7 +209,7 @@ def _recall(ranks: Int[Tensor, " Q"]) -> dict[str, float]:
 
 @contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
-    """No autocast, and matmuls without TF32 or bfloat16, whose rounding would make ties; restored afterwards."""
+    """Turn off autocast, and TF32 or bfloat16 matmuls, whose rounding would make ties. Restore them afterwards."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""Retrieval to look at: single queries, the answers a model ranks first, and where the right one came.
+"""Examples of retrieval: single queries, the answers a model ranks first, and the place of the right one.
 
 Shapes: N pictures, M captions, Q queries, D embedding width.
 """
@@ -19,7 +19,7 @@ from eval.measures.retrieval_set import EncodedSet
 
 __all__ = ["Answer", "Example", "pick_examples", "retrieval_examples", "worst_examples"]
 
-_QUERIES_CONSIDERED = 500  # of each direction: enough to find failures, few enough to compare with every candidate
+_QUERIES_CONSIDERED = 500  # per direction: enough to find failures, few enough to compare with every candidate
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Answer:
     content: Path | str
     is_right: bool
     rank: int
-    """1: the model thinks it fits best."""
+    """1 for the candidate that the model ranks first."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A query and the model's first answers; if no right one is among them, the best ranked right one comes last."""
+    """A query and the model's first answers. If no right one is among them, the best ranked right one comes last."""
 
     query: Path | str
     answers: list[Answer]
@@ -46,7 +46,7 @@ class Example:
 
 
 class _Direction(NamedTuple):
-    """What `pick_examples` takes."""
+    """The arguments of `pick_examples`."""
 
     queries: Sequence[Path | str]
     candidates: Sequence[Path | str]
@@ -57,10 +57,10 @@ class _Direction(NamedTuple):
 
 
 def retrieval_examples(encoded: EncodedSet, *, num_examples: int = 4, num_answers: int = 5) -> list[Example]:
-    """`num_examples` pictures that look for captions, then as many captions that look for pictures.
+    """Return `num_examples` pictures that look for captions, then as many captions that look for pictures.
 
-    Half of each are queries whose first answer is right and half are failures, as far as there are such; both are
-    spread evenly over the set. The same features give the same examples.
+    Half of each are queries whose first answer is right and half are failures, as far as they exist; both are spread
+    evenly over the set. The same features give the same examples.
     """
     return [
         example
@@ -72,10 +72,10 @@ def retrieval_examples(encoded: EncodedSet, *, num_examples: int = 4, num_answer
 def worst_examples(
     encoded: EncodedSet, ranks: RetrievalRanks, *, num_examples: int = 2, num_answers: int = 4
 ) -> list[Example]:
-    """The `num_examples` pictures whose right caption is ranked worst, then as many captions whose picture is.
+    """Return the `num_examples` pictures with the worst ranked right caption, then as many captions likewise.
 
-    `ranks` are those of the features. A picture comes once, with the worst of its captions; queries whose first answer
-    is right are no failures and are left out.
+    `ranks` are those of the features. A picture comes once, with the worst of its captions. Queries whose first answer
+    is right are not failures and are left out.
     """
     examples = []
     for direction, found in zip(_directions(encoded), (ranks.i2t, ranks.t2i), strict=True):
@@ -106,7 +106,7 @@ def pick_examples(
     num_examples: int,
     num_answers: int,
 ) -> list[Example]:
-    """Examples of one direction; a candidate is right if it belongs to the query's picture."""
+    """Return examples of one direction. A candidate is right if it belongs to the query's picture."""
     considered = torch.tensor(_spread(range(len(queries)), _QUERIES_CONSIDERED), device=query_features.device)
     order, right = _ranking(considered, query_features, candidate_features, query_image, candidate_image)
     succeeded: list[bool] = right[:, 0].tolist()
@@ -121,7 +121,7 @@ def pick_examples(
 
 
 def _directions(encoded: EncodedSet) -> list[_Direction]:
-    """Pictures that look for captions, and captions that look for pictures."""
+    """Return both directions: pictures that look for captions, and captions that look for pictures."""
     images, captions, owner = encoded.images, encoded.captions, encoded.caption_image
     everyone = torch.arange(len(images), device=owner.device)
     return [
@@ -137,7 +137,7 @@ def _ranking(
     query_image: Int[Tensor, " Q"],
     candidate_image: Int[Tensor, " C"],
 ) -> tuple[Int[Tensor, "R C"], Bool[Tensor, "R C"]]:
-    """The candidates of some queries, best first, and which of them are right."""
+    """Return the candidates of some queries, best first, and which of them are right."""
     order = (query_features[rows] @ candidate_features.T).argsort(dim=1, descending=True, stable=True)
     return order, candidate_image[order] == query_image[rows, None]
 
@@ -153,6 +153,6 @@ def _answers(
 
 
 def _spread(items: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the items, evenly spaced."""
+    """Return at most `count` of the items, evenly spaced."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]

@@ -1,4 +1,4 @@
-"""A retrieval set as a model sees it, and the figures of it.
+"""A retrieval set encoded by a model, and its figures.
 
 Shapes: N pictures, M captions, D embedding width.
 """
@@ -23,7 +23,7 @@ __all__ = ["EncodedSet", "encode_retrieval_set", "evaluate_retrieval", "retrieva
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """A retrieval set as a model sees it: what could be read, in the set's order."""
+    """A retrieval set encoded by a model: what could be read, in the set's order."""
 
     images: list[Path]
     """The N pictures that could be read."""
@@ -34,15 +34,15 @@ class EncodedSet:
     caption_image: Int[Tensor, " M"]
     """Row in `images` of each caption's picture, on the features' device."""
     num_truncated: int
-    """Captions longer than the model's context."""
+    """Number of captions longer than the model's context."""
     unreadable: list[Unreadable]
 
 
 def encode_retrieval_set(model: ClipModel, retrieval_set: RetrievalSet, encoding: Encoding = Encoding()) -> EncodedSet:
-    """Unit-norm features of a set's pictures and captions.
+    """Return unit-norm features of a set's pictures and captions.
 
-    A picture that cannot be read leaves the test together with its captions and is named under `unreadable`; more than
-    1% of them is an InputError.
+    A picture that cannot be read is left out together with its captions and named under `unreadable`. More than 1% of
+    them raises InputError.
     """
     pictures = encode_images(model, retrieval_set.images, encoding)
     row_of = {image: row for row, image in enumerate(pictures.rows.tolist())}
@@ -63,15 +63,15 @@ def encode_retrieval_set(model: ClipModel, retrieval_set: RetrievalSet, encoding
 def evaluate_retrieval(
     model: ClipModel, retrieval_set: RetrievalSet, encoding: Encoding = Encoding()
 ) -> dict[str, Any]:
-    """Retrieval figures of a model on a set, as the JSON has them: percentages 0..100, ranks from 1.
+    """Return the retrieval figures of a model on a set, as in the JSON: percentages 0..100, ranks from 1.
 
-    The model keeps the training mode it was in. Pictures that cannot be read: see `encode_retrieval_set`.
+    The model's training mode does not change. For pictures that cannot be read see `encode_retrieval_set`.
     """
     return retrieval_figures(model, retrieval_set, encode_retrieval_set(model, retrieval_set, encoding))
 
 
 def retrieval_figures(model: ClipModel, retrieval_set: RetrievalSet, encoded: EncodedSet) -> dict[str, Any]:
-    """The figures of `evaluate_retrieval` from features that are there already."""
+    """Return the figures of `evaluate_retrieval` from existing features."""
     return {
         "protocol": retrieval_set.name,
         "num_images": len(encoded.images),

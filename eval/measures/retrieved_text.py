@@ -1,8 +1,8 @@
-"""What the caption says that a model finds for a picture: is it the right one, how near, and how varied are they all.
+"""The quality of the captions that a model finds for pictures: are they right, how close, and how varied.
 
-A wrong caption may still say much of what is true: BLEU-4 of the caption found against the picture's own captions
-(Papineni et al. 2002, as sacrebleu counts it) shows it. A model that finds the same few captions for many pictures
-shows in the variety of words: distinct-n (Li et al. 2016) and the size of the vocabulary.
+A wrong caption may still be largely true. BLEU-4 of the found caption against the picture's own captions (Papineni et
+al. 2002, as sacrebleu counts it) shows this. A model that finds the same few captions for many pictures uses few words:
+distinct-n (Li et al. 2016) and the size of the vocabulary show that.
 
 Shapes: N pictures, M captions, D embedding width, R rows of a block.
 """
@@ -28,13 +28,13 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 def retrieved_text_quality(encoded: EncodedSet) -> dict[str, Any]:
-    """Of the one caption found for each picture among all: percentages and BLEU 0..100, vocabularies in words.
+    """Rate the one caption found for each picture among all: percentages and BLEU 0..100, vocabularies in words.
 
     `precision_at_1` counts a picture's own captions (it is R@1, image to text); `bleu4` compares with all of them.
     `distinct_captions` is the number of different texts found, in percent of the pictures. `retrieved` and `references`
     each have `distinct_1`, `distinct_2` (different words and pairs of neighbouring words, in percent of all) and
-    `vocabulary_size`; `references` are as many texts, the first caption of each picture, since these figures fall or
-    grow with the amount of text.
+    `vocabulary_size`. `references` are as many texts, the first caption of each picture, because these figures depend
+    on the amount of text.
     """
     found = nearest_captions(encoded.image_features, encoded.text_features)
     own: list[list[str]] = [[] for _ in encoded.images]
@@ -42,7 +42,7 @@ def retrieved_text_quality(encoded: EncodedSet) -> dict[str, Any]:
         own[image].append(caption)
     retrieved = [encoded.captions[row] for row in found.tolist()]
     is_own = encoded.caption_image[found] == torch.arange(len(found), device=found.device)
-    streams = [list(stream) for stream in zip_longest(*own)]  # None where a picture has fewer captions
+    streams = [list(stream) for stream in zip_longest(*own)]  # None if a picture has fewer captions
     return {
         "precision_at_1": float(is_own.double().mean() * 100),
         "bleu4": corpus_bleu(retrieved, streams).score,
@@ -53,7 +53,7 @@ def retrieved_text_quality(encoded: EncodedSet) -> dict[str, Any]:
 
 
 def nearest_captions(image_features: Float[Tensor, "N D"], text_features: Float[Tensor, "M D"]) -> Int[Tensor, " N"]:
-    """The caption of the highest score for each picture; of equal scores the earlier one, as recall counts them."""
+    """Return the caption of the highest score for each picture; of equal scores the earlier one, as in recall."""
     size = max(1, _BLOCK_ELEMENTS // len(text_features))
     columns = torch.arange(len(text_features), device=text_features.device)
     found = []
@@ -65,7 +65,8 @@ def nearest_captions(image_features: Float[Tensor, "N D"], text_features: Float[
 
 
 def _diversity(texts: Sequence[str]) -> dict[str, float]:
-    """Words without regard to case; a pair of words does not reach from one text into the next."""
+    """Return the figures of variety. Case is ignored, and a pair of words does not reach from one text into the
+    next."""
     words = [_WORD.findall(text.lower()) for text in texts]
     unigrams = [word for text in words for word in text]
     bigrams = [pair for text in words for pair in pairwise(text)]

@@ -32,13 +32,13 @@ __all__ = [
 ]
 
 TOP = 5
-_CLASSES_AT_ONCE = 64  # 5120 prompts: enough of like length to fill batches, few enough to hold
+_CLASSES_AT_ONCE = 64  # 5120 prompts: enough of similar length to fill batches, few enough to hold
 _SCORES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
 class ZeroshotAnswers:
-    """What a model answers: `best` [N,5] are each picture's classes of highest score, best first (all, if fewer)."""
+    """A model's answers: `best` [N,5] are each picture's classes of highest score, best first (all, if fewer)."""
 
     labelled: LabelledImages
     pictures: LabelledFeatures
@@ -46,7 +46,7 @@ class ZeroshotAnswers:
     num_templates: int
 
     def confusion(self) -> Matrix:
-        """Pictures by true class (rows) and first answer (columns)."""
+        """Return pictures by true class (rows) and first answer (columns)."""
         return confusion_matrix(self.pictures.targets, self.best[:, 0], len(self.labelled.classnames))
 
 
@@ -56,14 +56,14 @@ def zeroshot_classifier(
     templates: Sequence[str],
     encoding: Encoding = Encoding(),
 ) -> Float[Tensor, "C D"]:
-    """Unit-norm class embeddings: the normalised mean of the normalised features of a class in each template.
+    """Return unit-norm class embeddings: the normalised mean of the normalised features of a class in each template.
 
-    Each template holds `{}` in the class name's place.
+    Each template holds `{}` in place of the class name.
     """
     if not classnames:
         raise InputError("no class names to classify with")
     if not templates or not all("{}" in template for template in templates):
-        raise InputError("every template needs {} in the class name's place, and there must be one")
+        raise InputError("give one or more templates, each with {} in place of the class name")
     starts = range(0, len(classnames), _CLASSES_AT_ONCE)
     embeddings = []
     for start in show_track(starts, "classes" if encoding.show_progress else None, len(starts)):
@@ -81,11 +81,11 @@ def evaluate_zeroshot(
     templates: Sequence[str] | None = None,
     encoding: Encoding = Encoding(),
 ) -> dict[str, Any]:
-    """Zero-shot figures on a folder of class folders or on shards, as the JSON has them: see `zeroshot_figures`.
+    """Return zero-shot figures on a folder of class folders or on shards, as in the JSON: see `zeroshot_figures`.
 
-    `source` and `classnames` are find_labelled_images's. Templates left out are the data set's: CIFAR's 18 for CIFAR,
-    the 80 of ImageNet otherwise. The model keeps the training mode it was in.
-    Unreadable pictures are left out and named; more than 1% of them is an InputError.
+    `source` and `classnames` are as for find_labelled_images. The default templates are the data set's: CIFAR's 18 for
+    CIFAR, the 80 of ImageNet otherwise. The model's training mode does not change.
+    Unreadable pictures are left out and named. More than 1% of them raises InputError.
     """
     return zeroshot_figures(classify(model, find_labelled_images(source, classnames), templates, encoding))
 
@@ -96,10 +96,10 @@ def classify(
     templates: Sequence[str] | None = None,
     encoding: Encoding = Encoding(),
 ) -> ZeroshotAnswers:
-    """A model's answers for labelled pictures: the classes whose embeddings have the highest cosines."""
+    """Return a model's answers for labelled pictures: the classes whose embeddings have the highest cosines."""
     if len(labelled.classnames) < 2:
         raise InputError(
-            f"one class alone, {labelled.classnames[0]!r}: every answer is right; give the folder of classes"
+            f"there is only one class, {labelled.classnames[0]!r}, so every answer is right: give the folder of classes"
         )
     if templates is None:
         templates = OPENAI_TEMPLATES if labelled.cifar is None else CIFAR_TEMPLATES
@@ -109,7 +109,7 @@ def classify(
 
 
 def zeroshot_figures(answers: ZeroshotAnswers) -> dict[str, Any]:
-    """Top-1, top-5 and mean per-class accuracy in percent, each class's own, and the 20 pairs confused most."""
+    """Return top-1, top-5 and mean per-class accuracy in percent, accuracy by class, and the 20 most confused pairs."""
     labelled, pictures = answers.labelled, answers.pictures
     hits = answers.best == pictures.targets[:, None]  # [N,5]
     num_images, matrix = len(pictures.targets), answers.confusion()

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 __all__ = ["NUM_COLOURS", "Band", "Points", "line_chart", "scatter_chart"]
 
 NUM_COLOURS = 6  # the page defines --line-0 ... --line-5, --ink and --rule
-_INK, _RULE = "#00000a", "#00000b"  # stand-ins that matplotlib takes, replaced in its output
+_INK, _RULE = "#00000a", "#00000b"  # placeholders that matplotlib accepts, replaced in its output
 _LINES = [f"#0000{index:02x}" for index in range(0x10, 0x10 + NUM_COLOURS)]
 _DASHES = [
     "-",
@@ -31,7 +31,7 @@ Points = Sequence[tuple[float, float]]  # (x, y)
 Band = Sequence[tuple[float, float]]  # (low, high) of each point of a line
 
 _LABEL_GAP = 0.075  # between two labels of a scatter plot, as a share of its height
-_WIDE_RANGE = 8  # times that the largest x is the smallest, from where the x axis is logarithmic
+_WIDE_RANGE = 8  # from this ratio of the largest x to the smallest, the x axis is logarithmic
 
 
 def line_chart(
@@ -43,9 +43,9 @@ def line_chart(
     y_label: str | None = None,
     bands: Mapping[str, Band] | None = None,
 ) -> str:
-    """An `<svg>` element with a line for each name, in the page's colour number `colours[name]`.
+    """Return an `<svg>` element with one line per name, in the page's colour number `colours[name]`.
 
-    `bands` shades an interval about the lines that it names. The numbers must be finite. The same input gives the
+    `bands` shades an interval around the lines that it names. The numbers must be finite. The same input gives the
     same text.
     """
     figure, axes = _canvas()
@@ -72,9 +72,9 @@ def line_chart(
 def scatter_chart(
     points: Mapping[str, tuple[float, float]], colours: Mapping[str, int], title: str, *, x_label: str, y_label: str
 ) -> str:
-    """An `<svg>` element with a labelled point (x, y) for each name. The numbers must be finite.
+    """Return an `<svg>` element with a labelled point (x, y) for each name. The numbers must be finite.
 
-    The x axis is logarithmic where the values are positive and far apart.
+    The x axis is logarithmic if the values are positive and far apart.
     """
     figure, axes = _canvas()
     xs = [x for x, _ in points.values()]
@@ -88,7 +88,7 @@ def scatter_chart(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_ylim()
-    for side in (False, True):  # labels stand on the side where there is room, one below the other
+    for side in (False, True):  # labels are on the side with more room, one below the other
         names = [name for name, (x, _) in points.items() if (x > middle) == side]
         last = float("inf")
         for name in sorted(names, key=lambda name: -points[name][1]):
@@ -133,7 +133,7 @@ def _style(axes: Axes, x_label: str, y_label: str | None) -> None:
 
 
 def _for_page(svg: str, title: str) -> str:
-    """matplotlib's file as an element of the page: no XML head, no style sheet, CSS variables for colours."""
+    """Turn matplotlib's file into an element of the page: no XML head, no style sheet, CSS variables for colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     label = re.sub(r"[^\w .,:()%-]", "", title)
@@ -141,6 +141,6 @@ def _for_page(svg: str, title: str) -> str:
     names = {_INK: "--ink", _RULE: "--rule"} | {colour: f"--line-{index}" for index, colour in enumerate(_LINES)}
     for colour, name in names.items():
         svg = svg.replace(colour, f"var({name})")
-    # element ids are the page's, and a page has several charts
+    # element ids must be unique on a page with several charts
     prefix = re.sub(r"\W", "", title)
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)

@@ -22,11 +22,11 @@ from eval.pages.report import Chart, PlainTable, Report, model_colours
 
 __all__ = ["comparison_report", "length_bins"]
 
-_MOST_BINS, _QUERIES_PER_BIN = 8, 40  # fewer queries than that in a bin say little: its interval is 30 points wide
+_MOST_BINS, _QUERIES_PER_BIN = 8, 40  # fewer queries per bin say little: the interval is 30 points wide
 
 
 def comparison_report(comparison: Comparison, summary: Summary) -> Report:
-    """The page's content."""
+    """Return the page's content."""
     names = list(summary.figures)
     colours = model_colours(names)
     sections = {
@@ -65,17 +65,17 @@ def comparison_report(comparison: Comparison, summary: Summary) -> Report:
 def _paragraphs(comparison: Comparison) -> list[str]:
     seeds = [name for name, checkpoints in comparison.checkpoints.items() if len(checkpoints) > 1]
     tests = [
-        f"{name} is {len(found.images)} pictures and {len(found.captions)} captions. {found.description}"
+        f"{name} has {len(found.images)} pictures and {len(found.captions)} captions. {found.description}"
         for name, found in comparison.sets.items()
     ]
     several = (
-        [f"Several seeds were trained of {', '.join(seeds)}; pictures of failures are of the first seed."]
+        [f"Models trained with several seeds: {', '.join(seeds)}. Failures are shown for the first seed."]
         if seeds
         else []
     )
     return [
-        "Every model was given the same pictures and captions. Recall (R@1) counts how often a right answer is ranked "
-        "first among all of the test.",
+        "Every model saw the same pictures and captions. Recall (R@1) is the share of queries for which a right "
+        "answer ranks first among all of the test.",
         *tests,
         *several,
         INTERVAL_METHOD,
@@ -114,8 +114,8 @@ def _recall_table(comparison: Comparison, summary: Summary, test: str) -> PlainT
     cut = {name: comparison.retrieval(name, test)[0]["figures"]["num_truncated"] for name in summary.figures}
     told = ", ".join(f"{name} {count}" for name, count in cut.items())
     return PlainTable(
-        f"Percent of the queries with a right answer among the first 1, 5 and 10 of {figures['num_texts']} captions or "
-        f"{figures['num_images']} pictures, with 95% intervals. Captions longer than what the model reads: {told}.",
+        f"Percentage of queries with a right answer among the first 1, 5 and 10 of {figures['num_texts']} captions or "
+        f"{figures['num_images']} pictures, with 95% intervals. Captions longer than the model's context: {told}.",
         ["model", *(f"{WAYS[way]} R@{k}" for way, k, _ in keys)],
         rows,
         best,
@@ -137,21 +137,21 @@ def _difference_tables(comparison: Comparison, summary: Summary) -> dict[str, Pl
                 sure.add((row, len(cells) - 1))
         rows.append(cells)
     meaning = (
-        f"R@1 minus that of {comparison.first}, in points, with the 95% interval of the difference. Both saw the same "
-        "pictures, so this is sharper than to compare two intervals. Bold: the interval leaves 0 out, for the "
-        "weights compared here."
+        f"R@1 minus that of {comparison.first}, in points, with the 95% interval of the difference. Both models saw "
+        "the same pictures, so this is more precise than comparing two intervals. Bold: the interval excludes 0, for "
+        "the weights compared here."
     )
     header = ["model", *(f"{test} {WAYS[way]}" for test, way, _ in keys)]
     return {f"Difference from {comparison.first}": PlainTable(meaning, header, rows, sure)}
 
 
 def _agreement_tables(comparison: Comparison) -> dict[str, PlainTable]:
-    """A table a test; of several seeds the mean."""
+    """Return a table per test, with means over several seeds."""
     meaning = (
-        f"How far a model's features agree with those of {comparison.teacher}. Cosine: after the linear map that fits "
-        "best, measured on pictures that it was not fitted on; in brackets what a constant would reach. CKA: 1 where "
-        "the features differ only by rotation and scale. Neighbours: the share of the ten nearest that both name, %. "
-        "Kept: R@1 in % of the teacher's."
+        f"How well a model's features agree with those of {comparison.teacher}. Cosine: after the best linear map, "
+        "measured on pictures that it was not fitted on; in brackets what a constant would reach. CKA: 1 if the "
+        "features differ only by rotation and scale. Neighbours: the percentage of the ten nearest that both models "
+        "name. Kept: R@1 in % of the teacher's."
     )
     header = [
         "model",
@@ -173,7 +173,7 @@ def _agreement_tables(comparison: Comparison) -> dict[str, PlainTable]:
 
 def _agreement_cells(seeds: list[Mapping[str, Any]]) -> list[str]:
     def shown(digits: int, *path: str) -> str:
-        """The mean over the seeds of what stands at `path`; a dash where a seed has nothing there."""
+        """Return the mean over the seeds of the value at `path`, or a dash if a seed has none."""
         values = [_at(seed, path) for seed in seeds]
         return "–" if None in values else f"{np.mean([value for value in values if value is not None]):.{digits}f}"
 
@@ -196,8 +196,8 @@ def _at(content: Mapping[str, Any], path: Sequence[str]) -> float | None:
 
 
 def length_bins(num_tokens: Float[np.ndarray, " Q"]) -> list[Int[np.ndarray, " B"]]:
-    """Queries grouped by length: groups of about equal size, at most 8, each of 40 queries or more; equal lengths stay
-    together. One group, or none, where there are too few queries."""
+    """Group queries by length: groups of about equal size, at most 8, each of 40 queries or more. Equal lengths stay
+    together. Return one group, or none, if there are too few queries."""
     order = np.argsort(num_tokens, kind="stable")
     size = max(_QUERIES_PER_BIN, -(-len(order) // _MOST_BINS))
     bins: list[Int[np.ndarray, " B"]] = []
@@ -236,7 +236,7 @@ def _length_charts(comparison: Comparison, colours: Mapping[str, int]) -> list[C
             sizes = sorted({len(queries) for queries in bins})
             span = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
             meaning = (
-                f"R@1 of the queries in groups of {span} by the length of the caption"
+                f"R@1 of the queries in groups of {span} by length of the caption"
                 f"{' (the mean of a picture’s captions)' if way == 'i2t' else ''}, "
                 f"in tokens of {comparison.first}; shaded: 95% intervals."
             )
@@ -276,7 +276,7 @@ def _time_charts(comparison: Comparison, summary: Summary, colours: Mapping[str,
             for name, figures in summary.figures.items()
         }
         meaning = (
-            "Further up is better, further left is faster: the mean R@1 of both directions against the milliseconds to "
+            "Higher is better, further left is faster: the mean R@1 of both directions against the milliseconds to "
             "encode one picture and one caption of 100 tokens."
         )
         title = f"{test}, latency"
@@ -303,5 +303,5 @@ def _span(found: Estimate) -> str:
 
 
 def _signed(value: float) -> str:
-    """With its sign; what rounds to zero has none."""
+    """Return the value with its sign. A value that rounds to zero has none."""
     return f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"

@@ -1,4 +1,4 @@
-"""What a comparison came to: figures with their intervals, as JSON and as a Markdown table.
+"""The results of a comparison: figures with their intervals, as JSON and as a Markdown table.
 
 Shapes: N pictures, M captions, Q queries (N pictures or M captions).
 """
@@ -22,10 +22,10 @@ __all__ = ["WAYS", "Comparison", "Summary", "comparison_json", "comparison_markd
 
 WAYS = {"i2t": "picture → caption", "t2i": "caption → picture"}
 INTERVAL_METHOD = (
-    f"95% confidence intervals by bootstrap: {NUM_RESAMPLES} draws of the pictures with replacement, each with all its "
-    "captions, and the middle 95% of what they give. They say what other pictures of the same kind would change. Where "
-    "a model has several seeds, the interval is that of their mean, and ± is the standard deviation between the seeds: "
-    "what another training would change stands in ± alone."
+    f"95% confidence intervals by bootstrap: the pictures are drawn {NUM_RESAMPLES} times with replacement, each with "
+    "all its captions, and the interval is the middle 95% of the results. It covers other pictures of the same kind. "
+    "If a model has several seeds, the interval is that of their mean, and ± is the standard deviation between seeds: "
+    "only ± shows what another training run would change."
 )
 COST_METHOD = (
     "each model is measured as it was loaded, so that a student's branches are fused only where its description says "
@@ -35,7 +35,7 @@ COST_METHOD = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that was measured."""
+    """Everything that was measured."""
 
     checkpoints: Mapping[str, Sequence[str]]
     """The weights of each model: one, or one for each of its seeds."""
@@ -44,7 +44,7 @@ class Comparison:
     read_as: Mapping[str, str]
     """What each model's first checkpoint turned out to be, in one phrase."""
     measured: Mapping[str, Sequence[Mapping[str, Any]]]
-    """Of each model and seed: `retrieval`, `zeroshot`, `agreement`, `behaviour`, each by the test's name."""
+    """By model and seed: `retrieval`, `zeroshot`, `agreement` and `behaviour`, each by the test's name."""
     sets: Mapping[str, RetrievalSet]
     set_digests: Mapping[str, str]
     zeroshot: Sequence[str]
@@ -61,11 +61,11 @@ class Comparison:
         return next(iter(self.measured))
 
     def retrieval(self, model: str, test: str) -> list[Mapping[str, Any]]:
-        """What eval.measures.compare_measures.measure_retrieval gave, a seed."""
+        """Return what eval.measures.compare_measures.measure_retrieval gave, one per seed."""
         return [seed["retrieval"][test] for seed in self.measured[model]]
 
     def warnings(self) -> list[str]:
-        """What makes figures doubtful: other counts than the protocol's, pictures that were lost."""
+        """Return what makes figures doubtful: counts that differ from the protocol's, and lost pictures."""
         found: dict[str, None] = {}
         for seeds in self.measured.values():
             for seed in seeds:
@@ -82,10 +82,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Summary:
-    """The figures by model and key (such as urban_i2t_r1), with what is known of how sure they are."""
+    """The figures by model and key (such as urban_i2t_r1), and their uncertainty."""
 
     columns: list[Column]
-    """Those of the table; `figures` has R@5 and R@10 too."""
+    """The columns of the table; `figures` also has R@5 and R@10."""
     figures: dict[str, dict[str, Any]]
     spreads: dict[str, dict[str, float]]
     """Standard deviations between seeds."""
@@ -97,7 +97,7 @@ class Summary:
 def queries_of(
     comparison: Comparison, test: str, way: str
 ) -> tuple[dict[str, Float[np.ndarray, "S Q"]], Int[np.ndarray, " Q"]]:
-    """The ranks [S,Q] of each model's S seeds, and each query's picture."""
+    """Return the ranks [S,Q] of each model's S seeds, and each query's picture."""
     ranks = {
         name: np.array([measured["ranks"][way] for measured in comparison.retrieval(name, test)])
         for name in comparison.measured
@@ -107,7 +107,7 @@ def queries_of(
 
 
 def summarise(comparison: Comparison) -> Summary:
-    """Means over the seeds, their spread, and the intervals."""
+    """Return means over the seeds, their spread, and the intervals."""
     names = list(comparison.measured)
     figures: dict[str, dict[str, Any]] = {name: {} for name in names}
     spreads: dict[str, dict[str, float]] = {name: {} for name in names}
@@ -143,7 +143,7 @@ def _add_zeroshot(
     spreads: dict[str, float],
     intervals: dict[str, Estimate],
 ) -> None:
-    """Accuracy counts pictures alone, so that its interval follows from how many were right; with seeds, ± must do."""
+    """Add accuracy. It counts only pictures, so its interval follows from the number right; with seeds, ± must do."""
     for kind in ("top1", "top5"):
         key, values = f"{test}_{kind}", [float(seed[kind]) for seed in seeds]
         figures[key] = mean(values)
@@ -156,7 +156,7 @@ def _add_zeroshot(
 
 
 def _columns(comparison: Comparison) -> list[Column]:
-    meaning = "Share of pictures put into the right class by comparing them with sentences that name the classes."
+    meaning = "Share of pictures assigned to the right class by comparing them with sentences that name the classes."
     return [
         *figure_columns(comparison.sets, zeroshot=False, cost=False),
         *(Column(f"{test}_top1", f"{test} zero-shot", "%", meaning) for test in comparison.zeroshot),
@@ -168,7 +168,8 @@ def _columns(comparison: Comparison) -> list[Column]:
 
 
 def comparison_json(comparison: Comparison, summary: Summary) -> dict[str, Any]:
-    """results.json: for each model its checkpoints, the figures (percent) with intervals, and the seeds' own JSON."""
+    """Return results.json: for each model its checkpoints, the figures (percent) with intervals, and the seeds' own
+    JSON."""
     models = {}
     for name, seeds in comparison.measured.items():
         models[name] = {
@@ -225,7 +226,7 @@ def _ends(estimate: Estimate | None) -> list[float] | None:
 
 
 def comparison_markdown(comparison: Comparison, summary: Summary) -> str:
-    """table.md: a row a model, the best of a column in bold, intervals in brackets."""
+    """Return table.md: one row per model, the best of a column in bold, intervals in brackets."""
     best = {column.key: best_models(column, summary.figures) for column in summary.columns}
     header = ["model", *(_heading(column) for column in summary.columns)]
     lines = [_row(header), _row(["---", *("---:" for _ in summary.columns)])]

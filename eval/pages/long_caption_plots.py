@@ -1,4 +1,4 @@
-"""The curves of long_captions.py as one PNG: a panel for each kind of edit."""
+"""The curves of long_captions.py as one PNG, with a panel for each kind of edit."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _EDITS = {"original": "original", "first_dropped": "first\ndropped", "shuffled":
 
 
 def plot_long_captions(result: dict[str, Any], path: Path) -> None:
-    """Draw what `long_caption_behaviour` gave into the PNG at `path`; its folder is made."""
+    """Draw the result of `long_caption_behaviour` to the PNG at `path`, and make its folder."""
     figure = Figure(figsize=(11, 6.4), layout="constrained", dpi=130)
     (edits, growth, alone), (cut, padding, note) = figure.subplots(2, 3)
-    figure.suptitle(f"{result['protocol']}, {result['num_texts']} captions: what is read of them")
+    figure.suptitle(f"{result['protocol']}, {result['num_texts']} captions: what the model reads of them")
     _bars(edits, result)
     _curve(growth, result["first_sentences"], "k", "the first k sentences")
     _curve(alone, result["only_sentence"], "k", "sentence k alone")
-    _curve(cut, result["cut"], "num_tokens", "cut at so many tokens")
+    _curve(cut, result["cut"], "num_tokens", "cut at this many tokens")
     _padding(padding, result["padding"])
     recall_panels = (edits, growth, alone, cut)
     top = max(panel.get_ylim()[1] for panel in recall_panels)
@@ -74,10 +74,10 @@ def _padding(axes: Axes, steps: list[dict[str, float]]) -> None:
 
 
 def _note(axes: Axes, result: dict[str, Any], drawn: Axes) -> None:
-    """The legend of all panels, and the relative changes as words."""
+    """Draw the legend of all panels, and the relative changes as words."""
     axes.axis("off")
     axes.legend(*drawn.get_legend_handles_labels(), loc="upper left", frameon=False)
-    lines = ["change of R@1, relative"]
+    lines = ["relative change of R@1"]
     for edit, name in (("first_dropped", "first sentence dropped"), ("shuffled", "sentences shuffled")):
         lines.append(f"\n{name}")
         for way, (way_name, *_) in _WAYS.items():

@@ -1,4 +1,4 @@
-"""A contact sheet of pairs of pictures, side by side with a caption under each: one PNG to look through."""
+"""A contact sheet of picture pairs, side by side with a caption under each, as one PNG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 __all__ = ["PicturePair", "draw_pairs"]
 
-_SIDE, _MARGIN, _LINE, _COLUMNS, _FONT_SIZE = 160, 12, 16, 3, 13  # pixels, but for the columns
+_SIDE, _MARGIN, _LINE, _COLUMNS, _FONT_SIZE = 160, 12, 16, 3, 13  # pixels, except for the columns
 _PAPER, _INK, _EMPTY = (255, 255, 255), (20, 20, 20), (225, 225, 225)
 
 
@@ -22,7 +22,8 @@ class PicturePair(NamedTuple):
 
 
 def draw_pairs(pairs: Sequence[PicturePair]) -> Image.Image:
-    """The pairs in rows of three, in order; a line too long for its pair keeps its end, where file names differ."""
+    """Draw the pairs in rows of three, in order. A line too long for its pair keeps its end, where file names
+    differ."""
     num_lines = max((len(pair.lines) for pair in pairs), default=0)
     width, height = 2 * _SIDE + _MARGIN, _SIDE + num_lines * _LINE + 2 * _MARGIN
     columns = min(_COLUMNS, max(1, len(pairs)))

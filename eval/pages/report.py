@@ -1,7 +1,7 @@
-"""report.html: what models do, as one page that needs nothing else: table, bars, charts, retrieval examples.
+"""report.html: the results of models as one self-contained page: table, bars, charts, retrieval examples.
 
-The page loads nothing from anywhere: pictures are data: URIs, charts are inline SVG, and a content security policy in
-its head forbids the rest.
+The page loads nothing: pictures are data: URIs, charts are inline SVG, and a content security policy in its head
+forbids the rest.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ __all__ = ["Chart", "PlainTable", "Report", "model_colours", "write_report"]
 
 _THUMBNAIL_PX = 224
 _PIXEL_ART_PX = 64  # pictures up to this size are shown enlarged, pixel by pixel
-_COMPARABLE = 0.3  # captions with a smaller share of common words are shown as they are
+_COMPARABLE = 0.3  # captions with a smaller share of common words are shown unmarked
 _CONTEXT_WORDS = 4  # common words shown on each side of a difference
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of figures: `svg` as eval.pages.charts makes it, which shows these models in their `model_colours`."""
+    """A chart: `svg` from eval.pages.charts, which shows these models in their `model_colours`."""
 
     title: str
     meaning: str
@@ -44,23 +44,23 @@ class Chart:
 
 @dataclass(frozen=True)
 class PlainTable:
-    """A table of text beside the main one. The first cell of a row is its heading; what follows a line break in a cell
-    stands small below the rest."""
+    """A table of text beside the main one. The first cell of a row is its heading. Text after a line break in a cell is
+    printed small below the rest."""
 
     meaning: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: Collection[tuple[int, int]] = ()
-    """(row, cell) of what is printed bold."""
+    """(row, cell) of the cells in bold."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the page tells. Everything but title and paragraphs may be left empty."""
+    """The content of the page. Everything but title and paragraphs may be empty."""
 
     title: str
     paragraphs: Sequence[str]
-    """Plain text at the top: what was done, what the tests are, what came out."""
+    """Plain text at the top: what was done, what the tests are, what the results are."""
     columns: Sequence[Column] = ()
     models: Mapping[str, Figures] = field(default_factory=dict)
     """Figures by model, in the order of the table."""
@@ -69,24 +69,24 @@ class Report:
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     """Confidence intervals (low, high) of figures, by model."""
     warnings: Sequence[str] = ()
-    """What the reader must know before a figure is believed; stands above the table."""
+    """What the reader must know before believing a figure; shown above the table."""
     tables: Mapping[str, PlainTable] = field(default_factory=dict)
     """Further tables, each under its heading."""
     sections: Mapping[str, Sequence[Chart]] = field(default_factory=dict)
     """Charts, under the heading of each group of them."""
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
-    """Retrieval examples under a heading that names model and test."""
+    """Retrieval examples under headings that name model and test."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """How it was made: command, commit, machine."""
 
 
 def model_colours(names: Iterable[str]) -> dict[str, int]:
-    """The page's colour number of each model, by its place in the table."""
+    """Return the page's colour number of each model, by its place in the table."""
     return {name: index % NUM_COLOURS for index, name in enumerate(names)}
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the page atomically. Raises InputError if a picture of the examples cannot be read."""
+    """Write the page atomically. Raise InputError if a picture of the examples cannot be read."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -140,7 +140,7 @@ def _table(report: Report) -> dict[str, list[_Cell]]:
 
 
 def _bars(report: Report) -> list[tuple[Column, list[_Bar]]]:
-    """The percentages, drawn from 0 to 100."""
+    """Return the percentages as bars from 0 to 100."""
     charts = []
     for column in report.columns:
         bars = [
@@ -162,7 +162,7 @@ class _ShownCharts(NamedTuple):
 
 
 def _shown_charts(charts: Sequence[Chart]) -> _ShownCharts:
-    """The charts, with the models of their common legend. matplotlib has escaped what stands in the SVG."""
+    """Return the charts, with the models of their common legend. matplotlib has escaped the text in the SVG."""
     models = dict.fromkeys(name for chart in charts for name in chart.models)
     return _ShownCharts(list(models), [(chart, Markup(chart.svg)) for chart in charts])
 
@@ -184,7 +184,7 @@ class _ShownAnswer(NamedTuple):
 class _ShownExample(NamedTuple):
     example: Example
     picture: _Picture | None
-    """Of the query, where that is a picture; otherwise it is a caption."""
+    """The query, if it is a picture; otherwise it is a caption."""
     answers: list[_ShownAnswer]
     place: int
     """Rank of the best right answer."""
@@ -211,7 +211,7 @@ def _gallery(examples: Sequence[Example]) -> list[_ShownExample]:
 
 
 def _picture(path: Path) -> _Picture:
-    """The picture in the page, not larger than it is shown; encoded anew, so that no untrusted bytes get there."""
+    """Return the picture for the page, no larger than displayed, encoded anew so that no untrusted bytes get there."""
     image = open_image(path)
     image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     is_small = max(image.size) <= _PIXEL_ART_PX
@@ -222,9 +222,10 @@ def _picture(path: Path) -> _Picture:
 
 
 def _differences(caption: str, right: str) -> list[_Words]:
-    """A caption in parts that are the right caption's and parts that differ; long common parts are shortened.
+    """Split a caption into parts that it shares with the right caption and parts that differ. Shorten long shared
+    parts.
 
-    A caption that has little in common with the right one, or is the right one, comes back whole and unmarked.
+    A caption that has little in common with the right one, or equals it, comes back complete and unmarked.
     """
     words, right_words = caption.split(), right.split()
     matcher = SequenceMatcher(None, right_words, words, autojunk=False)

@@ -97,7 +97,7 @@ class Problem:
 
 
 def in_tiles(side: Sides, scale: Tensor, clip_weight: float, crd_weight: float) -> Tensor:
-    """Ours."""
+    """Compute the losses in tiles, as training does."""
     return paired_losses(
         side.image,
         side.text,

@@ -63,7 +63,7 @@ def test_retrieval_as_typed(student_file: Path, colour_folder: Path, tmp_path: P
     assert "image to text" in ended.stdout and "0 captions cut at 32 tokens" in ended.stdout
     assert "MobileCLIP student tiny, 32 tokens, pads masked, fp32" in ended.stdout
     assert "a right answer among the first k of all 8 captions or 8 pictures" in ended.stdout
-    assert ended.stderr.startswith("warning: urban1k has 1000 pictures and 1000 captions, here are 8 and 8")
+    assert ended.stderr.startswith("warning: urban1k has 1000 pictures and 1000 captions, but 8 and 8 were found")
     result = json.loads(out.read_text())
     assert result["protocol"] == "urban1k" and result["num_images"] == result["num_texts"] == 8
     assert result["checkpoint"] == str(student_file) and result["num_truncated"] == 0

@@ -80,7 +80,7 @@ def test_from_checkpoints_to_page_and_on_again(
     assert f"float32, cpu, {threads}, median of 30 calls" in "".join(table)
     for heading in ("Difference from teacher", "Agreement with teacher on colours", "Worst failures of student",
                     "Recall against time", f"float32, cpu, {threads}, median of 30 calls",
-                    "Recall against number of sentences", "Mind:"):  # fmt: skip
+                    "Recall against number of sentences", "Note:"):  # fmt: skip
         assert heading in page, heading
 
     # again: nothing is encoded; with other weights under the old path that model alone is measured anew
@@ -112,7 +112,7 @@ def test_bad_input_ends_in_one_line_before_any_encoding(
         ([good, "--protocols", test, f"u=folder:{tmp_path}/gone"], "gone"),
         ([good, "--protocols", test, "--zeroshot", f"z={tmp_path}/none"], "none"),
         ([good, "--protocols", "t"], "NAME=PROTOCOL:FOLDER"),
-        ([good, "--protocols", test, test], "named already"),
+        ([good, "--protocols", test, test], "is taken"),
         ([good, "--protocols", test, "--teacher", "x"], "--teacher x is none of the models: a"),
         ([good], "name a test"),
         (["--protocols", test], "name at least one model"),

@@ -1,4 +1,4 @@
-"""Freed memory is kept where glibc is, and nothing happens elsewhere."""
+"""Freed memory is kept under glibc, and nothing happens elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ before = faults()
 for _ in range(5):
     allocate()
 after = faults()
-for _ in range(2):  # other threads allocate from heaps of their own
+for _ in range(2):  # other threads allocate from their own heaps
     thread = threading.Thread(target=allocate)
     thread.start()
     thread.join()
@@ -44,7 +44,7 @@ def test_a_large_block_is_reused_without_page_faults() -> None:
     )
     agreed, faults = done.stdout.split()
     assert agreed == "True"
-    assert int(faults) < 5000  # 5 x 24,400 where each block is a mapping of its own
+    assert int(faults) < 5000  # 5 x 24,400 if each block is its own mapping
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])

@@ -1,4 +1,4 @@
-"""Two processes give what one gives. Run as a program, this file is one of the processes: OUT FOLDER."""
+"""Two processes give the same results as one. Run as a program, this file is one of the processes: OUT FOLDER."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(command: list[str], world_size: int) -> list[subprocess.CompletedProcess
 
 @pytest.fixture
 def boards(tmp_path: Path) -> Path:
-    """101 pictures, of which one cannot be read."""
+    """Write 101 pictures, one of them unreadable."""
     folder = tmp_path / "boards"
     folder.mkdir()
     for number in range(101):
@@ -67,7 +67,7 @@ def boards(tmp_path: Path) -> Path:
 
 
 def encode(model: nn.Module, folder: Path, encoding: Encoding) -> dict[str, torch.Tensor]:
-    """Everything that encoding returns, as tensors."""
+    """Return everything that encoding returns, as tensors."""
     images = encode_images(model, sorted(folder.glob("*.png")), encoding)
     texts, num_truncated = encode_captions(model, CAPTIONS, encoding)
     names = json.dumps(images.unreadable).encode()
@@ -83,7 +83,7 @@ def encode(model: nn.Module, folder: Path, encoding: Encoding) -> dict[str, torc
 def test_two_processes_give_the_features_of_one_and_share_the_cache(
     colour_model: nn.Module, boards: Path, tmp_path: Path
 ) -> None:
-    """Three batches of captions and eleven of pictures for two processes, then both from the cache."""
+    """Encode three batches of captions and eleven of pictures in two processes, then both from the cache."""
     alone = encode(colour_model, boards, Encoding(batch_size=10))
     ends = run([__file__, str(tmp_path / "out"), str(boards)], world_size=2)
     assert [end.returncode for end in ends] == [0, 0], ends
@@ -98,7 +98,7 @@ def test_two_processes_give_the_features_of_one_and_share_the_cache(
 
 
 def test_an_error_on_one_process_ends_all_with_one_line(boards: Path, tmp_path: Path) -> None:
-    for number in (1, 2, 3):  # with 033 the four: 1% of 101 is one, and no process may wait for another
+    for number in (1, 2, 3):  # four with 033: 1% of 101 is one, and no process may wait for another
         (boards / f"00{number}.png").write_text("no picture")
     ends = run([__file__, str(tmp_path / "out"), str(boards)], world_size=2)
     for end in ends:
@@ -133,7 +133,7 @@ def test_one_process_alone_needs_no_group() -> None:
 
 
 def main() -> None:
-    """One process: encode twice, the second time from the cache, and print how many batches each time took."""
+    """Run one process: encode twice, the second time from the cache, and print the number of batches each time."""
     from conftest import ColourClip
 
     out, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -153,7 +153,7 @@ def main() -> None:
         print(num_first, len(calls) - num_first)
         save_file(first, out / f"rank{runtime.rank}")
         save_file(second, out / f"rank{runtime.rank}_again")
-        if runtime.is_main:  # as rank 0 evaluates between two training steps: nobody else answers
+        if runtime.is_main:  # rank 0 evaluates like this between two training steps: no other process answers
             save_file(encode(model, folder, Encoding(batch_size=10)), out / "rank0_alone")
         runtime.barrier()
 

@@ -1,4 +1,4 @@
-"""Tars from elsewhere: what belongs to a sample, how much of it is read, and where a tar is not whole."""
+"""Tars from untrusted sources: what belongs to a sample, how much of it is read, and which tars are incomplete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def whole(tmp_path: Path) -> Path:
 
 
 class Dribble:
-    """A network: `read` gives fewer bytes than were asked for, and nothing else can be done."""
+    """A network stream: `read` gives fewer bytes than requested, and nothing else is possible."""
 
     def __init__(self, content: bytes, most: int) -> None:
         self._file, self._most = io.BytesIO(content), most
@@ -84,7 +84,7 @@ def test_a_tar_cut_anywhere_before_its_end_mark_is_not_whole(whole: Path, tmp_pa
     path.write_bytes(content[:-1])
     with pytest.raises(InputError, match="its last block is cut short"):
         list(tar_samples(path, lambda _: -1))
-    path.write_bytes(content[: end + tarfile.BLOCKSIZE])  # the mark alone, without what fills up the last record
+    path.write_bytes(content[: end + tarfile.BLOCKSIZE])  # the mark alone, without the padding of the last record
     assert len(list(tar_samples(path, lambda _: -1))) == len(streamed(path.read_bytes())) == 3
 
 

@@ -53,9 +53,9 @@ def test_bad_files_are_counted_and_the_first_is_named(root: Path) -> None:
         ("", "names no files"),
         ("0" * 64 + "  ../x.jpg\n", "outside the root"),
         ("0" * 64 + "  /etc/passwd\n", "outside the root"),
-        ("0" * 63 + "  x.jpg\n", "line 1 is no line of sha256sum"),
-        ("\n" + "0" * 64 + " x.jpg\n", "line 2 is no line of sha256sum"),
-        ("SHA256 (x.jpg) = " + "0" * 64, "line 1 is no line of sha256sum"),
+        ("0" * 63 + "  x.jpg\n", "line 1 is not a line of sha256sum"),
+        ("\n" + "0" * 64 + " x.jpg\n", "line 2 is not a line of sha256sum"),
+        ("SHA256 (x.jpg) = " + "0" * 64, "line 1 is not a line of sha256sum"),
     ],
 )
 def test_a_broken_list_is_a_one_line_error(content: str, message: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ CIFAR10_NAMES = "airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\n
 
 
 def make_folders(root: Path, names: list[str]) -> Path:
-    """One empty `.png` a class: finding pictures does not open them."""
+    """Write one empty `.png` per class. Finding pictures does not open them."""
     for name in names:
         (root / name).mkdir(parents=True)
         (root / name / "1.png").touch()
@@ -58,7 +58,7 @@ def test_a_whole_set_by_name(name: DatasetName, tmp_path: Path) -> None:
     labelled = find_labelled_images(make_folders(tmp_path, entry.folders()), dataset=name)
     assert labelled.name == name and labelled.classnames == entry.classnames()
     assert labelled.files is not None and len(labelled.files) == len(entry.folders())
-    for path, number in labelled.files:  # what the folder's name says is what the class is called
+    for path, number in labelled.files:  # a class is called what its folder's name says
         place = int(path.parent.name) if name == "imagenet_v2" else imagenet_synsets().index(path.parent.name)
         assert labelled.classnames[number] == IMAGENET_CLASSNAMES[place]
     assert labelled.count_mismatch(entry.num_images) is None
@@ -85,7 +85,7 @@ def test_numbers_that_are_not_the_thousand_are_ones_own_classes(tmp_path: Path) 
     [
         ("imagenet_a", "n01498041", r"is not ImageNet-A: 1 of its 200 .* missing, the first: n01498041 \(stingray\)"),
         ("imagenet_v2", "7", r"is not ImageNet-V2: 1 of its 1000 .* missing, the first: 7 "),
-        ("imagenet_r", None, "is not ImageNet-R: 1 folders are none of its 200 classes, the first: n01440765"),
+        ("imagenet_r", None, "is not ImageNet-R: 1 folders are not among its 200 classes, the first: n01440765"),
     ],
 )
 def test_a_folder_that_does_not_fit(name: DatasetName, change: str | None, message: str, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_shards_of_a_known_set(tmp_path: Path) -> None:
 
 
 def test_cifar_10_records(tmp_path: Path) -> None:
-    """Pixels of known value: plane, row and column are told apart, and saved as a picture they look the same."""
+    """Return pixels of known value: plane, row and column are distinct, and a saved picture looks the same."""
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
     records = [bytes([label]) + planes.tobytes() for label, planes in zip((9, 0, 5), pixels, strict=True)]
     write_cifar10(tmp_path / "cifar-10-batches-bin", records)
@@ -161,10 +161,10 @@ def test_cifars_python_version_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "names", "message"),
     [
-        (bytes(3000), CIFAR10_NAMES, "no CIFAR-10 file: 3000 bytes where records of 3073"),
-        (b"", CIFAR10_NAMES, "no CIFAR-10 file: 0 bytes"),
-        (bytes([10]) + bytes(3072), CIFAR10_NAMES, "picture 0 of the test split has class 10, and CIFAR-10 has 10"),
-        (bytes(3073), "cat\ndog\n", "has 2 class names where CIFAR-10 has 10"),
+        (bytes(3000), CIFAR10_NAMES, "is not a CIFAR-10 file: it has 3000 bytes, not records of 3073"),
+        (b"", CIFAR10_NAMES, "is not a CIFAR-10 file: it has 0 bytes"),
+        (bytes([10]) + bytes(3072), CIFAR10_NAMES, "picture 0 of the test split has class 10, but CIFAR-10 has 10"),
+        (bytes(3073), "cat\ndog\n", "has 2 class names, but CIFAR-10 has 10"),
         (None, CIFAR10_NAMES, r"no test_batch\.bin in .*fetch the binary version"),
     ],
 )

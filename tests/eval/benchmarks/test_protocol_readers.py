@@ -1,4 +1,4 @@
-"""Every benchmark's files as published, in small, through its reader."""
+"""Small copies of every benchmark's published files, read by its reader."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_layout_gives_its_pictures_and_captions_in_order(name: str, tmp_path: 
     about = "about " if name in ("dci_extra", "long_dci") else ""
     assert str(read.count_mismatch).startswith(
         f"{name} has {about}{entry.num_images} pictures and {entry.num_captions} captions, "
-        f"here are {len(images)} and {len(captions)}: "
+        f"but {len(images)} and {len(captions)} were found: "
     )
     assert read.description == entry.definition
 
@@ -142,7 +142,7 @@ def test_absent_pictures_are_counted_before_anything_is_encoded(name: str, tmp_p
     make, images, _ = LAYOUTS[name]
     make(tmp_path)
     (tmp_path / images[0]).unlink()
-    pattern = rf"1 of the {len(images)} pictures of {name} are not there, the first: .*{Path(images[0]).name}"
+    pattern = rf"1 of the {len(images)} pictures of {name} are missing, the first: .*{Path(images[0]).name}"
     with pytest.raises(InputError, match=pattern):
         load_retrieval_set(name, tmp_path)
 
@@ -151,18 +151,18 @@ def test_absent_pictures_are_counted_before_anything_is_encoded(name: str, tmp_p
     ("name", "file", "content", "message"),
     [
         ("docci", "docci_descriptions.jsonlines", "{", r"line 1 is not valid JSON"),
-        ("docci", "docci_descriptions.jsonlines", "\n[1]", r"line 2 is no DOCCI row"),
+        ("docci", "docci_descriptions.jsonlines", "\n[1]", r"line 2 is not a DOCCI row"),
         (
             "docci",
             "docci_descriptions.jsonlines",
             '{"split": "test", "image_file": "x.jpg"}',
-            r"line 1 is no DOCCI row",
+            r"line 1 is not a DOCCI row",
         ),
         ("docci", "docci_descriptions.jsonlines", docci_row("../x", "test"), r"outside the root"),
         ("docci", "docci_descriptions.jsonlines", docci_row("x", "train"), r"no pictures in .* docci needs"),
         ("docci", "docci_descriptions.jsonlines", docci_row("test_0", "test", " "), r"an empty caption"),
-        ("dci_full", "annotations/1-data.json", '{"image": "sa_1.jpg"}', r"1-data\.json is no DCI annotation"),
-        ("dci_extra", "annotations/2-data.json", "[]", r"2-data\.json is no DCI annotation"),
+        ("dci_full", "annotations/1-data.json", '{"image": "sa_1.jpg"}', r"1-data\.json is not a DCI annotation"),
+        ("dci_extra", "annotations/2-data.json", "[]", r"2-data\.json is not a DCI annotation"),
         (
             "dci_short",
             "annotations/1-data.json",
@@ -172,18 +172,18 @@ def test_absent_pictures_are_counted_before_anything_is_encoded(name: str, tmp_p
         ("long_dci", "dci_long.csv", "sa_1.jpg,A wall\nsa_2.jpg,x\n", r"has the columns sa_1\.jpg,A wall: Long-DCI"),
         ("long_dci", "dci_long.csv", "filepath\ttitle\nsa_1.jpg\n", r"line 2 has no title"),
         ("long_dci", "dci_long.csv", "filepath\ttitle\n../../x.jpg\ta\n", r"outside the root"),
-        ("long_dci", "dci_long.csv", "filepath\ttitle\nx.jpg\t" + "a" * 200_000, r"no tab-separated UTF-8 table"),
-        ("iiw_400", "IIW-400/data.jsonl", '{"image/key": "aar"}', r"line 1 is no ImageInWords row"),
-        ("iiw_400", "IIW-400/data.jsonl", '{"IIW": "x"}', r"no file name: None"),
+        ("long_dci", "dci_long.csv", "filepath\ttitle\nx.jpg\t" + "a" * 200_000, r"not a tab-separated UTF-8 table"),
+        ("iiw_400", "IIW-400/data.jsonl", '{"image/key": "aar"}', r"line 1 is not an ImageInWords row"),
+        ("iiw_400", "IIW-400/data.jsonl", '{"IIW": "x"}', r"an invalid file name: None"),
         ("iiw_612", "DCI_Test/data.jsonl", '{"image": "../x", "IIW": "a"}', r"outside the root"),
-        ("iiw_612", "DOCCI_Test/data.jsonl", "7", r"line 1 is no ImageInWords row"),
-        ("coco_karpathy_5k", "dataset_coco.json", "[]", r"no file of Karpathy's splits"),
+        ("iiw_612", "DOCCI_Test/data.jsonl", "7", r"line 1 is not an ImageInWords row"),
+        ("coco_karpathy_5k", "dataset_coco.json", "[]", r"not a file of Karpathy's splits"),
         ("coco_karpathy_5k", "dataset_coco.json", karpathy(("x.jpg", "test", 5), filepath=".."), r"outside the root"),
         ("coco_karpathy_5k", "dataset_coco.json", karpathy(("a.jpg", "val", 5)), r"no pictures in"),
         ("flickr30k_1k_test", "dataset_flickr30k.json", karpathy(("/x.jpg", "test", 5)), r"outside the root"),
         ("flickr30k_1k_test", "dataset_flickr30k.json", karpathy(("7.jpg", "test", 0)), r"has no caption"),
-        ("flickr30k_all", "results_20130124.token", "9.jpg#0 a caption\n", r"line 1 is no caption of Flickr30k"),
-        ("flickr30k_all", "results_20130124.token", "9.jpg\ta caption\n", r"line 1 is no caption of Flickr30k"),
+        ("flickr30k_all", "results_20130124.token", "9.jpg#0 a caption\n", r"line 1 is not a caption of Flickr30k"),
+        ("flickr30k_all", "results_20130124.token", "9.jpg\ta caption\n", r"line 1 is not a caption of Flickr30k"),
         ("flickr30k_all", "results_20130124.token", "../9.jpg#0\ta caption\n", r"outside the root"),
     ],
 )

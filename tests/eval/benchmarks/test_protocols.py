@@ -58,7 +58,7 @@ def test_sharegpt4v_finds_its_json(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"2 JSON files .* --annotations"):
         load_retrieval_set("sharegpt4v_1k", tmp_path)
     named = load_retrieval_set("sharegpt4v_1k", tmp_path, annotations=tmp_path / "b.json")
-    assert named.captions == ["two"] and "1000 pictures and 1000 captions, here are 1 and 1" in str(
+    assert named.captions == ["two"] and "1000 pictures and 1000 captions, but 1 and 1 were found" in str(
         named.count_mismatch
     )
     touch(tmp_path / "share-captioner_coco_lcs_sam_1246k_1107.json", json.dumps([sharegpt4v_row("3.jpg", "three")]))
@@ -69,17 +69,17 @@ def test_sharegpt4v_finds_its_json(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "not valid JSON"),
-        ("{}", "no array of rows"),
+        ("{}", "not an array of rows"),
         ("[]", "no pictures"),
         ("[{]", "not valid JSON"),
         ('[{"image": "1.jpg"', "not valid JSON"),
-        ('[{"image": "1.jpg"}]', "row 0 is no ShareGPT4V row"),
-        (json.dumps([sharegpt4v_row("1.jpg", 3)]), "row 0 is no ShareGPT4V row"),
+        ('[{"image": "1.jpg"}]', "row 0 is not a ShareGPT4V row"),
+        (json.dumps([sharegpt4v_row("1.jpg", 3)]), "row 0 is not a ShareGPT4V row"),
         (json.dumps([sharegpt4v_row("1.jpg", " ")]), "empty caption"),
         (json.dumps([sharegpt4v_row("../1.jpg", "x")]), "outside the root"),
         (json.dumps([sharegpt4v_row("a/../../1.jpg", "x")]), "outside the root"),
         (json.dumps([sharegpt4v_row("/etc/passwd", "x")]), "outside the root"),
-        (json.dumps([sharegpt4v_row("", "x")]), "no file name"),
+        (json.dumps([sharegpt4v_row("", "x")]), "an invalid file name"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )
@@ -124,7 +124,7 @@ def test_coco_takes_five_captions_in_the_files_order(tmp_path: Path) -> None:
     assert read.images == [tmp_path / "val2017" / "3.jpg", tmp_path / "val2017" / "9.jpg"]
     assert read.captions == ["three a line", "three b", "nine a", "nine b", "nine c", "nine d", "nine e"]
     assert read.caption_image == [0, 0, 1, 1, 1, 1, 1]
-    assert "5000 pictures and 25000 captions, here are 2 and 7" in str(read.count_mismatch)
+    assert "5000 pictures and 25000 captions, but 2 and 7 were found" in str(read.count_mismatch)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_coco_takes_five_captions_in_the_files_order(tmp_path: Path) -> None:
     [
         (coco([{"id": 1, "file_name": "1.jpg"}], []), "has no caption"),
         (coco([{"id": 1, "file_name": "../1.jpg"}], [(1, "x")]), "outside the root"),
-        (coco([{"id": 1}], [(1, "x")]), "no COCO captions file"),
-        ("[1, 2]", "no COCO captions file"),
+        (coco([{"id": 1}], [(1, "x")]), "not a COCO captions file"),
+        ("[1, 2]", "not a COCO captions file"),
         ("{", "not valid JSON"),
     ],
 )
@@ -221,7 +221,7 @@ def test_one_percent_of_the_pictures_may_be_absent(tmp_path: Path) -> None:
         pictures(tmp_path / str(absent) / "flickr30k-images", *(f"{number}.jpg" for number in range(absent, 200)))
         return load_retrieval_set("flickr30k_all", tmp_path / str(absent))
 
-    assert len(read(2).images) == 200  # left to the encoder, which names them
+    assert len(read(2).images) == 200  # the encoder leaves out and names the missing ones
     with pytest.raises(InputError, match=r"3 of the 200 pictures of flickr30k_all .* first: .*0\.jpg"):
         read(3)
 
@@ -250,4 +250,4 @@ def test_a_known_fingerprint_that_differs_is_a_mismatch(tmp_path: Path, monkeypa
         assert load_retrieval_set("urban1k", tmp_path).count_mismatch is None
     touch(tmp_path / "caption" / "1.txt", "Street one.")
     message = str(load_retrieval_set("urban1k", tmp_path).count_mismatch)
-    assert "their names, texts or order are not the published ones" in message and own in message
+    assert "their names, texts or order differ from the published ones" in message and own in message

@@ -14,10 +14,10 @@ def test_intervals_cover_the_true_recall_in_95_of_100_tests() -> None:
     rng = np.random.default_rng(0)
     truth, num_tests, num_queries = 0.7, 1000, 200
     hits = {str(test): row for test, row in enumerate((rng.random((num_tests, num_queries)) < truth).astype(float))}
-    # all tests share one set of draws: each test's own hits are independent of the others', which is what counts
+    # all tests share one set of draws, but each test's own hits are independent of the others', as they must be
     estimates = bootstrap_recalls(hits, np.arange(num_queries), num_resamples=1000).recalls
     covered = sum(found.low <= 100 * truth <= found.high for found in estimates.values())
-    assert 925 <= covered <= 970  # 950 less or more 3.6 standard deviations, percentile intervals being a little narrow
+    assert 925 <= covered <= 970  # 950 plus or minus 3.6 standard deviations; percentile intervals are a little narrow
 
 
 def test_intervals_are_scipys_percentile_intervals() -> None:
@@ -28,7 +28,7 @@ def test_intervals_are_scipys_percentile_intervals() -> None:
         (hits,), np.mean, n_resamples=10_000, method="percentile", random_state=2
     ).confidence_interval
     assert found.value == pytest.approx(100 * hits.mean())
-    # both ends are quantiles of sums of 300 hits, so steps of 1/3 of a percent: two steps at most
+    # both ends are quantiles of sums of 300 hits, in steps of 1/3 percent: allow two steps
     assert found.low == pytest.approx(100 * reference.low, abs=0.67)
     assert found.high == pytest.approx(100 * reference.high, abs=0.67)
 
@@ -40,7 +40,7 @@ def test_captions_of_a_picture_are_drawn_together() -> None:
     together = bootstrap_recalls({"a": hits}, picture).recalls["a"]
     naive = bootstrap_recalls({"a": hits}, np.arange(2000)).recalls["a"]
     assert together.value == naive.value
-    # five equal captions tell as much as one: the interval is sqrt(5) times as wide
+    # five equal captions carry as much information as one: the interval is sqrt(5) times as wide
     assert (together.high - together.low) / (naive.high - naive.low) == pytest.approx(5**0.5, rel=0.1)
 
 
@@ -54,12 +54,12 @@ def test_a_model_does_not_differ_from_its_copy_and_pairs_are_sharper() -> None:
     rng = np.random.default_rng(3)
     hits = (rng.random(500) < 0.5).astype(float)
     better = hits.copy()
-    better[np.flatnonzero(hits == 0)[:15]] = 1.0  # the same but for 15 queries
+    better[np.flatnonzero(hits == 0)[:15]] = 1.0  # the same except for 15 queries
     estimates = bootstrap_recalls({"a": hits, "copy": hits.copy(), "better": better}, np.arange(500))
     copy, gain = estimates.differences["copy"], estimates.differences["better"]
     assert (copy.value, copy.low, copy.high) == (0.0, 0.0, 0.0)
     assert gain.value == pytest.approx(3.0) and 1 < gain.low < gain.high < 5
-    # each recall on its own is much less sure than the difference
+    # each single recall is much less certain than the difference
     assert estimates.recalls["better"].low < estimates.recalls["a"].high
     against = bootstrap_recalls({"a": hits, "better": better}, np.arange(500), baseline="better").differences["a"]
     assert (against.low, against.high) == pytest.approx((-gain.high, -gain.low))

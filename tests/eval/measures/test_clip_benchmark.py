@@ -1,4 +1,4 @@
-"""Our models inside other people's evaluators, unchanged: CLIP_benchmark and open_clip find our own figures.
+"""Our models inside the evaluators of others, unchanged: CLIP_benchmark and open_clip reproduce our figures.
 
 clip-benchmark is installed without its requirements (see the Makefile): the functions called here need none of them.
 """
@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest) -> ClipModel:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise in class folders, uneven in number: the mean over classes is not the mean over pictures."""
+    """Write noise in class folders of uneven size, so that the mean over classes is not the mean over pictures."""
     root, random = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
     for label in range(NUM_CLASSES):
         (root / f"class{label}").mkdir()
@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Pictures(Dataset):
-    """(picture, target) for CLIP_benchmark's loaders, with the attribute that it reads."""
+    """(picture, target) for CLIP_benchmark's loaders, with the attribute that they read."""
 
     classes = CLASSNAMES
 
@@ -61,7 +61,7 @@ class Pictures(Dataset):
 
 
 def test_clip_benchmark_finds_our_recall(model: ClipModel, root: Path) -> None:
-    """One to three captions a picture, of 10 to 300 tokens: some are cut."""
+    """Return one to three captions per picture, of 10 to 300 tokens: some are cut."""
     random = np.random.default_rng(1)
     words = ["red", "blue", "large", "small", "house", "tree", "dog", "bus", "street", "water", "sky", "man", "woman"]
     paths = sorted(root.glob("*/*.png"))
@@ -91,7 +91,7 @@ def test_clip_benchmark_finds_our_recall(model: ClipModel, root: Path) -> None:
 
 
 def test_clip_benchmark_finds_our_accuracy(model: ClipModel, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # It calls float() on arrays of one element, which NumPy 2.4 no longer takes; as arrays without dimensions it does
+    # It calls float() on arrays of one element, which NumPy 2.4 refuses; it accepts arrays without dimensions
     numpy = torch.Tensor.numpy
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: numpy(tensor).squeeze())
     ours = evaluate_zeroshot(model, root, CLASSNAMES, TEMPLATES)
@@ -116,4 +116,4 @@ def test_open_clip_builds_our_classifier(model: ClipModel) -> None:
     theirs = open_clip.build_zero_shot_classifier(model, model.tokenizer, CLASSNAMES, TEMPLATES)  # [D, C]
     ours = zeroshot_classifier(model, CLASSNAMES, TEMPLATES)  # [C, D]
     torch.testing.assert_close(ours, theirs.T, rtol=0, atol=1e-6)
-    assert (ours @ ours.T).fill_diagonal_(0).max() < 0.99999  # classes that differ, or anything would agree
+    assert (ours @ ours.T).fill_diagonal_(0).max() < 0.99999  # classes must differ, or anything would agree

@@ -33,7 +33,7 @@ def test_figures_by_hand() -> None:
     assert [row["accuracy"] for row in recall_by_class(matrix, NAMES)] == pytest.approx([100 / 3, 50, 0])
     assert confused_pairs(matrix, NAMES) == [["cat", "fish", 2], ["dog", "cat", 1], ["owl", "fish", 1]]
     assert confused_pairs(matrix, NAMES, limit=1) == [["cat", "fish", 2]]
-    np.testing.assert_array_equal(matrix, expected)  # looking changes nothing
+    np.testing.assert_array_equal(matrix, expected)  # drawing changes nothing
 
 
 def test_at_most_twenty_pairs() -> None:
@@ -74,7 +74,7 @@ def test_a_large_matrix_has_numbers_that_are_the_classes(tmp_path: Path) -> None
     matrix[np.arange(400, 500), np.arange(400, 500)] = 1
     draw_confusion(matrix, [f"class-{number}" for number in range(500)], "", tmp_path / "plot.svg")
     drawn = text_in(tmp_path / "plot.svg")
-    assert ">440<" in drawn and ">40<" not in drawn  # classes without pictures are left out, not counted anew
+    assert ">440<" in drawn and ">40<" not in drawn  # numbers ignore classes without pictures
     assert "class-" not in drawn and "by class number" in drawn
 
 

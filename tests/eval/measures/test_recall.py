@@ -12,11 +12,12 @@ from longclip_teacher.errors import InputError
 
 
 def brute_force(queries: np.ndarray, candidates: np.ndarray, matches: list[set[int]]) -> tuple[list, list, list]:
-    """Both rules and the ties, one query at a time: place in a stable sort, 1 + strictly higher, is the best tied."""
+    """Return both ranks and the ties by a loop over queries: place in a stable sort, 1 + strictly higher, best is
+    tied."""
     ranks, best_case, tied = [], [], []
     for query, own in zip(queries, matches, strict=True):
         scores = [float(np.dot(query, candidate)) for candidate in candidates]
-        order = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: of equals the earlier first
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])  # stable: the earlier of equals first
         best = max(scores[match] for match in own)
         ranks.append(1 + min(order.index(match) for match in own))
         best_case.append(1 + sum(score > best for score in scores))
@@ -25,12 +26,12 @@ def brute_force(queries: np.ndarray, candidates: np.ndarray, matches: list[set[i
 
 
 def matches_of(owner: np.ndarray, num_images: int) -> tuple[list[set[int]], list[set[int]]]:
-    """The captions of each picture, and the picture of each caption."""
+    """Return the captions of each picture, and the picture of each caption."""
     return [set(np.flatnonzero(owner == image).tolist()) for image in range(num_images)], [{int(i)} for i in owner]
 
 
 def random_set(seed: int, num_images: int = 41, num_texts: int = 103) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whole numbers, so that many scores tie exactly; captions of a picture lie anywhere, one picture has many."""
+    """Return integers, so that many scores tie exactly. Captions of a picture lie anywhere; one picture has many."""
     rng = np.random.default_rng(seed)
     images, texts = rng.integers(-4, 5, (num_images, 4)), rng.integers(-4, 5, (num_texts, 4))
     owner = np.concatenate([np.arange(num_images), np.full(9, 5), rng.integers(0, num_images, num_texts)])[:num_texts]
@@ -93,7 +94,7 @@ def test_recall_is_clip_benchmarks_on_tie_free_features() -> None:
     result = recall_metrics(images, texts, owner)
     scores = texts @ images.T
     positive = owner[:, None] == torch.arange(len(images))
-    for k in (1, 5, 10):  # as its evaluate() does: a hit where any match is among the first k
+    for k in (1, 5, 10):  # as in its evaluate(): a hit if any match is among the first k
         theirs = (recall_at_k(scores, positive, k) > 0).double().mean() * 100
         assert result["t2i"][f"r{k}"] == pytest.approx(float(theirs), abs=1e-6)
         theirs = (recall_at_k(scores.T, positive.T, k) > 0).double().mean() * 100
@@ -105,7 +106,7 @@ def test_recall_is_clip_benchmarks_on_tie_free_features() -> None:
 
 
 def test_recall_is_long_clips_counting_on_tie_free_features() -> None:
-    """Long-CLIP's evaluation counts the queries with any match among the k highest scores, query by query."""
+    """Long-CLIP's evaluation counts, query by query, whether any match is among the k highest scores."""
     images, texts, owner = tie_free()
     result = recall_metrics(images, texts, owner)
     for k in (1, 5, 10):
@@ -122,7 +123,7 @@ def test_recall_is_long_clips_counting_on_tie_free_features() -> None:
 
 
 def test_equal_features_have_equal_scores_wherever_they_lie() -> None:
-    """Real-valued copies all over several uneven tiles: the edge of a tile must round as its middle does."""
+    """Real-valued copies lie in several uneven tiles: the edge of a tile must round like its middle."""
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(1, 512, generator=generator), dim=-1)
     text = F.normalize(torch.randn(1, 512, generator=generator), dim=-1)
@@ -141,11 +142,11 @@ def test_a_collapsed_model_shows_in_the_ties() -> None:
         assert result[way]["r1"] == pytest.approx(100 / 6) and result[way]["tied"] == 100
         assert result[way]["best_case"]["r1"] == 100
     separate = recall_metrics(torch.eye(6), torch.eye(6).repeat_interleave(2, dim=0), torch.arange(12) // 2)
-    assert separate["i2t"]["tied"] == separate["t2i"]["tied"] == 0  # two captions of one picture are no tie
+    assert separate["i2t"]["tied"] == separate["t2i"]["tied"] == 0  # two captions of one picture are not a tie
 
 
 def test_of_captions_that_look_the_same_one_is_found() -> None:
-    """Families of four captions that a model cannot tell apart: 25% both ways, however well it tells families apart."""
+    """A model cannot tell four captions of a family apart: 25% both ways, however well it tells families apart."""
     families = torch.eye(5).repeat_interleave(4, dim=0)  # [20,5]
     own = families + 0.1 * F.pad(torch.eye(4).repeat(5, 1), (0, 1))
     result = recall_metrics(own, families, torch.arange(20))
@@ -171,7 +172,9 @@ def test_reduced_precision_of_the_caller_is_put_aside_and_left_as_it_was() -> No
 
 @pytest.mark.parametrize("owner", [[0, 1, 1], [0, 1, 3], [0, 1, -1], []])
 def test_every_picture_needs_a_caption(owner: list[int]) -> None:
-    with pytest.raises(InputError, match="every one of the 3 pictures needs a caption, and every caption one of them"):
+    with pytest.raises(
+        InputError, match="each of the 3 pictures needs a caption, and each caption one of the pictures"
+    ):
         recall_metrics(torch.eye(3), torch.eye(3)[: len(owner)], torch.tensor(owner, dtype=torch.int64))
 
 

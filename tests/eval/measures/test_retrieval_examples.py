@@ -49,7 +49,7 @@ def test_wrong_pairs_are_failures_and_the_right_answer_is_shown_last(
 def test_half_are_failures_as_far_as_there_are_such(num_wrong: int, expected_failures: int) -> None:
     features = torch.eye(20)
     queries = features.clone()
-    queries[:num_wrong] = features[:num_wrong].roll(1, dims=1)  # these look for their neighbour
+    queries[:num_wrong] = features[:num_wrong].roll(1, dims=1)  # these find their neighbour instead
     names = [str(index) for index in range(20)]
     examples = pick_examples(
         names, names, queries, features, torch.arange(20), torch.arange(20), num_examples=6, num_answers=2

@@ -44,7 +44,7 @@ def test_one_caption_for_all_pictures() -> None:
         "distinct_2": pytest.approx(100 * 7 / 21),
         "vocabulary_size": 8,
     }
-    # captions 0, 2 and 3: 24 words, of which "a" comes three times, "the" and "in" twice; 21 pairs, none twice
+    # captions 0, 2 and 3: 24 words, with "a" three times, "the" and "in" twice; 21 different pairs
     assert result["references"] == {
         "distinct_1": pytest.approx(100 * 20 / 24),
         "distinct_2": 100,
@@ -54,7 +54,8 @@ def test_one_caption_for_all_pictures() -> None:
 
 
 def bleu4(found: list[str], references: list[list[str]]) -> float:
-    """Papineni et al. 2002 on words and marks that stand apart: clipped precisions, the nearest reference's length."""
+    """Compute BLEU as in Papineni et al. 2002 on separated words and marks: clipped precisions, nearest reference
+    length."""
     matches, totals, found_length, reference_length = np.zeros(4), np.zeros(4), 0, 0
     for text, own in zip(found, references, strict=True):
         words, others = text.split(), [reference.split() for reference in own]
@@ -91,7 +92,7 @@ def test_of_equal_captions_the_earlier_is_found_as_in_recall(
     monkeypatch.setattr(retrieved_text, "_BLOCK_ELEMENTS", block_elements)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(-1, 2, (40, 3), generator=generator).float()
-    texts = torch.randint(-1, 2, (40, 3), generator=generator).float()  # whole numbers: many exact ties
+    texts = torch.randint(-1, 2, (40, 3), generator=generator).float()  # integers, for many exact ties
     found = nearest_captions(images, texts)
     assert found.tolist() == [int(np.argmax(row)) for row in (images @ texts.T).numpy()]
     r1 = recall_metrics(images, texts, torch.arange(40))["i2t"]["r1"]

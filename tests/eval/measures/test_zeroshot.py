@@ -86,13 +86,13 @@ def test_colours_are_classified_by_folder_names(
 
 
 def test_wrong_and_nearly_right_answers_are_counted(colour_model: nn.Module, colour_classes: Path) -> None:
-    """By hand: cosines of colour-cube corners depend only on how many channels differ."""
+    """By hand: cosines of colour-cube corners depend only on the number of channels that differ."""
     order = sorted(NAMES)  # the folders': aqua black blue green purple red white yellow
     names = [*order]
     names[order.index("red")], names[order.index("black")] = "black", "red"  # one channel apart: cosine 1/3
     names[order.index("aqua")], names[order.index("blue")] = "blue", "aqua"
     result = evaluate_zeroshot(colour_model, colour_classes, names, ["{}"])
-    assert result["top1"] == 50.0  # four of the eight classes have another's name
+    assert result["top1"] == 50.0  # four of the eight classes have the name of another
     assert result["top5"] == 100.0  # the right name is one of the three one channel away
     opposite = {"black": "white", "white": "black"}
     result = evaluate_zeroshot(colour_model, colour_classes, [opposite.get(name, name) for name in order], ["{}"])
@@ -106,7 +106,7 @@ def test_top_five_ends_at_the_fifth() -> None:
 
 
 def test_figures_of_unequal_classes_by_hand(colour_model: nn.Module, tmp_path: Path) -> None:
-    """Six red pictures, all found; two that look green but are filed under blue; so 75% of pictures, 50% of classes."""
+    """Write six red pictures, all found, and two green ones in blue's folder: 75% of pictures, 50% of classes."""
     for folder, colour, number in (("blue", "lime", 2), ("green", "lime", 0), ("red", "red", 6)):
         (tmp_path / folder).mkdir()
         for index in range(number):
@@ -138,7 +138,7 @@ def test_files_and_shards_give_the_same_figures(colour_model: nn.Module, colour_
 
 
 def test_cifar_as_a_whole(colour_model: nn.Module, tmp_path: Path) -> None:
-    """Two records of the binary version, of red and of blue pixels, of classes that are called so."""
+    """Write two records of the binary version, of red and of blue pixels, in classes of these names."""
     (tmp_path / "batches.meta.txt").write_text("red\nblue\ngreen\nblack\nwhite\naqua\npurple\nyellow\ncat\ndog\n\n")
     red, blue = bytes([0]) + b"\xff" * 1024 + bytes(2048), bytes([1]) + bytes(2048) + b"\xff" * 1024
     (tmp_path / "test_batch.bin").write_bytes(red + blue + blue)
@@ -180,8 +180,8 @@ def test_shards_are_classified_as_folders_are(colour_model: nn.Module, tmp_path:
     ("members", "message"),
     [
         ([("a.png", png("red"))], "0.tar:a: no .cls member"),
-        ([("a.png", png("red")), ("a.cls", b"8")], "class '8' is no number below 8"),
-        ([("a.png", png("red")), ("a.cls", b"cat")], "class 'cat' is no number below 8"),
+        ([("a.png", png("red")), ("a.cls", b"8")], "class '8' is not a number below 8"),
+        ([("a.png", png("red")), ("a.cls", b"cat")], "class 'cat' is not a number below 8"),
         ([("a.png", b"text"), ("a.cls", b"1")], "not a picture"),
         ([("a.cls", b"1")], "0 pictures in one sample"),
         ([("a.pyd", b"cposix\nsystem\n."), ("a.cls", b"1")], "0 pictures in one sample"),
@@ -237,11 +237,11 @@ def test_folders_that_do_not_fit_say_why(tmp_path: Path) -> None:
 
 def test_templates_need_a_place_for_the_name(colour_model: nn.Module) -> None:
     for templates in ([], ["a photo"]):
-        with pytest.raises(InputError, match=r"every template needs \{\}"):
+        with pytest.raises(InputError, match=r"give one or more templates, each with \{\} in place"):
             zeroshot_classifier(colour_model, NAMES, templates)
 
 
 def test_one_class_alone_is_refused(colour_model: nn.Module, colour_classes: Path) -> None:
-    """A folder above the class folders looks like one class, of which every picture is right."""
-    with pytest.raises(InputError, match="one class alone, 'classes'"):
+    """A folder above the class folders looks like one class, and every answer is then right."""
+    with pytest.raises(InputError, match="there is only one class, 'classes'"):
         evaluate_zeroshot(colour_model, colour_classes.parent, templates=["{}"])

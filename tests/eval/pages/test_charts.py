@@ -1,4 +1,4 @@
-"""Charts are well formed, repeatable, in the page's colours, and put their points where they belong."""
+"""Charts are well formed, repeatable and in the page's colours, and their points are in the right places."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_points_of_a_scatter_have_their_names_apart_from_one_another() -> None:
     assert all(f"var(--line-{colour})" in svg for colour in COLOURS.values())
     heights = _label_heights(svg)
     assert set(points) <= set(heights)
-    assert heights["b"] - heights["close"] > 9  # points: a line of text; y grows downwards
+    assert heights["b"] - heights["close"] > 9  # one line of text, in points; y grows downwards
 
 
 def test_a_name_is_text_and_no_markup() -> None:

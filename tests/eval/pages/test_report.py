@@ -1,4 +1,4 @@
-"""report.html: complete, self-contained, safe, and right about the figures."""
+"""report.html: complete, self-contained and safe, with the right figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WRONG = RIGHT.replace("small blue two", "large pink six")
 
 
 class Page(HTMLParser):
-    """The elements and the text of a page."""
+    """Collect the elements and the text of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with a log: a loss term, one validation, and a half-written last line."""
+    """Write a run folder with a log: a loss term, one validation, and a half-written last line."""
     folder = tmp_path / "run"
     folder.mkdir()
     rows: list[dict] = [{"step": step, "group": "train", "loss": 9 / step, "lr": 1e-3} for step in (1, 2, 3)]
@@ -72,7 +72,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[Path]:
-    """A small board and a photograph-sized picture."""
+    """Write a small board and a picture as large as a photograph."""
     rng = np.random.default_rng(0)
     paths = [tmp_path / "small.png", tmp_path / "large.png"]
     for path, shape in zip(paths, [(48, 40, 3), (600, 900, 3)], strict=True):
@@ -120,7 +120,7 @@ def test_the_page_needs_nothing_from_anywhere(run: Path, pictures: list[Path], t
     assert "<b>tags</b>" not in page.source
     assert "Title <script>alert(1)</script>" in page.text_of("h1")
     assert any("a caption with <b>tags</b> & signs" in text for text in page.text_of("blockquote"))
-    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "report.html"]  # no part left
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "report.html"]  # no temporary file is left
 
 
 def test_the_best_as_shown_is_bold_and_spreads_stand_beside_means(
@@ -128,7 +128,7 @@ def test_the_best_as_shown_is_bold_and_spreads_stand_beside_means(
 ) -> None:
     write_report(tmp_path / "report.html", full_report(run, pictures))
     page = Page(tmp_path / "report.html")
-    # 80.04 and 79.98 both show as 80.0; parameters: fewer are better; one caption time alone is no best
+    # 80.04 and 79.98 both show as 80.0; fewer parameters are better; a single caption time is not a best
     assert page.text_of("b") == ["80.0", "70.0", "80.0", "7.0", "900"]
     assert "± 1.2" in page.source
     assert {"5.00 M", "–"} <= set(page.text_of("td"))
@@ -150,7 +150,7 @@ def test_curves_are_drawn_where_there_are_two_points(run: Path, pictures: list[P
     assert labels == [
         "Loss",
         "Learning rate",
-    ]  # one validation makes no curve; terms that the run does not have neither
+    ]  # one validation makes no curve, and a term that the run lacks makes none either
 
 
 def test_pictures_are_in_the_page(run: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_pictures_are_in_the_page(run: Path, pictures: list[Path], tmp_path: Pat
     shown = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) for uri in uris]
     small, large = (Image.open(path) for path in pictures)
     assert len(shown) == 3
-    assert np.array_equal(np.asarray(shown[0]), np.asarray(small))  # boards of a few pixels are not blurred by JPEG
+    assert np.array_equal(np.asarray(shown[0]), np.asarray(small))  # JPEG does not blur boards of a few pixels
     assert max(shown[1].size) == 224 and shown[1].size[0] / shown[1].size[1] == pytest.approx(
         large.width / large.height, rel=0.02
     )
@@ -168,11 +168,11 @@ def test_pictures_are_in_the_page(run: Path, pictures: list[Path], tmp_path: Pat
 def test_a_wrong_caption_shows_where_it_differs(run: Path, pictures: list[Path], tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", full_report(run, pictures))
     page = Page(tmp_path / "report.html")
-    assert page.text_of("mark") == ["marked", "large pink six"]  # the first is the legend's
+    assert page.text_of("mark") == ["marked", "large pink six"]  # the first is in the legend
     spans = " ".join(page.text_of("span"))
     assert "… bottom right shows a" in spans  # the long common beginning is left out
-    assert RIGHT in spans  # the right caption is whole
-    assert "the right one came in place 2" in " ".join(page.text_of("span"))
+    assert RIGHT in spans  # the right caption is complete
+    assert "the right one has rank 2" in " ".join(page.text_of("span"))
 
 
 def test_a_title_alone_is_a_page_too(tmp_path: Path) -> None:
