@@ -1,4 +1,4 @@
-"""The average of the weights: its formula, what it leaves alone, and that it is what the loop judges and saves."""
+"""The average of the weights: its formula, what it leaves alone, and its use by the loop for evaluation and saving."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from training.settings.tree import parse_config
 
 
 def wander(model: nn.Module) -> None:
-    """A step of something that moves parameters, BatchNorm statistics and counters."""
+    """Move parameters, BatchNorm statistics and counters, as a training step does."""
     with torch.no_grad():
         for value in model.state_dict().values():
             value.add_(torch.randn_like(value) if value.is_floating_point() else 1)
 
 
 def expected(history: list[dict[str, Tensor]], decay: float) -> dict[str, np.ndarray]:
-    """Average of the weights at the start and after each step, by the plain formula in float64."""
+    """Return the average of the weights at the start and after each step, by the plain formula in float64."""
     averages = {name: value.double().numpy() for name, value in history[0].items()}
     for step, weights in enumerate(history[1:]):
         share = min(decay, (1 + step) / (10 + step))
@@ -97,7 +97,7 @@ def test_the_copy_is_no_part_of_the_model() -> None:
 
 
 class Toy(nn.Module):
-    """What the loop needs of a Distiller, with towers of a layer each."""
+    """What the loop needs of a Distiller, with towers of one layer each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def test_the_loop_mixes_scales_the_rates_and_judges_the_average(
         assert torch.equal(batch.images, wanted.images) and not torch.equal(batch.images, source.images)
         assert torch.equal(batch.teacher_images[0], source.images)
 
-    for step in range(6):  # Adam moves by the rate where the gradient stays the same
+    for step in range(6):  # Adam moves by the rate while the gradient stays the same
         rate = learning_rate(step, 6, config.optim)
         for key, share in {"image_encoder.0.weight": 0.5, "text_encoder.bias": 0.1, "logit_scale": 1.0}.items():
             moved = history[step][key] - history[step + 1][key]

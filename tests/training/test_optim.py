@@ -1,4 +1,4 @@
-"""AdamW: which parameters decay, how fast each learns, the schedules, and one kernel against many."""
+"""AdamW: which parameters decay, how fast each learns, the schedules, and the fused kernel against the plain one."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_learning_rate_rises_and_falls() -> None:
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert max(rates) == 2.0 and rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] == pytest.approx(0.2, abs=1e-3)
-    assert learning_rate(0, 20, options) == 1.0  # never more than a tenth of the run
+    assert learning_rate(0, 20, options) == 1.0  # at most a tenth of the run
 
 
 def test_constant_rate_stays_at_the_peak_until_it_cools_down() -> None:
@@ -81,7 +81,7 @@ def test_cool_down_of_nothing_and_of_everything(share: float, expected: list[flo
     assert [learning_rate(step, 4, options) for step in range(4)] == pytest.approx(expected)
 
 
-# parameters by how many times layer_decay is in their rate: once in the last block, once more in each before it
+# parameters by the power of layer_decay in their rate: 1 in the last block, one more in each block before it
 FASTVIT_TINY = {  # stages of 1, 1 and 2 blocks
     "image_encoder.trunk.stem.0.conv_kxk.0.conv.weight": 5,
     "image_encoder.trunk.stages.0.blocks.0.mlp.fc1.weight": 4,
@@ -112,7 +112,7 @@ FASTVIT_S3 = {  # stages of 2, 12, 24, 4 and 2 blocks
     "image_encoder.trunk.stages.3.pos_emb.pos_enc.weight": 6,
     "image_encoder.trunk.stages.4.blocks.1.mlp.fc1.weight": 1,
 }
-VIT_B = {  # 12 blocks each
+VIT_B = {  # 12 blocks per tower
     "image_encoder.trunk.cls_token": 13,
     "image_encoder.trunk.pos_embed": 13,
     "image_encoder.trunk.patch_embed.backbone.2.conv.weight": 13,
@@ -126,7 +126,7 @@ VIT_B = {  # 12 blocks each
     "text_encoder.blocks.11.ln_1.bias": 1,
     "text_encoder.projection": 0,
 }
-VIT_L14 = {  # 24 blocks, a norm before them
+VIT_L14 = {  # 24 blocks with a norm before them
     "image_encoder.trunk.patch_embed.proj.weight": 25,
     "image_encoder.trunk.norm_pre.weight": 25,
     "image_encoder.trunk.blocks.23.attn.qkv.weight": 1,
@@ -186,7 +186,7 @@ def test_layer_decay_follows_the_depth(
 
 
 def shares_of(module: nn.Module, options: OptimOptions) -> dict[str, float]:
-    """lr_share of each parameter that is in the optimiser, once, with the decay that it has without shares."""
+    """Return lr_share of each optimised parameter, once, with the decay that it has without shares."""
     optimizer = build_optimizer(module, options)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     plain = {id(p) for p in build_optimizer(module, OptimOptions(weight_decay=0.3)).param_groups[-1]["params"]}
@@ -217,7 +217,7 @@ def test_towers_have_rates_of_their_own_and_frozen_ones_are_absent() -> None:
     assert ours == [1.0] * 6
 
     distiller.model.image_encoder.requires_grad_(False)
-    distiller.model.text_encoder.blocks[0].requires_grad_(False)  # those behind it keep their depth
+    distiller.model.text_encoder.blocks[0].requires_grad_(False)  # the blocks after it keep their depth
     left = shares_of(distiller, options)
     absent = ("model.image_encoder.", "model.text_encoder.blocks.0.")
     assert left == {name: share for name, share in shares.items() if not name.startswith(absent)}

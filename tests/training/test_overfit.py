@@ -1,7 +1,7 @@
-"""Each loss alone, on 64 pairs whose features are free to move, teaches what it is for.
+"""Each loss alone, on 64 pairs whose features are free to move, teaches what it should.
 
-The teacher's images and texts are pairs that it tells apart well, not perfectly; the student starts from noise. Every
-case names the measure that its loss should raise, from near its floor to near its ceiling.
+The teacher tells its image-text pairs apart well, but not perfectly; the student starts from noise. Every case names
+the measure that its loss should raise, from near its floor to near its ceiling.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def table(seed: int) -> Tensor:
 
 @dataclass
 class Pairs:
-    """Free student embeddings and afd's maps, and the teacher's features."""
+    """Free student embeddings with afd's maps, and the teacher's features."""
 
     student: list[Tensor] = field(default_factory=lambda: [nn.Parameter(table(seed)) for seed in (0, 1)])
     maps: list[Tensor] = field(default_factory=lambda: [nn.Parameter(torch.eye(WIDTH).repeat(1, 2)) for _ in range(2)])
@@ -54,50 +54,50 @@ class Pairs:
 
     @property
     def features(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Unit-norm images and texts of the student, then of the teacher."""
+        """Return unit-norm images and texts of the student, then of the teacher."""
         image, text = (normalize(x, dim=1) for x in self.student)
         return (image, text, *self.teacher)
 
     @property
     def logits(self) -> tuple[Tensor, Tensor]:
-        """Of the student and of the teacher."""
+        """Return the student's and the teacher's."""
         si, st, ti, tt = self.features
         return similarity_logits(si, st, SCALE), similarity_logits(ti, tt, SCALE)
 
 
 def cosine(pairs: Pairs) -> float:
-    """Mean cosine of the student's features with the teacher's."""
+    """Return the mean cosine of the student's features with the teacher's."""
     si, st, ti, tt = pairs.features
     return (((si * ti).sum(dim=1) + (st * tt).sum(dim=1)).mean() / 2).item()
 
 
 def recall(pairs: Pairs) -> float:
-    """R@1 of the student's images among its texts."""
+    """Return R@1 of the student's images among its texts."""
     student, _ = pairs.logits
     return (student.argmax(dim=1) == torch.arange(PAIRS)).float().mean().item()
 
 
 def overlap(pairs: Pairs) -> float:
-    """1 - total variation between the image-to-text distributions of student and teacher."""
+    """Return 1 - total variation between the image-to-text distributions of student and teacher."""
     student, teacher = (x.softmax(dim=1) for x in pairs.logits)
     return torch.minimum(student, teacher).sum(dim=1).mean().item()
 
 
 def same_best(pairs: Pairs) -> float:
-    """Share of images of which student and teacher find the same text."""
+    """Return the share of images for which student and teacher find the same text."""
     student, teacher = (x.argmax(dim=1) for x in pairs.logits)
     return (student == teacher).float().mean().item()
 
 
 def crossed(pairs: Pairs) -> float:
-    """1 - total variation between the teacher's images in student texts and its texts in student images."""
+    """Return 1 - total variation between the teacher's images in student texts and its texts in student images."""
     si, st, ti, tt = pairs.features
     image, text = ((SCALE * x).softmax(dim=1) for x in (ti @ st.T, tt @ si.T))
     return torch.minimum(image, text).sum(dim=1).mean().item()
 
 
 def pull(pairs: Pairs) -> float:
-    """Mean cosine of the contrastive loss's gradients at the student's and at the teacher's images."""
+    """Return the mean cosine of the contrastive loss's gradients at the student's and at the teacher's images."""
     si, st, ti, tt = pairs.features
     student, teacher = (
         torch.autograd.grad(clip_loss(image, text, SCALE), image)[0]
@@ -110,7 +110,7 @@ class Case(NamedTuple):
     loss: Callable[[Pairs], Tensor]
     measure: Callable[[Pairs], float]
     after: float
-    """The measure at the end is above this; at the start it is below 0.2."""
+    """The measure ends above this; it starts below 0.2."""
 
 
 def of_logits(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Pairs], Tensor]:

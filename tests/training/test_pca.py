@@ -70,7 +70,7 @@ def test_finite_on_degenerate_batches(name: str) -> None:
     y, gradient = value_and_gradient(pca_project, x, 32)
     assert y.isfinite().all()
     assert gradient.isfinite().all()
-    # 48 orthogonal rows: rounding parts eigenvalues that are tied by more than counts as a tie
+    # 48 orthogonal rows: rounding separates tied eigenvalues by more than the tolerance for ties
     assert gradient.abs().max() < (1e7 if name.startswith("equal eigenvalues") and len(x) == 48 else 100)
 
 

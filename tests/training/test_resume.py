@@ -1,4 +1,4 @@
-"""Killed and resumed equals never killed, bit by bit; checkpoints that do not fit are refused."""
+"""A killed and resumed run equals an uninterrupted one, bit by bit; checkpoints that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.record.run_log import read_metrics
 from training.settings.tree import REMOVED, parse_config
 
 MAIN = Path(__file__).resolve().parents[2] / "training" / "main.py"
-STEPS = 9  # of 7 an epoch: the resumed part crosses an epoch boundary
+STEPS = 9  # 7 per epoch, so the resumed part crosses an epoch boundary
 ARGS = [
     "--run.max_steps", str(STEPS), "--run.global_batch_size", "40", "--run.save_every", "2", "--run.log_every", "1",
     "--run.resume", "auto", "--data.val", "None", "--data.zeroshot", "None", "--data.tests", "--data.num_workers", "1",
@@ -91,7 +91,7 @@ def test_the_weights_of_a_run_are_the_average(whole: Path) -> None:
     weights, average = load_file(whole / "last.safetensors"), checkpoint["ema"]
     assert weights.keys() == average.keys()
     assert all(torch.equal(weights[name], value) for name, value in average.items())
-    for name, value in average.items():  # the last weights are others; counters are not averaged
+    for name, value in average.items():  # the last weights differ; counters are not averaged
         assert torch.equal(checkpoint["distiller"][f"model.{name}"], value) != value.is_floating_point(), name
 
 

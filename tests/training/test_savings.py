@@ -1,4 +1,4 @@
-"""What saves time leaves the training as it is: stored features against the teacher online, each switch on and off."""
+"""Speed-ups leave the training unchanged: stored features against the teacher online, each switch on and off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.record.run_log import read_metrics
 from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER, Savings, SpeedOptions
 
 STEPS = 3
-# Adam's first steps are of one size whatever the gradient's: a small rate keeps rounding from growing into a difference
+# Adam's first steps have one size whatever the gradient's: a small rate keeps rounding from becoming a difference
 COMMON = [
     "--optim.lr", "1e-4", "--run.max_steps", str(STEPS), "--run.global_batch_size", "48", "--run.log_every", "1",
     "--data.num_workers", "0", "--data.val", "None", "--data.zeroshot", "None", "--data.tests",
@@ -25,7 +25,8 @@ LOSSES = ("clip_long", "clip_short", "crd_long", "crd_short", "vrd_long", "vrd_s
 
 
 def train(out_dir: Path, *arguments: str) -> list[dict[str, float]]:
-    """The logged rows of a short run of the default preset, with relational and feature losses beside its own."""
+    """Return the logged rows of a short run of the default preset, with relational and feature losses beside its
+    own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["main.py", "--run.out_dir", str(out_dir), *COMMON, *arguments])
         main()
@@ -78,7 +79,7 @@ class TestStoredFeatures:
         assert rows[0]["fd_image"] > 0
 
     def test_two_epochs_see_two_views(self, cache: Path, tmp_path: Path) -> None:
-        """300 samples are 6 steps of 48: the seventh begins the second epoch."""
+        """300 samples are 6 steps of 48, so the seventh step begins the second epoch."""
         arguments = ["--run.max_steps", "7", "--optim.lr", "1e-9", "--data.epoch_samples", "48"]
         with pytest.MonkeyPatch.context() as patch:
             argv = ["main.py", "--run.out_dir", str(tmp_path / "run"), *COMMON, "--teacher.cache", str(cache)]
@@ -122,9 +123,9 @@ class TestStoredFeatures:
             train(tmp_path / "run", "--teacher.cache", str(cache), *arguments)
 
 
-# Largest difference of a loss over the first steps. All but the first are rounding; losses are up to 20.
+# Largest difference of a loss over the first steps. All entries but the first are rounding; losses are up to 20.
 SWITCHES = {
-    "fast_decode": 0.01,  # the boards' pixels are equal to 2 of 255 levels
+    "fast_decode": 0.01,  # the boards' pixels differ by at most 2 of 255 levels
     "fast_tokenizer": 0.0,
     "trim": 1e-4,
     "streaming_losses": 1e-4,

@@ -1,4 +1,4 @@
-"""How a run of one tower is judged and reported: the student's tower with the teacher's other one."""
+"""A run of one tower is evaluated and reported with the student's tower and the teacher's other one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def student(teacher: LongCLIP) -> MobileCLIP:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures of noise with captions (boards), the same in four classes, and the templates."""
+    """Write eight pictures of noise with captions (boards), the same in four classes, and the templates."""
     root = tmp_path_factory.mktemp("data")
     for folder in ("boards/image", "boards/caption", *(f"classes/c{i}" for i in range(4))):
         (root / folder).mkdir(parents=True)
@@ -162,7 +162,7 @@ def test_the_report_names_what_was_judged(
     assert results["judged"] == judged and set(results["models"]) == {"student", "teacher"}
     ours, expected = results["models"]["student"], judged_model(student, config, teacher)
     assert ours["cost"]["params"] == sum(parameter.numel() for parameter in expected.parameters())
-    assert ours["cost"]["bytes"] is None  # the file holds the whole student
+    assert ours["cost"]["bytes"] is None  # the file holds the complete student
     found = evaluate_retrieval(expected, load_retrieval_set("folder", data / "boards"))
     assert ours["boards"]["i2t"] == found["i2t"] and ours["boards"]["t2i"] == found["t2i"]
     page = (tmp_path / "run/report.html").read_text().replace("&#39;", "'")
