@@ -18,20 +18,17 @@ Shapes: A augmentations, n captions, D width of the features.
 
 from __future__ import annotations
 
-import functools
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from longclip_teacher.errors import InputError
+from training.cache.datacompdr_arrays import stored_arrays, two_dimensional
 from training.data.index import RawSample, ShardIndex, is_remote
 from training.data.samples import BadSample
 from training.data.store import StoredDraw, TeacherFacts, choose_captions, choose_view
@@ -42,7 +39,6 @@ __all__ = ["DataCompDRStore", "datacompdr_facts", "write_datacompdr_sample"]
 
 OPS_SIZE = 224  # size in pixels of the pictures for which RandAugment magnitudes are stored
 CONTEXT_LENGTH = 77  # tokens that CLIP, DataCompDR's teacher, reads
-_MAX_UNPACKED_BYTES = 16 << 20
 _MAX_PIXELS = 1 << 20  # bound on a crop's side
 _MAX_OPS = 16
 _FIRST_SAMPLES = 100  # at least one of these must be usable
@@ -63,8 +59,8 @@ class DataCompDRStore:
 
     def draw(self, raw: RawSample, seed: int, key: tuple[int, ...]) -> StoredDraw:
         """Return the draw of `raw` that (seed, key) decides; see `TeacherStore`. Raise BadSample with the cause."""
-        arrays = _features(raw)
-        image_rows, augmentations = _rows(arrays, "image_emb"), _augmentations(raw)
+        arrays = stored_arrays(raw)
+        image_rows, augmentations = two_dimensional(arrays, "image_emb"), _augmentations(raw)
         if not len(augmentations) or len(augmentations) != len(image_rows):
             raise BadSample("paug.json and image_emb have different lengths, or none")
         long_captions, long_rows = _synthetic(raw, arrays)
@@ -135,7 +131,7 @@ def _facts(raw: RawSample, shard: str, widths: Sequence[int] | None) -> TeacherF
             "shards (if it has them, its index is older: run make_shards.py index again or delete NAME.tar.index.json)"
         )
     try:
-        width = _rows(_features(raw), "image_emb").shape[1]
+        width = two_dimensional(stored_arrays(raw), "image_emb").shape[1]
         told = _told(raw)
         widths = tuple(widths or told.get("widths") or ((768, 768) if width == 1536 else (width,)))
         if sum(widths) != width or min(widths) < 1:
@@ -169,11 +165,11 @@ def _synthetic(raw: RawSample, arrays: Mapping[str, np.ndarray]) -> tuple[list[s
     by_key = {key: _texts(value) for key, value in _object(raw, "syn.json").items() if key.startswith("syn_text")}
     with_own = [key for key in by_key if f"{key}_emb" in arrays]
     if with_own:
-        rows = [_rows(arrays, f"{key}_emb") for key in with_own]
+        rows = [two_dimensional(arrays, f"{key}_emb") for key in with_own]
         fits = all(len(by_key[key]) == len(part) for key, part in zip(with_own, rows, strict=True))
         fits = fits and len({part.shape[1] for part in rows}) == 1
     else:  # all captions in text_emb, the ground truth's first
-        rows = [_rows(arrays, "text_emb")[1:]]
+        rows = [two_dimensional(arrays, "text_emb")[1:]]
         fits = sum(map(len, by_key.values())) == len(rows[0])
     texts = [text for key in with_own or by_key for text in by_key[key]]
     if not fits:
@@ -186,7 +182,7 @@ def _synthetic(raw: RawSample, arrays: Mapping[str, np.ndarray]) -> tuple[list[s
 
 def _ground_truth(raw: RawSample, arrays: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
     """Return the ground-truth caption and its features [1, D]; no caption if the txt is missing or empty."""
-    rows = _rows(arrays, "text_emb")[:1]
+    rows = two_dimensional(arrays, "text_emb")[:1]
     if not len(rows):
         raise BadSample("text_emb is empty")
     try:
@@ -274,82 +270,6 @@ def _are_whole(numbers: Any, count: int, largest: int = _MAX_PIXELS) -> bool:
         and len(numbers) == count
         and all(type(number) is int and 0 <= number <= largest for number in numbers)
     )
-
-
-# --- features ---------------------------------------------------------------------------------------------------------
-
-
-def _rows(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """Return the two-dimensional array `name`."""
-    if name not in arrays:
-        raise BadSample(f"no {name} among the features")
-    if arrays[name].ndim != 2 or not arrays[name].shape[1]:
-        raise BadSample(f"{name} is not two-dimensional")
-    return arrays[name]
-
-
-def _features(raw: RawSample) -> dict[str, np.ndarray]:
-    """Return all float arrays of the npz, or of the pth.gz if there is no npz."""
-    for name, read in (("npz", _read_npz), ("pth.gz", _read_pth)):
-        if name in raw.extra:
-            try:
-                return read(raw.extra[name])
-            except Exception:  # zipfile, numpy and torch may raise anything; either way the features are unusable
-                raise BadSample(f"{name} is damaged") from None
-    raise BadSample("no npz or pth.gz, or one of more than 4 MB")
-
-
-def _read_npz(data: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz as np.load(allow_pickle=False) reads them, but with a bound on the bytes.
-
-    numpy does not know bfloat16, so its two bytes identify it: void (as ml_dtypes writes it) or uint16.
-    """
-    arrays = {}
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        _check_archive(archive)
-        for entry in archive.infolist():
-            name = entry.filename.removesuffix(".npy")
-            if not name.endswith("_emb"):
-                continue
-            member = archive.read(entry)
-            end = 10 + int.from_bytes(member[8:10], "little")
-            shape, dtype = _npy_header(member[:end])
-            array = np.frombuffer(member, dtype, offset=end).reshape(shape)
-            is_bfloat16 = dtype.itemsize == 2 and dtype.kind in "uV"
-            arrays[name] = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if is_bfloat16 else array
-    return arrays
-
-
-@functools.lru_cache(maxsize=64)  # parsing takes longer than all the rest, and most samples have the same header
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and type of an array in numpy's format 1.0, the one such arrays use. Raise ValueError for any
-    other."""
-    file = io.BytesIO(header)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("an array of another format than 1.0")
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if is_fortran or dtype.hasobject or dtype.kind not in "fuV":
-        raise ValueError("no array of floats")
-    return shape, dtype
-
-
-def _read_pth(data: bytes) -> dict[str, np.ndarray]:
-    """Return the tensors of a gzipped `torch.save({name: tensor})`."""
-    unpacked = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(data, _MAX_UNPACKED_BYTES)  # 16: gzip
-    with zipfile.ZipFile(
-        io.BytesIO(unpacked)
-    ) as archive:  # torch's older format is not a zip and cannot be bounded: an error
-        _check_archive(archive)
-    tensors = torch.load(io.BytesIO(unpacked), map_location="cpu", weights_only=True)
-    return {name: torch.as_tensor(value).float().numpy() for name, value in tensors.items() if name.endswith("_emb")}
-
-
-def _check_archive(archive: zipfile.ZipFile) -> None:
-    entries = archive.infolist()
-    if sum(entry.file_size for entry in entries) > _MAX_UNPACKED_BYTES:
-        raise ValueError("an archive that unpacks to too much")
-    if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
-        raise ValueError("an archive packed in an unknown way")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

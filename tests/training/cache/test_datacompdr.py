@@ -20,13 +20,12 @@ import webdataset
 from PIL import Image
 
 from longclip_teacher.errors import InputError
-from training.cache.datacompdr import DataCompDRStore, datacompdr_facts, write_datacompdr_sample
+from training.cache.datacompdr import DataCompDRStore, datacompdr_facts
 from training.data.index import RawSample, ShardIndex
 from training.data.samples import BadSample
 from training.data.store import TeacherFacts, choose_captions, choose_view
 from training.data.stream import read_remote_shard
 from training.data.transforms import Augmentation
-from training.data.writer import write_shard
 
 NUM_VIEWS, WIDTH = 6, 24
 SYNTHETIC = [f"synthetic caption {number}" for number in range(5)]
@@ -366,48 +365,3 @@ def test_widths_must_add_up_and_one_bad_sample_at_the_start_does_not_matter(tmp_
     write(tmp_path / "c.tar", broken)
     with pytest.raises(InputError, match=r"holds no usable teacher features: paug\.json holds no list"):
         datacompdr_facts([tmp_path / "c.tar"])
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_what_we_write_reads_back(tmp_path: Path, flip: bool) -> None:
-    augmentations = [
-        Augmentation(box, ops=ops, ops_size=224, flip=flip and number == 1)
-        for number, (box, ops) in enumerate(AUGMENTATIONS)
-    ]
-    image, text = unit(NUM_VIEWS).astype(np.float16), unit(6, seed=1).astype(np.float16)
-    facts = TeacherFacts((10, 14), 55.0, 248)
-    members = write_datacompdr_sample(
-        jpeg(), image_features=image, text_features=text, captions=SYNTHETIC, ground_truth=GROUND_TRUTH,
-        augmentations=augmentations, facts=facts,
-    )  # fmt: skip
-    write_shard(tmp_path / "a.tar", [("k", members)])
-    assert datacompdr_facts([tmp_path / "a.tar"]) == facts
-    raw = ShardIndex([tmp_path / "a.tar"]).read(0)
-    assert raw.image == jpeg()
-    store = DataCompDRStore(facts)
-    for epoch in range(NUM_VIEWS):
-        draw, view = store.draw(raw, 0, (epoch, 0)), choose_view(NUM_VIEWS, 0, (epoch, 0))
-        assert draw.augmentation == augmentations[view]
-        parts = np.split(image[view].astype(np.float32), [10])
-        expected = np.concatenate([part / np.linalg.norm(part) for part in parts])
-        assert np.abs(draw.image - expected).max() < 1e-6
-
-
-def test_what_datacompdr_cannot_hold_is_an_error() -> None:
-    def attempt(**changes: Any) -> None:
-        options: dict[str, Any] = {
-            "image_features": unit(1), "text_features": unit(2), "captions": ["x"], "ground_truth": "y",
-            "augmentations": [Augmentation((0, 0, 4, 4), ops=(("Rotate", 9.0),), ops_size=224)],
-            "facts": TeacherFacts((WIDTH,), None, 248),
-        }  # fmt: skip
-        write_datacompdr_sample(jpeg(), **{**options, **changes})
-
-    attempt()
-    with pytest.raises(InputError, match="drawn at 336 pixels"):
-        attempt(augmentations=[Augmentation((0, 0, 4, 4), ops=(("Rotate", 9.0),), ops_size=336)])
-    for changes in ({"captions": []}, {"augmentations": []}):
-        with pytest.raises(InputError, match="give one row of features"):
-            attempt(**changes)

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,13 @@ import torch
 from PIL import Image
 
 from longclip_teacher.errors import InputError
-from longclip_teacher.text import CaptionTokenizer
+from shard_files import TOKENIZER, keys_of, loader
 from training.data.index import RawSample, ShardIndex
-from training.data.loader import LoaderSettings, ShardLoader, build_loader
+from training.data.loader import ShardLoader
 from training.data.loose_files import CaptionFiles, PictureFolder
-from training.data.samples import Batch
 from training.data.store import StoredDraw, TeacherFacts
 from training.data.transforms import Augmentation, ViewSpec
 from training.data.writer import caption_member, write_manifest, write_shard
-from training.settings.augment import AugmentConfig
-
-TOKENIZER = CaptionTokenizer()
 
 
 def jpeg(number: int) -> bytes:
@@ -47,18 +43,6 @@ def write_shards(folder: Path, samples: Sequence[dict[str, bytes]]) -> Path:
         folder, [write_shard(folder / f"{i}.tar", numbered[i : i + 8]) for i in range(0, len(samples), 8)], {}
     )
     return folder
-
-
-def loader(shards: Any = (), **options: Any) -> ShardLoader:
-    settings: dict[str, Any] = {
-        "views": [ViewSpec(16)], "augment": AugmentConfig(), "tokenizer": TOKENIZER, "context_length": 248,
-        "global_batch_size": 8,
-    }  # fmt: skip
-    return build_loader(LoaderSettings(shards, **{**settings, **options}))
-
-
-def keys_of(batches: Iterable[Batch]) -> list[str]:
-    return [key for batch in batches for key in batch.keys]
 
 
 @pytest.fixture(scope="module")
