@@ -1,4 +1,4 @@
-"""How far a student's features agree with its teacher's: cosine through a linear map, CKA, neighbours, retention.
+"""How well a student's features agree with its teacher's: cosine through a linear map, CKA, neighbours, retention.
 
     python eval/agreement.py --teacher longclip-b --checkpoint runs/distil --protocol urban1k --root data/Urban1k
 
@@ -24,31 +24,31 @@ from longclip_teacher.errors import InputError, run_command
 
 @dataclass
 class Options(EvaluationOptions):
-    """How far a student agrees with its teacher: cosine through a linear map, CKA, shared neighbours, retained recall.
+    """How well a student agrees with its teacher: cosine through a linear map, CKA, shared neighbours, retained recall.
 
     python eval/agreement.py --teacher longclip-b --checkpoint runs/distil --protocol urban1k --root data/Urban1k
     python eval/agreement.py --teacher runs/teacher --checkpoint runs/distil --root data/mine --json agreement.json
 
-    --checkpoint is the student; options such as --variant and --pad-mask are about it and not about the teacher.
+    --checkpoint is the student. Options such as --variant and --pad-mask apply to it and not to the teacher.
     """
 
     teacher: str | None = None
-    """The model to agree with: a weight file, a run's folder (its best weights), or a hub name."""
+    """The reference model: a weight file, a run folder (its best weights), or a hub name."""
     protocol: str = "folder"
-    """The benchmark, as `python eval/retrieval.py --protocol list` explains them; folder: your own pairs."""
+    """Benchmark; `python eval/retrieval.py --protocol list` explains each. folder: your own pairs."""
     root: Path | None = None
-    """The folder that holds the benchmark's files."""
+    """Folder of the benchmark's files."""
     annotations: Path | None = None
-    """The annotation file of a protocol that has one, where it is not in its usual place below --root."""
+    """The protocol's annotation file, if it has one that is not in its usual place below --root."""
     limit: int | None = None
-    """Use the first so many pictures only: for a quick look, not for a figure to report."""
+    """Use only the first N pictures: for a quick look, not for a figure to report."""
 
     def check(self) -> None:
-        """InputError for options that can do nothing, before any data is read."""
+        """Raise InputError for options that cannot work, before any data is read."""
         if self.teacher is None:
-            raise InputError("pass --teacher PATH, the model whose features the student should have")
+            raise InputError("pass --teacher PATH, the model that the student is compared with")
         if self.root is None:
-            raise InputError("pass --root DIR, the folder that holds the benchmark's files")
+            raise InputError("pass --root DIR, the folder of the benchmark's files")
         super().check()
 
 
@@ -72,21 +72,21 @@ __all__ = ["agreement", "linear_cka", "mapped_cosine", "neighbour_overlap"]
 NUM_NEIGHBOURS = 10
 MAX_NEIGHBOUR_QUERIES = 5000
 TOKEN_BINS = {"<=77": (0, 77), "78-128": (78, 128), "129-248": (129, 248), ">248": (249, sys.maxsize)}
-RELATIVE_RIDGE = 1e-4  # of the mean eigenvalue: only directions that hardly occur are held back
+RELATIVE_RIDGE = 1e-4  # share of the mean eigenvalue: this damps only directions that hardly occur
 _BLOCK_ELEMENTS = 1 << 24  # similarities held at once: 64 MB
 
 
 def agreement(teacher: EncodedSet, student: EncodedSet) -> dict[str, Any]:
-    """Agreement of two models on one set, as the JSON has it; percentages 0..100.
+    """Agreement of two models on one set, as in the JSON; percentages 0..100.
 
-    `image` and `text` each have `mapped_cosine` (a dict, see there), `cosine` (of the features as they are; None where
-    the widths differ) and `linear_cka`. `neighbour_overlap` has `image_image`, `text_text` and `image_text`: how many
-    percent of the 10 nearest the two models share. `retention` is the student's R@1 in percent of the teacher's,
-    `overall` and by caption length in tokens; a picture counts where the mean length of its captions lies. InputError
-    unless both sets have the same pictures and captions.
+    `image` and `text` each have `mapped_cosine` (the dict of that function), `cosine` (of the features as they are;
+    None if the widths differ) and `linear_cka`. `neighbour_overlap` has `image_image`, `text_text` and `image_text`:
+    the percentage of the 10 nearest that the two models share. `retention` is the student's R@1 in percent of the
+    teacher's, `overall` and by caption length in tokens; a picture counts at the mean length of its captions. Raises
+    InputError unless both sets have the same pictures and captions.
     """
     if teacher.images != student.images or teacher.captions != student.captions:
-        raise InputError("teacher and student were given different pictures or captions: encode one set with both")
+        raise InputError("teacher and student have different pictures or captions: encode the same set with both")
     in_half = _random_half(len(teacher.images))
     caption_image = teacher.caption_image.cpu()
     halves = {"image": in_half, "text": in_half[caption_image]}  # captions go with their picture
@@ -124,12 +124,12 @@ def agreement(teacher: EncodedSet, student: EncodedSet) -> dict[str, Any]:
 def mapped_cosine(
     teacher: Float[Tensor, "S Dt"], student: Float[Tensor, "S Ds"], is_fitted: Bool[Tensor, " S"]
 ) -> dict[str, Any]:
-    """Mean cosine of teacher features and the student's through the linear map that fits them best.
+    """Mean cosine between the teacher's features and the student's, mapped to them by the best linear map.
 
-    The map (least squares with a small ridge, no constant) is fitted on the samples of `is_fitted`; `mean` is measured
-    on the others, `of_constant` is what the mean teacher feature of the fitted samples reaches there: features of
-    CLIP models lie in a narrow cone, so that a high cosine says little by itself. With fewer than twice as many fitted
-    samples as the student is wide, the map fits noise: use a larger set.
+    The map (least squares with a small ridge, no constant) is fitted on the samples of `is_fitted`, and `mean` is
+    measured on the others. `of_constant` is the cosine that the mean teacher feature of the fitted samples reaches
+    there: features of CLIP models lie in a narrow cone, so a high cosine says little by itself. With fewer than twice
+    as many fitted samples as the student is wide, the map fits noise: use a larger set.
     """
     is_fitted = is_fitted.to(teacher.device)
     teacher, student = teacher.double(), student.double()
@@ -150,11 +150,11 @@ def mapped_cosine(
 
 
 def linear_cka(teacher: Float[Tensor, "S Dt"], student: Float[Tensor, "S Ds"]) -> float:
-    """Linear CKA, 0..1 (Kornblith et al. 2019, equation 5 with linear kernels): the same for rotated, scaled features.
+    """Linear CKA, 0..1 (Kornblith et al. 2019, equation 5 with linear kernels); rotating or scaling features keeps it.
 
-    0 where one side does not vary at all. It grows towards 1 when there are fewer samples than dimensions.
+    It is 0 if one side does not vary at all, and grows towards 1 if there are fewer samples than dimensions.
     """
-    teacher, student = teacher.double(), student.double()  # float32 sums would be off in the fourth digit
+    teacher, student = teacher.double(), student.double()  # float32 sums would be wrong in the fourth digit
     teacher, student = teacher - teacher.mean(dim=0), student - student.mean(dim=0)
     shared = (teacher.T @ student).square().sum()  # ||X^T Y||_F^2: no S x S matrix is needed
     norms = (teacher.T @ teacher).norm() * (student.T @ student).norm()
@@ -170,10 +170,10 @@ def neighbour_overlap(
     exclude_self: bool,
     k: int = NUM_NEIGHBOURS,
 ) -> float | None:
-    """Percentage of a query's `k` nearest candidates that both models name, mean over the queries.
+    """Percentage of a query's `k` nearest candidates that the two models share, averaged over the queries.
 
-    With `exclude_self` query i is no neighbour of candidate i. Chance is k of C. None where k is all there are. Of more
-    than 5000 queries, 5000 at equal steps are asked.
+    With `exclude_self`, candidate i does not count for query i. Chance is k / C. None if k is all candidates. Of more
+    than 5000 queries, 5000 at equal steps are used.
     """
     num_candidates = len(teacher_candidates) - exclude_self
     if k >= num_candidates:
@@ -200,7 +200,7 @@ def _nearest(
 
 
 def _random_half(num_images: int) -> Bool[Tensor, " N"]:
-    """The same half of the pictures each time, and at least one of them on either side."""
+    """A fixed half of the pictures, with at least one picture on either side."""
     if num_images < 2:
         raise InputError(f"{num_images} picture: the linear map is fitted on one half and measured on the other")
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
@@ -214,7 +214,7 @@ def _direct_cosine(teacher: Float[Tensor, "S Dt"], student: Float[Tensor, "S Ds"
 
 
 def _retention(teacher: EncodedSet, student: EncodedSet) -> dict[str, Any]:
-    """R@1 of both and their ratio both ways, overall and for each bin of caption lengths that has queries."""
+    """R@1 of both models and their ratio, in both directions, overall and for each caption-length bin with queries."""
     tokenizer = CaptionTokenizer()
     caption_image = teacher.caption_image.cpu()
     lengths = torch.tensor([tokenizer.count_tokens(caption) for caption in teacher.captions], dtype=torch.float64)
@@ -240,7 +240,7 @@ def _retention(teacher: EncodedSet, student: EncodedSet) -> dict[str, Any]:
 def _retained(
     teacher: DirectionRanks, student: DirectionRanks, lengths: Float[Tensor, " Q"], between: tuple[int, int]
 ) -> dict[str, Any] | None:
-    """Figures of the queries of `between` tokens, both ends included; None where there are no such queries."""
+    """Figures of the queries with `between` tokens, both ends included; None if there are none."""
     queries = (lengths >= between[0]) & (lengths <= between[1])
     if not queries.any():
         return None
@@ -254,7 +254,7 @@ def _retained(
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = read_options(Options)
     assert options.root is not None  # check() has seen to it
     with start(options.device, allow_tf32=False) as runtime:
@@ -266,7 +266,7 @@ def main() -> None:
 
 
 def run(options: Options, root: Path) -> dict[str, Any]:
-    """The JSON of the command; every process of torchrun gets it."""
+    """The command's JSON, on every process of torchrun."""
     retrieval_set = load_retrieval_set(options.protocol, root, options.limit, options.annotations)
     if retrieval_set.count_mismatch and is_main_process():
         print(f"warning: {retrieval_set.count_mismatch}", file=sys.stderr)
@@ -283,7 +283,7 @@ def run(options: Options, root: Path) -> dict[str, Any]:
 
 
 def print_agreement(result: Mapping[str, Any]) -> None:
-    """The figures as two tables on stdout."""
+    """Print the figures as two tables on stdout."""
     features = Table(title=f"features of {result['num_images']} pictures and {result['num_texts']} captions")
     for column in ("", "cosine through a linear map", "(of a constant)", "cosine", "linear CKA"):
         features.add_column(column, justify="right" if column else "left")
@@ -307,8 +307,8 @@ def print_agreement(result: Mapping[str, Any]) -> None:
     num_fitted = result["image"]["mapped_cosine"]["num_fitted"]
     if num_fitted < 2 * result["student_dim"]:
         console.print(
-            f"the linear map is fitted on {num_fitted} pictures, few for {result['student_dim']} dimensions: "
-            "its cosine is that of a poor fit, use a larger set",
+            f"the linear map is fitted on {num_fitted} pictures, too few for {result['student_dim']} dimensions: "
+            "its cosine is unreliable, use a larger set",
             soft_wrap=True,
         )
     console.print(f"shared of the {result['num_neighbours']} nearest: {', '.join(overlaps)}", soft_wrap=True)

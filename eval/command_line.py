@@ -1,6 +1,6 @@
-"""What the evaluation commands share: the options that say which model, how it is run, where figures go.
+"""Options that the evaluation commands share: which model, how it runs, where the figures go.
 
-The methods import what they need when they are called: --help and a refused option must not wait for torch.
+The methods import torch only when they are called, so that --help and a refused option do not wait for it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["EvaluationOptions", "show_recognised"]
 
 @contextmanager
 def show_recognised() -> Iterator[None]:
-    """While models are loaded, say on stderr which model was recognised in a file that holds no configuration.
+    """Within this context, say on stderr which model is recognised in a file that holds no configuration.
 
-    Under torchrun rank 0 alone says it.
+    Under torchrun, rank 0 alone says it.
     """
     from eval.base.processes import is_main_process
     from longclip_teacher.weights_file import RECOGNISED
@@ -48,30 +48,30 @@ def show_recognised() -> Iterator[None]:
 
 @dataclass
 class EvaluationOptions(EncodingOptions):
-    """Which model, and how it is run."""
+    """Which model is evaluated, and how it runs."""
 
     checkpoint: str | None = None
-    """A student's or a teacher's weight file, a run's folder (its best weights), a hub name such as longclip-b, or an
+    """A student's or teacher's weight file, a run folder (its best weights), a hub name such as longclip-b, or an
     open_clip model: open_clip:ARCHITECTURE/WEIGHTS, hf-hub:NAME, local-dir:FOLDER."""
     json: Path | None = None
-    """Write the figures here, as JSON."""
+    """File for the figures, as JSON."""
     variant: str | None = None
-    """The architecture of a published student whose file does not tell it: s0, s1, s2, b, mobileclip2_s0, ..."""
+    """Architecture of a published student, if its file does not show it: s0, s1, s2, b, mobileclip2_s0, ..."""
     context_length: int | None = None
-    """Tokens read of a caption. Unset: 77 for published students, what was saved for ours, 248 for teachers."""
+    """Longest caption in tokens. Unset: 77 for published students, the saved value for ours, 248 for teachers."""
     pad_mask: bool | None = None
-    """Hide padding from a student's attention. Unset: False for published students, what was saved for ours."""
+    """Mask padding in a student's text tower. Unset: False for published students, the saved value for ours."""
     activation: Activation | None = None
-    """A CLIP teacher's activation where its file does not tell it: quickgelu for OpenAI's, gelu for most others."""
+    """Activation of a CLIP teacher, if its file does not show it: quickgelu for OpenAI's, gelu for most others."""
     reparameterize: bool = False
-    """Fuse a student's branches first, as for deployment: faster, the same figures."""
+    """Fuse a student's branches first, as for deployment: it runs faster and gives the same figures."""
     cache_dir: Path | None = None
-    """Keep features in this folder and take them from there, when model, data, precision and code are the same."""
+    """Folder that stores features; they are reused if model, data, precision and code are the same."""
 
     def check(self) -> None:
-        """InputError for options that can do nothing, before any data is read."""
+        """Raise InputError for options that cannot work, before any data is read."""
         if self.checkpoint is None:
-            raise InputError("pass --checkpoint PATH: a weight file, a run's folder, or a hub name such as longclip-b")
+            raise InputError("pass --checkpoint PATH: a weight file, a run folder, or a hub name such as longclip-b")
         if self.json is not None and self.json.is_dir():
             raise InputError(f"--json {self.json} is a folder: name a file")
         if self.cache_dir is not None and self.cache_dir.exists() and not self.cache_dir.is_dir():
@@ -79,7 +79,7 @@ class EvaluationOptions(EncodingOptions):
         super().check()
 
     def load(self) -> ClipModel:
-        """The model, in eval mode, on its device. A line on stderr says what was recognised in a published file."""
+        """The model, in eval mode, on its device. A line on stderr says what a published file was recognised as."""
         from eval.towers.models import load_model
         from mobileclip_student import MobileCLIP, reparameterize
 
@@ -96,11 +96,13 @@ class EvaluationOptions(EncodingOptions):
         if not self.reparameterize:
             return model
         if not isinstance(model, MobileCLIP):
-            raise InputError(f"{self.checkpoint} is no student with branches to fuse: leave --reparameterize out")
+            raise InputError(
+                f"{self.checkpoint} is not a student and has no branches to fuse: leave --reparameterize out"
+            )
         return reparameterize(model)
 
     def encoding(self) -> Encoding:
-        """How to encode, with progress bars and the cache that was asked for."""
+        """The encoding options, with progress bars and the cache of --cache-dir."""
         from eval.towers.feature_cache import FeatureCache
 
         cache = FeatureCache(self.cache_dir) if self.cache_dir is not None else None

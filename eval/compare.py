@@ -1,4 +1,4 @@
-"""Several models on several tests: one table, one JSON, one page, with confidence intervals.
+"""Compare several models on several tests: one table, one JSON, one page, with confidence intervals.
 
 python eval/compare.py teacher=longclip-b student=runs/distil --protocols urban=urban1k:data/Urban1k --out runs/table
 """
@@ -29,8 +29,8 @@ class Options(EncodingOptions):
 
     python eval/compare.py full=runs/s0 cut=runs/s0@context_length=77 --protocols urban=urban1k:data/Urban1k
 
-    NAME=A,B,C are runs of one model with different seeds: its figures are means. What is measured is kept in --out: a
-    comparison that was stopped goes on, and one more model costs only its own time.
+    NAME=A,B,C are runs of one model with different seeds, and its figures are means. --out keeps every measurement: an
+    interrupted comparison resumes, and another model costs only its own time.
     """
 
     models: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -44,16 +44,16 @@ class Options(EncodingOptions):
     zeroshot: tuple[str, ...] = ()
     """Classification tests, each NAME=FOLDER of class folders, such as imagenet=data/imagenet/val."""
     out: Path = Path("runs/compare")
-    """Folder for the results."""
+    """Folder of the results."""
     teacher: str | None = None
-    """The name of one of the models: how far the features of the others agree with it is told too."""
+    """Name of one of the models: also report how well the features of the others agree with it."""
     behaviour: bool = False
     """Also measure recall when captions are cut to their first sentences: up to 25 more passes over the captions."""
     num_failures: int = 2
-    """Worst failures shown of each model, test and direction."""
+    """Worst failures shown for each model, test and direction."""
 
     def check(self) -> None:
-        """InputError for options that can do nothing, before any data is read."""
+        """Raise InputError for options that cannot work, before any data is read."""
         super().check()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("a comparison runs in one process: leave torchrun out, or share eval/retrieval.py's work")
@@ -94,7 +94,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = read_options(Options)
     comparison = compare(options)
     summary = summarise(comparison)
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def compare(options: Options) -> Comparison:
-    """Everything checked first, then measured; what --out has already is not measured again."""
+    """Check everything, then measure. Measurements that --out already has are reused."""
     models = parse_models(options.models)
     if options.teacher is not None and options.teacher not in models:
         raise InputError(f"--teacher {options.teacher} is none of the models: {', '.join(models)}")
@@ -143,7 +143,7 @@ def compare(options: Options) -> Comparison:
 
 
 def parse_folders(entries: Sequence[str], taken: Mapping[str, object]) -> dict[str, Path]:
-    """Folders of class folders by name, each seen to hold pictures."""
+    """Folders of class folders by name. Raises InputError for a folder without pictures."""
     folders: dict[str, Path] = {}
     for entry in entries:
         name, equals, place = entry.partition("=")
@@ -157,7 +157,7 @@ def parse_folders(entries: Sequence[str], taken: Mapping[str, object]) -> dict[s
 
 
 class Candidate:
-    """A checkpoint that is loaded when something is measured of it."""
+    """A checkpoint that is loaded only when it is measured."""
 
     def __init__(self, options: Options, checkpoint: str, settings: ReadSettings) -> None:
         self.options, self.checkpoint, self.settings = options, checkpoint, settings
@@ -169,18 +169,18 @@ class Candidate:
         return self.settings.load(self.checkpoint, self.options.torch_device())
 
     def check(self) -> None:
-        """Load it once to see that it can be, and what it is."""
+        """Load the model once: note its digest and description, or raise InputError if it cannot be loaded."""
         with show_recognised():
             self.digest, self.read_as = model_digest(self.model), describe_model(self.model)
         self.release()
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the model's memory."""
         self.__dict__.pop("model", None)
 
 
 class Work:
-    """Measuring, a model and a set at a time."""
+    """The measurements, one model and one set at a time."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class Work:
         self._teacher_features: dict[str, EncodedSet] = {}
 
     def measure(self, name: str, seed: int) -> dict[str, Any]:
-        """Everything about one checkpoint, by kind of measure and name of the test."""
+        """All measurements of one checkpoint, by kind and by test name."""
         candidate = self.candidates[name][seed]
         console.print(f"{name}: {candidate.checkpoint}", markup=False)
         result: dict[str, Any] = {"retrieval": {}, "zeroshot": {}, "agreement": {}, "behaviour": {}}
@@ -245,7 +245,7 @@ class Work:
         return self.kept.get(stem, inputs, lambda: evaluate_zeroshot(candidate.model, folder, encoding=self.encoding))
 
     def _teacher(self, test: str) -> EncodedSet:
-        """The teacher's features of a set, computed once."""
+        """The teacher's features on a set, computed once."""
         assert self.options.teacher is not None
         if test not in self._teacher_features:
             teacher = self.candidates[self.options.teacher][0]
@@ -254,7 +254,7 @@ class Work:
         return self._teacher_features[test]
 
     def costs(self) -> dict[str, dict[str, Any]]:
-        """The cost of each model, of its first checkpoint; all are measured in turns, so all together or not at all."""
+        """The cost of each model's first checkpoint. The models take turns, so all are measured together or none."""
         firsts = {name: seeds[0] for name, seeds in self.candidates.items()}
         inputs = {
             "models": {name: candidate.digest for name, candidate in firsts.items()},

@@ -31,7 +31,7 @@ _REPEATS, _FULL_REPEATS = 30, 10  # of measure_costs and of the command
 
 @dataclass
 class Options(EvaluationOptions):
-    """What a model costs: parameters, FLOPs, file size, latency, memory; a student also reparameterised.
+    """Measure what a model costs: parameters, FLOPs, file size, latency, memory; for a student also when fused.
 
     python eval/cost.py --checkpoint runs/distil --threads 1 --json cost.json
     python eval/cost.py --checkpoint open_clip:ViT-B-32/openai --device cuda --precision fp16
@@ -47,7 +47,7 @@ class Options(EvaluationOptions):
     cache_dir: tyro.conf.Suppress[tyro.conf.Fixed[Path | None]] = None
 
     def check(self) -> None:
-        """InputError for options that can do nothing, before any data is read."""
+        """Raise InputError for options that cannot work, before any data is read."""
         if self.threads is not None and self.threads < 1:
             raise InputError(f"--threads {self.threads}: 1 or more")
         super().check()
@@ -83,8 +83,8 @@ __all__ = [
     "measure_full_costs",
 ]
 
-CAPTION_TOKENS = 100  # start and end included: a long caption of the kind this project is for
-FULL_CAPTION_TOKENS = (77, 248)  # what CLIP reads, what Long-CLIP reads
+CAPTION_TOKENS = 100  # start and end included; a typical long caption
+FULL_CAPTION_TOKENS = (77, 248)  # the contexts of CLIP and Long-CLIP
 _BATCH_SIZES = (1, 32)
 _SENTENCE = "a large red bus waits in front of the old station while people cross the wide street"
 
@@ -94,25 +94,25 @@ Calls: TypeAlias = dict[str, Callable[[], Tensor]]
 
 
 def measure_cost(model: ClipModel, weights: Path | None = None, *, repeats: int = _REPEATS) -> Cost:
-    """The cost of one model; `weights` is the file whose size is told. See `measure_costs`."""
+    """The cost of one model; `weights` is the file whose size is reported. See `measure_costs`."""
     return measure_costs({"model": model}, {} if weights is None else {"model": weights}, repeats=repeats)["model"]
 
 
 def measure_costs(
     models: Mapping[str, ClipModel], weights: Mapping[str, Path] | None = None, *, repeats: int = _REPEATS
 ) -> dict[str, Cost]:
-    """The costs of several models, measured in turns so that a machine that slows down favours none of them.
+    """The costs of several models, measured in turns so that a machine that slows down affects all of them alike.
 
-    params     parameters of the model as it is handed over: fewer after `reparameterize`, none of a training loss
+    params     parameters of the model as given: fewer after `reparameterize`, without those of a training loss
     bytes      size of its weight file, if `weights` names one, else None
     image_ms   median milliseconds of `encode_image` on one picture
     text_ms    median milliseconds of `encode_text` on one caption
 
-    What is timed is the tower alone: float32, eval mode, no gradients, batch 1, on the model's device, with torch's
-    threads as they are. The picture is already decoded, resized and normalised, at the model's own size. The caption
-    has `CAPTION_TOKENS` tokens with start and end, is already tokenised and padded to the model's context length; a
-    model with a shorter context reads it cut there. Each figure is the median of `repeats` calls, each directly after
-    one that is not counted: a model finds its own weights in the processor's cache, whichever model came before.
+    Only the tower is timed: float32, eval mode, no gradients, batch 1, on the model's device, with torch's current
+    number of threads. The picture is already decoded, normalised and resized to the model's input size. The caption has
+    `CAPTION_TOKENS` tokens with start and end, and is already tokenised and padded to the model's context length; a
+    shorter context cuts it. Each figure is the median of `repeats` calls. An uncounted call precedes each of them, so
+    that a model finds its own weights in the processor's cache whichever model came before.
     """
     calls = {
         name: {"image_ms": _image_call(model, 1), "text_ms": _text_call(model, 1, CAPTION_TOKENS)}
@@ -137,7 +137,7 @@ def cost_conditions(device: torch.device | str, repeats: int = _REPEATS) -> str:
 def measure_full_cost(
     model: ClipModel, weights: Path | None = None, *, repeats: int = _FULL_REPEATS, precision: Precision = "fp32"
 ) -> FullCost:
-    """The full cost of one model; `weights` is the file whose size is told. See `measure_full_costs`."""
+    """The full cost of one model; `weights` is the file whose size is reported. See `measure_full_costs`."""
     named = {} if weights is None else {"model": weights}
     return measure_full_costs({"model": model}, named, repeats=repeats, precision=precision)["model"]
 
@@ -149,24 +149,24 @@ def measure_full_costs(
     repeats: int = _FULL_REPEATS,
     precision: Precision = "fp32",
 ) -> dict[str, FullCost]:
-    """What several models cost, each as one flat dict; timed in turns, in the way of `measure_costs`.
+    """The full costs of several models, one flat dict each, timed in turns as in `measure_costs`.
 
-    params, params_image, params_text    parameters in all, of the image tower, of the text tower (the logit scale is in
+    params, params_image, params_text    parameters of the model, the image tower, the text tower (the logit scale is in
                                          neither tower)
     bytes                                size of the weight file, if `weights` names one
-    flops_image                          of one picture at the model's size
-    flops_text_77, flops_text_248        of one caption of so many tokens, start and end included
-    image_ms_b1, image_ms_b32            milliseconds of a batch of 1 and of 32 pictures (the batch, not a picture)
+    flops_image                          FLOPs of one picture at the model's input size
+    flops_text_77, flops_text_248        FLOPs of one caption of 77 and 248 tokens, start and end included
+    image_ms_b1, image_ms_b32            milliseconds for a whole batch of 1 and of 32 pictures
     text_77_ms_b1, text_77_ms_b32, text_248_ms_b1, text_248_ms_b32     the same for captions
-    peak_bytes_b1, peak_bytes_b32        memory of the weights and of the tensors alive at a time in the call that holds
-                                         most, its input aside: pictures, or the longest captions above that fit
+    peak_bytes_b1, peak_bytes_b32        memory of the weights plus the peak of tensors alive in one call, without its
+                                         input; the larger of pictures and the longest captions above that fit
     image_size, context_length           pixels, tokens
     precision, repeats, device, machine, threads, torch     how and where it was measured
 
-    FLOPs are multiplications plus additions, twice the multiply-accumulates (MACs) that some papers call FLOPs, of
-    matrix products, convolutions and attention as computed, masked or not; norms, activations and additions are left
-    out. A length beyond the model's context is None. Tensor memory is torch's own count, the same on CPU and GPU:
-    Python, the libraries and what a kernel allocates for itself come on top.
+    FLOPs count multiplications and additions: twice the multiply-accumulates (MACs) that some papers call FLOPs. They
+    cover matrix products, convolutions and attention as computed, masked or not, but not norms, activations and
+    additions. Lengths beyond the model's context are None. Tensor memory is torch's own count, the same on CPU and
+    GPU; Python, the libraries and the temporary memory of kernels come on top.
     """
     calls = {name: _full_calls(model) for name, model in models.items()}
     milliseconds = _milliseconds(models, calls, repeats, precision)
@@ -200,7 +200,7 @@ def _time_keys() -> list[str]:
 
 
 def _full_calls(model: ClipModel) -> Calls:
-    """What is timed, by the key of its time; lengths beyond the model's context are left out."""
+    """The calls to time, by the key of their time; lengths beyond the model's context are left out."""
     calls: Calls = {}
     for batch in _BATCH_SIZES:
         calls[f"image_ms_b{batch}"] = _image_call(model, batch)
@@ -211,7 +211,7 @@ def _full_calls(model: ClipModel) -> Calls:
 
 
 def _image_call(model: ClipModel, batch: int) -> Callable[[], Tensor]:
-    own_generator = torch.Generator().manual_seed(0)  # timing leaves torch's random state alone
+    own_generator = torch.Generator().manual_seed(0)  # timing must not change torch's random state
     pictures: Float[Tensor, "B 3 R R"] = torch.rand(
         batch, 3, model.image_size, model.image_size, generator=own_generator
     ).to(model_device(model))
@@ -225,7 +225,7 @@ def _text_call(model: ClipModel, batch: int, num_tokens: int) -> Callable[[], Te
 
 
 def _caption(model: ClipModel, num_tokens: int) -> str:
-    """A caption of exactly `num_tokens` tokens: a word that would be too much is passed over for a shorter one."""
+    """A caption of exactly `num_tokens` tokens: a word that would make it too long is skipped for a shorter one."""
     words, caption = _SENTENCE.split(), ""
     for index in range(4 * num_tokens):
         longer = f"{caption} {words[index % len(words)]}".strip()
@@ -234,15 +234,15 @@ def _caption(model: ClipModel, num_tokens: int) -> str:
             caption = longer
         if count == num_tokens:
             return caption
-    raise InputError(f"the model's tokenizer makes no caption of {num_tokens} tokens from common words")
+    raise InputError(f"common words give no caption of exactly {num_tokens} tokens with the model's tokenizer")
 
 
 def _milliseconds(
     models: Mapping[str, ClipModel], calls: Mapping[str, Calls], repeats: int, precision: Precision
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each call of each model, the models in turns."""
+    """Median milliseconds of each call of each model; the models take turns."""
     if repeats < 1:
-        raise InputError(f"a cost is measured in 1 or more repeats, got {repeats}")
+        raise InputError(f"measuring a cost needs 1 or more repeats, got {repeats}")
     seconds: dict[str, dict[str, list[float]]] = {name: {key: [] for key in calls[name]} for name in models}
     for _ in range(repeats):
         for name, model in models.items():
@@ -271,7 +271,7 @@ def _flops(call: Callable[[], Tensor] | None) -> int | None:
 
 
 def count_flops(call: Callable[[], Tensor]) -> int:
-    """Twice the multiply-accumulates of a call. Attention is taken apart into products, which every torch counts."""
+    """Twice the multiply-accumulates of a call. Attention runs as plain products, which every torch version counts."""
     was_fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no counter knows
     try:
@@ -283,7 +283,7 @@ def count_flops(call: Callable[[], Tensor]) -> int:
 
 
 def _peak_bytes(model: ClipModel, batch: int) -> int | None:
-    """Weights, and the most that one call has alive; of the pictures and the longest captions the larger."""
+    """Bytes of the weights plus the peak of one call: the larger of pictures and the longest captions."""
     fitting = [length for length in FULL_CAPTION_TOKENS if length <= model.context_length]
     calls = [_image_call(model, batch)] + [_text_call(model, batch, length) for length in fitting[-1:]]
     peaks = [_peak_of_call(call, model_device(model)) for call in calls]
@@ -293,7 +293,7 @@ def _peak_bytes(model: ClipModel, batch: int) -> int | None:
 
 
 def _peak_of_call(call: Callable[[], Tensor], device: torch.device) -> int | None:
-    """Bytes that torch's allocator has given out at a time during a call, beyond what it had before."""
+    """Peak bytes that torch's allocator hands out during a call, beyond those it had handed out before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -301,7 +301,7 @@ def _peak_of_call(call: Callable[[], Tensor], device: torch.device) -> int | Non
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's lines on stderr are none of the user's business
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's lines off stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     with tempfile.TemporaryDirectory() as folder:
@@ -331,7 +331,7 @@ def _machine(device: torch.device) -> dict[str, float | str]:
 
 
 def _processor() -> str:
-    """The processor's name; Linux tells it in a file alone."""
+    """The processor's name; on Linux only a file has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -341,11 +341,11 @@ def _processor() -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = read_options(Options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    assert options.checkpoint is not None  # check() has seen to it
+    assert options.checkpoint is not None  # check() ensures it
     model = options.load()
     path = weights_file(options.checkpoint)
     models: dict[str, ClipModel] = {"as loaded": model}
@@ -361,7 +361,7 @@ def main() -> None:
         write_json(options.json, {"checkpoint": options.checkpoint, "costs": costs})
 
 
-_ROWS = (  # label, key, what the figure is divided by, format
+_ROWS = (  # label, key, divisor of the figure, format
     *((f"parameters, {part}", f"params{key}", 1e6, ".2f M") for part, key in (("all", ""), ("image", "_image"))),
     ("parameters, text", "params_text", 1e6, ".2f M"),
     ("file", "bytes", 1e6, ".1f MB"),
@@ -378,7 +378,7 @@ _ROWS = (  # label, key, what the figure is divided by, format
 
 
 def print_table(costs: Mapping[str, FullCost], model: str) -> None:
-    """The figures as a table on stdout, a column for each form of `model`, and the conditions below it."""
+    """Print the figures as a table on stdout, one column per form of `model`, and the conditions below it."""
     first: dict[str, Any] = next(iter(costs.values()))
     table = Table(title=f"{model}, pictures of {first['image_size']} px", title_justify="left")
     table.add_column("")

@@ -1,8 +1,8 @@
-"""Leakage audit: which pictures and captions of a benchmark are in the training data, as a command.
+"""The command for the leakage audit: which pictures and captions of a benchmark are in the training data.
 
     python eval/leakage.py --train 'shards/*.tar' --protocol urban1k --root data/Urban1k --strict --json leaks.json
 
-What counts as a leak: leakage_audit.py. When two pictures look the same: picture_hashes.py.
+leakage_audit.py defines a leak; picture_hashes.py defines when two pictures look the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from longclip_teacher.errors import InputError, run_command
 
 @dataclass
 class Options:
-    """List the pictures and captions that are in the training data and in a benchmark.
+    """List the pictures and captions that are both in the training data and in a benchmark.
 
     python eval/leakage.py --train 'shards/*.tar' --protocol urban1k --root data/Urban1k --strict --json leaks.json
     python eval/leakage.py --train-json share-captioner_coco_lcs_sam_1246k_1107.json --train-images data \
@@ -33,46 +33,46 @@ class Options:
     """
 
     train: str | None = None
-    """The training shards: a folder of .tar files, or a pattern in quotes."""
+    """Training shards: a folder of .tar files, or a pattern in quotes."""
     train_json: Path | None = None
-    """The training data as ShareGPT4V's JSON, instead of shards."""
+    """Training data as ShareGPT4V's JSON, instead of shards."""
     train_images: Path | None = None
-    """The folder of the pictures that the JSON names. Without it, names and captions are compared and no pictures."""
+    """Folder of the pictures that the JSON names. Without it, only names and captions are compared."""
     skip_rows: int = 1000
-    """Rows at the head of the JSON that are no training data: the first 1000 are the sharegpt4v_1k benchmark."""
+    """Rows at the start of the JSON that are not training data: the first 1000 are the sharegpt4v_1k benchmark."""
     protocol: str | None = None
-    """The benchmark, as in eval/retrieval.py; `python eval/retrieval.py --protocol list` explains each."""
+    """Benchmark, as in eval/retrieval.py; `python eval/retrieval.py --protocol list` explains each."""
     root: Path | None = None
-    """The folder that holds the benchmark's files."""
+    """Folder of the benchmark's files."""
     annotations: Path | None = None
-    """The benchmark's annotation file, where it is not in its usual place below --root."""
+    """The benchmark's annotation file, if it is not in its usual place below --root."""
     pictures: Path | None = None
-    """A folder of pictures as the benchmark, sub-folders too, instead of a protocol."""
+    """Folder of pictures (with its sub-folders) that is the benchmark, instead of a protocol."""
     strict: bool = False
-    """Exit with status 1 if a file, a look or a whole caption is in both."""
+    """Exit with status 1 if both contain the same file, look or whole caption."""
     min_caption_length: int = 60
-    """Equal captions shorter than so many characters are a hint and no leak: two people may have written them."""
+    """Equal captions below this number of characters are only a hint: two people may have written them."""
     json: Path | None = None
-    """Write the counts and all pairs here, as JSON."""
+    """File for the counts and all pairs, as JSON."""
     pairs_image: Path | None = None
-    """Draw the first pairs side by side here, as a PNG."""
+    """File for a PNG with the first pairs side by side."""
     hash_cache: Path | None = None
-    """Keep the hashes in this folder: an audit that was stopped goes on, and another benchmark takes minutes."""
+    """Folder that stores the hashes: an interrupted audit resumes, and another benchmark takes minutes."""
     num_workers: int = 0
-    """Processes that read and hash; 0 does it in the main process."""
+    """Processes that read and hash; 0 uses the main process."""
 
     def check(self) -> None:
-        """InputError for options that do not fit together."""
+        """Raise InputError for options that do not fit together."""
         if (self.train is None) == (self.train_json is None):
             raise InputError("pass the training data: either --train 'DIR/*.tar' or --train-json FILE")
         if (self.protocol is None) == (self.pictures is None):
             raise InputError("pass the benchmark: either --protocol NAME --root DIR or --pictures DIR")
         if (self.protocol is None) != (self.root is None):
-            raise InputError("--protocol and --root go together: which benchmark, and the folder of its files")
+            raise InputError("--protocol and --root go together: give the benchmark and the folder of its files")
         if self.train_images is not None and self.train_json is None:
-            raise InputError("--train-images goes with --train-json: shards hold their pictures")
+            raise InputError("--train-images goes with --train-json: shards contain their pictures")
         if min(self.num_workers, self.skip_rows, self.min_caption_length) < 0:
-            raise InputError("--num-workers, --skip-rows and --min-caption-length are 0 or more")
+            raise InputError("--num-workers, --skip-rows and --min-caption-length must be 0 or more")
         for path in (self.json, self.pairs_image):
             if path is not None and path.is_dir():
                 raise InputError(f"{path} is a folder: name a file")
@@ -94,8 +94,8 @@ from longclip_teacher.atomic_files import write_json
 
 __all__ = ["Options", "pair_sheet", "picture_files", "protocol_files", "run_audit", "shard_parts", "sharegpt4v_parts"]
 
-_EXAMPLES_PRINTED = 3  # of each sign
-_PAIRS_SHOWN = 16  # of each leak, on the contact sheet
+_EXAMPLES_PRINTED = 3  # examples printed for each sign of a leak
+_PAIRS_SHOWN = 16  # pairs drawn for each sign of a leak
 
 
 def run_audit(options: Options) -> Audit:
@@ -118,7 +118,7 @@ def run_audit(options: Options) -> Audit:
     for part, hashed in show_track(hash_parts(parts, options.hash_cache, options.num_workers), "training data", total):
         audit.compare(part, hashed)
     if audit.num_samples == 0:
-        raise InputError(f"no samples in {options.train or options.train_json}: nothing was compared")
+        raise InputError(f"there are no samples in {options.train or options.train_json}: nothing was compared")
     return audit
 
 
@@ -135,7 +135,7 @@ def protocol_files(protocol: str, root: Path, annotations: Path | None = None) -
 
 
 def picture_files(folder: Path) -> FileList:
-    """The pictures below a folder, such as ImageNet's validation set, without captions."""
+    """The pictures below a folder without captions, such as ImageNet's validation set."""
     paths = tuple(sorted(path for path in folder.rglob("*") if is_picture(path))) if folder.is_dir() else ()
     if not paths:
         raise InputError(f"no pictures below {folder}")
@@ -143,7 +143,7 @@ def picture_files(folder: Path) -> FileList:
 
 
 def shard_parts(source: str) -> list[Shard]:
-    """The shards of a folder or of a pattern such as 'DIR/*.tar'."""
+    """The shards in a folder or matching a pattern such as 'DIR/*.tar'."""
     path = Path(source)
     found = sorted(path.glob("*.tar") if path.is_dir() else path.parent.glob(path.name))
     if not found:
@@ -152,7 +152,7 @@ def shard_parts(source: str) -> list[Shard]:
 
 
 def sharegpt4v_parts(path: Path, images: Path | None, skip_rows: int) -> Iterator[FileList]:
-    """Rows of a ShareGPT4V JSON from number `skip_rows` on, a thousand a part; `images` is the pictures' folder."""
+    """Rows of a ShareGPT4V JSON from number `skip_rows` on, a thousand per part; `images` is the pictures' folder."""
     if images is not None and not images.is_dir():
         raise InputError(f"no folder of training pictures at {images}")
     rows = islice(enumerate(first_json_rows(path, sys.maxsize)), skip_rows, None)
@@ -163,19 +163,19 @@ def sharegpt4v_parts(path: Path, images: Path | None, skip_rows: int) -> Iterato
                 names.append(str(inside_root(Path(), row["image"], path)))
                 captions.append((one_line(row["conversations"][1]["value"]),))
             except (KeyError, IndexError, TypeError):
-                raise InputError(f"{path}: row {number} is no ShareGPT4V row (image, conversations[1].value)") from None
+                raise InputError(f"{path}: row {number} lacks image or conversations[1].value") from None
         paths = tuple(None if images is None else images / name for name in names)
         yield FileList(tuple(names), paths, tuple(captions))
 
 
 def _count_sharegpt4v_rows(path: Path) -> int:
-    """For the progress bar: counted in the raw bytes, which takes a second where parsing takes minutes."""
+    """Number of rows for the progress bar, counted in the raw bytes: that takes a second, parsing takes minutes."""
     with path.open("rb") as file:
         return sum(line.count(b'"conversations"') for line in iter(lambda: file.read(1 << 24), b""))
 
 
 def pair_sheet(audit: Audit) -> Image.Image:
-    """The first pairs of each leak: training picture left, benchmark picture right."""
+    """The first pairs of each sign: training picture on the left, benchmark picture on the right."""
     shown = [(sign, match) for sign in LEAKS for match in audit.matches[sign][:_PAIRS_SHOWN]]
     wanted: dict[Part, set[int]] = defaultdict(set)
     for _, match in shown:
@@ -192,7 +192,7 @@ def pair_sheet(audit: Audit) -> Image.Image:
 
 
 def _contents(part: Part, rows: set[int]) -> Iterator[tuple[tuple[Part, int], bytes | None]]:
-    """The pictures of some of a part's samples, read again up to the last of them."""
+    """The pictures of some samples of a part, read again up to the last of them."""
     for row, sample in islice(enumerate(part.samples()), max(rows) + 1):
         if row in rows:
             yield (part, row), sample.content
@@ -206,7 +206,7 @@ def _shown(source: Path | bytes | None) -> Image.Image | None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = read_options(Options)
     audit = run_audit(options)
     figures = audit.figures()
@@ -220,7 +220,7 @@ def main() -> None:
 
 
 def print_table(figures: dict[str, Any]) -> None:
-    """The counts of each sign as a table, the first examples, and the verdict, on stdout."""
+    """Print the counts of each sign as a table, the first examples, and the verdict on stdout."""
     table = Table(
         title=f"{figures['benchmark']} ({figures['num_benchmark_pictures']} pictures, "
         f"{figures['num_benchmark_captions']} captions) in {figures['num_train_samples']} training samples"
@@ -243,18 +243,16 @@ def _notes(figures: dict[str, Any]) -> list[str]:
         for pair in figures["signs"][sign]["pairs"][:_EXAMPLES_PRINTED]
     ]
     if figures["num_train_pictures"] == 0:
-        notes.append(
-            "No training picture was compared: names and captions only (--train-images DIR names the pictures)."
-        )
+        notes.append("Only names and captions were compared, no pictures (--train-images DIR gives their folder).")
     if figures["num_unreadable"]:
         notes.append(
             f"{figures['num_unreadable']} samples could not be read in full; the first: {figures['unreadable'][0]}"
         )
     if plain := figures["num_train_plain"] + figures["num_benchmark_plain"]:
-        notes.append(f"{plain} pictures of nearly one colour were compared by their bytes alone: they have no look.")
+        notes.append(f"{plain} pictures of nearly one colour were compared only by their bytes: they have no look.")
     leaks = {sign: figures["signs"][sign]["num_train"] for sign in LEAKS}
     found = ", ".join(f"{count} with the {SIGNS[sign]}" for sign, count in leaks.items() if count)
-    notes.append(f"LEAK: training samples {found}." if found else "No leak: no file, look or whole caption is in both.")
+    notes.append(f"LEAK: training samples {found}." if found else "No leak: no file, look or whole caption is shared.")
     return notes
 
 

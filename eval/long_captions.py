@@ -1,9 +1,9 @@
-"""What a model reads of a long caption: recall as sentences go, move or come one by one, as tokens are cut; padding.
+"""Recall when sentences of long captions are dropped, shuffled or added, and tokens are cut; the effect of padding.
 
     python eval/long_captions.py --checkpoint RUN_OR_FILE --protocol urban1k --root data/Urban1k --out-dir behaviour
 
-Pictures are encoded once; only captions change. Long-CLIP (Zhang et al. 2024) describes a picture as a whole in the
-first sentence and its details after it: a model that reads no further loses nearly all when that sentence is dropped.
+Pictures are encoded once; only the captions change. In the captions of Long-CLIP (Zhang et al. 2024) the first sentence
+sums up the picture and the others give details: a model that reads only the first loses nearly all recall without it.
 
 Shapes: N pictures, M captions, D embedding width, L tokens, B batch.
 """
@@ -27,27 +27,27 @@ from longclip_teacher.errors import InputError, run_command
 
 @dataclass
 class Options(EvaluationOptions):
-    """What a model reads of long captions: sentences dropped, shuffled, added one by one; tokens cut; padding.
+    """How recall depends on long captions: sentences dropped, shuffled, added one by one; tokens cut; padding.
 
     python eval/long_captions.py --checkpoint runs/distil --protocol urban1k --root data/Urban1k --out-dir behaviour
     python eval/long_captions.py --checkpoint longclip-b --root data/mine --json behaviour.json --limit 200
     """
 
     protocol: str = "folder"
-    """The benchmark, as `python eval/retrieval.py --protocol list` explains them; folder: your own pairs."""
+    """Benchmark; `python eval/retrieval.py --protocol list` explains each. folder: your own pairs."""
     root: Path | None = None
-    """The folder that holds the benchmark's files."""
+    """Folder of the benchmark's files."""
     annotations: Path | None = None
-    """The annotation file of a protocol that has one, where it is not in its usual place below --root."""
+    """The protocol's annotation file, if it has one that is not in its usual place below --root."""
     limit: int | None = None
-    """Use the first so many pictures only: for a quick look, not for a figure to report."""
+    """Use only the first N pictures: for a quick look, not for a figure to report."""
     out_dir: Path | None = None
-    """Draw the curves here, as long_captions.png."""
+    """Folder for a plot of the curves, long_captions.png."""
 
     def check(self) -> None:
-        """InputError for options that can do nothing, before any data is read."""
+        """Raise InputError for options that cannot work, before any data is read."""
         if self.root is None:
-            raise InputError("pass --root DIR, the folder that holds the benchmark's files")
+            raise InputError("pass --root DIR, the folder of the benchmark's files")
         super().check()
         if self.out_dir is not None and self.out_dir.exists() and not self.out_dir.is_dir():
             raise InputError(f"--out-dir {self.out_dir} is a file: name a folder")
@@ -85,20 +85,21 @@ SHUFFLE_SEEDS = (0, 1, 2)
 CUT_LENGTHS = (20, 77, 128, 248)
 PADDED_LENGTHS = (77, 128, 248)
 MAX_SENTENCES = 12
-EXACT_COSINE = 0.99999  # what a model that masks pads reaches in float32
+EXACT_COSINE = 0.99999  # a model that masks pads reaches this in float32
 
 
 def long_caption_behaviour(
     model: ClipModel, retrieval_set: RetrievalSet, encoding: Encoding = Encoding()
 ) -> dict[str, Any]:
-    """Recall both ways under each edit of the captions, as the JSON has it.
+    """Recall in both directions under each edit of the captions, as in the JSON.
 
-    `original`, `first_dropped` and `shuffled` (mean over three seeds) have the figures of `recall_metrics`, and
-    `relative_change` what the two edits do to R@1, in percent of the original. Lists with an entry a step:
-    `first_sentences` (k = 1 ... K, K the 95th percentile of the number of sentences and at most 12), `only_sentence`
-    (the k-th alone: the queries are the captions that have one and the pictures all of whose captions do; the other
-    captions stay among the candidates with their last sentence), `cut` (captions cut at so many tokens, EOT kept) and
-    `padding` (see `padding_cosines`; of the first sentences). Unreadable pictures: see `encode_retrieval_set`.
+    `original`, `first_dropped` and `shuffled` (mean over three seeds) have the figures of `recall_metrics`;
+    `relative_change` is the change of R@1 by the two edits, in percent of the original. These lists have one entry per
+    step: `first_sentences` (k = 1 ... K, where K is the 95th percentile of the number of sentences, at most 12),
+    `only_sentence` (the k-th sentence alone: the queries are the captions that have one and the pictures whose captions
+    all do; the other captions stay among the candidates with their last sentence), `cut` (captions cut to a number of
+    tokens, EOT kept) and `padding` (see `padding_cosines`, on the first sentences). `encode_retrieval_set` says what
+    happens to unreadable pictures.
     """
     encoded = encode_retrieval_set(model, retrieval_set, encoding)
     captions = encoded.captions
@@ -139,12 +140,12 @@ def long_caption_behaviour(
 def padding_cosines(
     model: ClipModel, captions: Sequence[str], encoding: Encoding = Encoding()
 ) -> list[dict[str, float]]:
-    """`[{num_tokens, min_cosine, mean_cosine}]`: captions padded to 77, 128 and 248 tokens against no padding at all.
+    """`[{num_tokens, min_cosine, mean_cosine}]`: features of captions padded to 77, 128 and 248 tokens, compared with
+    those of the same captions without padding.
 
-    A length beyond the model's context is left out, as are captions longer than the shortest length, which it would
-    cut. Every batch has one caption of the full length beside the padded ones, so that no model can drop the padding
-    unseen. A model that always pads to its context (published students, open_clip's models) has nothing to differ in:
-    its cosine is 1.
+    Lengths beyond the model's context are left out, and so are captions that the shortest length would cut. Every batch
+    has one caption of the full length beside the padded ones, so that no model can trim the padding away. A model that
+    always pads to its context (published students, open_clip's models) has the cosine 1 by construction.
     """
     lengths = [length for length in PADDED_LENGTHS if length <= model.context_length]
     if not lengths:
@@ -152,7 +153,7 @@ def padding_cosines(
     num_tokens = {text: model.tokenizer.count_tokens(text) for text in dict.fromkeys(captions)}
     short = sorted((text for text in num_tokens if num_tokens[text] <= lengths[0]), key=num_tokens.__getitem__)
     if not short:
-        raise InputError(f"no caption of at most {lengths[0]} tokens to pad: the first sentences are all longer")
+        raise InputError(f"no caption of at most {lengths[0]} tokens to pad: all first sentences are longer")
     by_length: dict[int, list[str]] = {}
     for text in short:
         by_length.setdefault(num_tokens[text], []).append(text)
@@ -199,7 +200,7 @@ def _cut_recall(model: ClipModel, encoded: EncodedSet, encoding: Encoding) -> li
 def _encode_at(
     model: ClipModel, captions: Sequence[str], num_tokens: int, encoding: Encoding, beside: str | None = None
 ) -> Float[Tensor, "M D"]:
-    """Unit-norm features of captions cut and padded to `num_tokens`, in order; each batch has `beside` at its end."""
+    """Unit-norm features of captions cut and padded to `num_tokens`, in order; each batch ends with `beside`."""
     size = encoding.batch_size
     batches = [list(captions[start : start + size]) for start in range(0, len(captions), size)]
     description = f"captions at {num_tokens} tokens" if encoding.show_progress and len(batches) > 1 else None
@@ -213,7 +214,7 @@ def _encode_at(
 
 
 def _tokens_at(model: ClipModel, texts: Sequence[str], num_tokens: int) -> Int[Tensor, "B L"]:
-    """Captions cut at `num_tokens`. open_clip's models need their whole context, filled as their tokenizer fills it."""
+    """Captions cut to `num_tokens`. open_clip's models need their whole context, padded as their tokenizer does."""
     tokens = model.tokenizer(texts, num_tokens)
     if not isinstance(model, OpenClipModel):
         return tokens
@@ -222,7 +223,7 @@ def _tokens_at(model: ClipModel, texts: Sequence[str], num_tokens: int) -> Int[T
 
 
 def _mean(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of figures of the same keys, which may hold figures themselves."""
+    """The mean of several dicts of figures with the same keys, nested dicts included."""
     return {
         key: _mean([figure[key] for figure in figures])
         if isinstance(value, dict)
@@ -232,13 +233,13 @@ def _mean(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _relative_change(original: dict[str, Any], edited: dict[str, Any]) -> dict[str, float | None]:
-    """Change of R@1 in percent of the original; None where that is 0."""
+    """Change of R@1 in percent of the original; None if the original is 0."""
     before, after = ({way: figures[way]["r1"] for way in ("i2t", "t2i")} for figures in (original, edited))
     return {way: 100 * (after[way] - before[way]) / before[way] if before[way] else None for way in before}
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = read_options(Options)
     assert options.root is not None  # check() has seen to it
     with start(options.device, allow_tf32=False) as runtime:
@@ -257,7 +258,7 @@ def main() -> None:
 
 
 def print_behaviour(result: dict[str, Any]) -> None:
-    """The figures as a table on stdout."""
+    """Print the figures as a table on stdout."""
     table = Table(title=f"{result['protocol']}: {result['num_images']} pictures, {result['num_texts']} captions")
     for column in ("captions", "image to text R@1 %", "text to image R@1 %"):
         table.add_column(column, justify="left" if column == "captions" else "right")

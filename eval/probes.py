@@ -1,7 +1,7 @@
-"""How much a model's image features tell without its text tower: a linear probe, and k nearest neighbours.
+"""Classify with a model's image features alone, without its text tower: a linear probe, and k nearest neighbours.
 
-Both see unit-norm embeddings, the features that retrieval and zero-shot classification compare. CLIP's paper probes
-what its image tower holds before the projection instead: its figures are not these.
+Both use unit-norm embeddings, the features that retrieval and zero-shot classification compare. CLIP's paper probes
+the image tower before the projection instead, so its figures cannot be compared with these.
 
 Shapes: N training pictures, M test pictures, C classes, D embedding width.
 """
@@ -33,20 +33,20 @@ class Options(EvaluationOptions):
     """
 
     train: Annotated[str | None, tyro.conf.arg(metavar="DIR|'DIR/*.tar'")] = None
-    """Labelled pictures to learn from: one folder a class, or shards with .jpg and .cls; for CIFAR, its folder."""
+    """Labelled training pictures: one folder per class, or shards with .jpg and .cls; for CIFAR, its folder."""
     test: Annotated[str | None, tyro.conf.arg(metavar="DIR|'DIR/*.tar'")] = None
-    """Labelled pictures of the same classes to be judged on; none of them may be among those of --train."""
+    """Labelled test pictures of the same classes; none of them may be among those of --train."""
     dataset: DatasetName = "auto"
-    """Which set both are, as for eval/zeroshot_imagenet.py."""
+    """Which set both belong to, as for eval/zeroshot_imagenet.py."""
     seed: int = 0
-    """Draws the tenth of the training pictures that C is chosen on."""
+    """Seed that draws the tenth of the training pictures on which C is chosen."""
 
     def check(self) -> None:
-        """InputError for options that can do nothing, before any data is read."""
+        """Raise InputError for options that cannot work, before any data is read."""
         if self.train is None or self.test is None:
             lacking = "--train" if self.train is None else "--test"
             raise InputError(
-                f"pass {lacking} DIR: a probe learns from the pictures of --train and is judged on others, --test"
+                f"pass {lacking} DIR: a probe is trained on the pictures of --train and tested on those of --test"
             )
         super().check()
 
@@ -72,7 +72,7 @@ __all__ = ["SweepStep", "evaluate_probes", "knn_answers", "linear_answers", "sea
 
 STEPS_PER_DECADE = 8
 GRID = tuple(10 ** (step / STEPS_PER_DECADE - 6) for step in range(12 * STEPS_PER_DECADE + 1))  # 1e-6 ... 1e6
-COARSE_STEPS = 2 * STEPS_PER_DECADE  # the search begins with every second decade
+COARSE_STEPS = 2 * STEPS_PER_DECADE  # the search starts at every second decade
 MAX_ITERATIONS = 1000
 VALIDATION_SHARE = 0.1
 NEIGHBOURS = (1, 20, 200)
@@ -83,19 +83,19 @@ _SIMILARITIES_AT_ONCE = 1 << 25
 
 @dataclass(frozen=True)
 class SweepStep:
-    """How a value of C did on the validation split: accuracy in percent, mean negative log-likelihood in nats."""
+    """Result of one C on the validation split: accuracy in percent, mean negative log-likelihood in nats."""
 
     c: float
     accuracy: float
     log_loss: float
     converged: bool
-    """Whether the fit came to its end within 1000 iterations."""
+    """Whether the fit converged within 1000 iterations."""
 
 
 def stratified_split(targets: Int64[np.ndarray, " N"], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the fit part and of the validation part: a tenth of each class, at least one picture, drawn by `seed`.
+    """Rows of the fit part and of the validation part, which has a tenth of each class (at least one picture).
 
-    A class of one picture is in the fit part only. InputError if every class is such a one.
+    `seed` draws them. A class of one picture is in the fit part only. InputError if no class has two pictures.
     """
     generator = np.random.default_rng(seed)
     fit, validation = [], []
@@ -110,11 +110,11 @@ def stratified_split(targets: Int64[np.ndarray, " N"], seed: int) -> tuple[np.nd
 
 
 def search_c(try_c: Callable[[float], SweepStep]) -> list[SweepStep]:
-    """Each C that CLIP's parametric binary search tries (Radford et al. 2021, appendix A.3), by size.
+    """Every C that CLIP's parametric binary search tries (Radford et al. 2021, appendix A.3), in increasing order.
 
-    The grid has 96 steps of equal ratio from 1e-6 to 1e6, 8 a decade. The search tries every second decade, then the
-    points half as far to the left and right of the best so far, down to neighbours on the grid. The best has the
-    highest accuracy; of equals, the lowest log loss. It finds a peak, which need not be the highest of several.
+    The grid has 96 steps of equal ratio from 1e-6 to 1e6, 8 per decade. The search tries every second decade, then the
+    points half as far to the left and right of the best so far, down to neighbours on the grid. The best C has the
+    highest accuracy and, among equals, the lowest log loss. The search finds a peak, not always the highest one.
     """
     tried = {step: try_c(GRID[step]) for step in range(0, len(GRID), COARSE_STEPS)}
     width = COARSE_STEPS
@@ -130,14 +130,14 @@ def search_c(try_c: Callable[[float], SweepStep]) -> list[SweepStep]:
 def linear_answers(
     train: LabelledFeatures, test_features: Float[Tensor, "M D"], seed: int = 0, show_progress: bool = False
 ) -> tuple[Int64[Tensor, " M"], SweepStep, list[SweepStep]]:
-    """The answers of logistic regression on frozen features, the C it took, and all that were tried.
+    """The answers of logistic regression on frozen features, the chosen C, and every C that was tried.
 
-    C is chosen on a validation split of the training pictures; the final fit is on all of them.
+    A validation split of the training pictures chooses C; the final fit uses all of them.
     """
     features, targets = train.features.cpu().numpy(), train.targets.cpu().numpy()
     fit, validation = stratified_split(targets, seed)
     if len(np.unique(targets)) < 2:
-        raise InputError("the training pictures are all of one class: there is nothing to tell apart")
+        raise InputError("all training pictures are of one class: give at least two classes")
     console = Console(stderr=True)
 
     def try_c(c: float) -> SweepStep:
@@ -163,9 +163,9 @@ def knn_answers(
     num_neighbours: Sequence[int] = NEIGHBOURS,
     show_progress: bool = False,
 ) -> dict[int, Int64[Tensor, " M"]]:
-    """By number of neighbours k <= N: each test picture's class by the votes of its k nearest, of weight exp(cos / T).
+    """For each k <= N: the class of each test picture by the votes of its k nearest, weighted by exp(cos / T).
 
-    T is 0.07, as in Wu et al. 2018 (equation 9's vote) and DINO; features are unit norm.
+    T is 0.07, as in Wu et al. 2018 (equation 9's vote) and DINO. Features have unit norm.
     """
     allowed = [k for k in num_neighbours if k <= len(train.targets)]
     num_classes = int(train.targets.max()) + 1
@@ -173,7 +173,7 @@ def knn_answers(
     answers: dict[int, list[Tensor]] = {k: [] for k in allowed}
     for block in show_track(blocks, "neighbours" if show_progress else None, len(blocks)):
         nearest = (block @ train.features.T).topk(max(allowed), dim=1)  # [B,K], nearest first
-        weights = ((nearest.values - 1) / TEMPERATURE).exp()  # exp(1/T) taken out: no vote depends on it
+        weights = ((nearest.values - 1) / TEMPERATURE).exp()  # without the factor exp(1/T), on which no vote depends
         classes = train.targets[nearest.indices]
         for k in allowed:
             votes = torch.zeros(len(block), num_classes, device=block.device)
@@ -185,9 +185,9 @@ def knn_answers(
 def evaluate_probes(
     model: ClipModel, train: LabelledImages, test: LabelledImages, encoding: Encoding = Encoding(), seed: int = 0
 ) -> dict[str, Any]:
-    """Both probes' figures, as the JSON has them: percentages 0..100, and the sweep of C as a table.
+    """The figures of both probes, as in the JSON: percentages 0..100, and the sweep of C as a table.
 
-    Raises InputError where the two sets have not the same classes.
+    Raises InputError if the two sets have different classes.
     """
     _require_same_classes(train, test)
     train_features, test_features = encode_labelled(model, train, encoding), encode_labelled(model, test, encoding)
@@ -231,7 +231,7 @@ def _merit(step: SweepStep) -> tuple[float, float]:
 def _fit(features: np.ndarray, targets: np.ndarray, c: float) -> tuple[LogisticRegression, bool]:
     model = LogisticRegression(C=c, solver="lbfgs", max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # said in the sweep's table
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the sweep's table says it
         model.fit(features, targets)
     return model, int(model.n_iter_.max()) < MAX_ITERATIONS
 
@@ -245,12 +245,12 @@ def _require_same_classes(train: LabelledImages, test: LabelledImages) -> None:
     if train.classnames == test.classnames:
         return
     alone = sorted(set(train.classnames) ^ set(test.classnames))
-    what = f"the first that one alone has: {alone[0]}" if alone else "in another order"
-    raise InputError(f"{train.source} and {test.source} have not the same classes, {what}")
+    what = f"the first that only one has: {alone[0]}" if alone else "in another order"
+    raise InputError(f"{train.source} and {test.source} have different classes, {what}")
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = read_options(Options)
     assert options.train is not None and options.test is not None  # check() has seen to it
     train = find_labelled_images(options.train, dataset=options.dataset, split="train")
@@ -265,8 +265,8 @@ def main() -> None:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The figures as a table on stdout."""
-    title = f"probes: {result['num_train']} pictures to learn from, {result['num_test']} to judge"
+    """Print the figures as a table on stdout."""
+    title = f"probes: {result['num_train']} training pictures, {result['num_test']} test pictures"
     table = Table(title=title, title_justify="left")
     for column in ("", "top-1 %", "mean per class %"):
         table.add_column(column, justify="right" if column else "left")
@@ -277,7 +277,7 @@ def print_table(result: dict[str, Any]) -> None:
         table.add_row(name, f"{figures['top1']:.1f}", f"{figures['mean_per_class']:.1f}")
     Console().print(table)
     if result["num_unreadable"]:
-        print(f"{result['num_unreadable']} pictures unreadable and left out, the first: {result['unreadable'][0]}")
+        print(f"{result['num_unreadable']} unreadable pictures were left out, the first: {result['unreadable'][0]}")
     unfinished = sum(not step["converged"] for step in linear["sweep"])
     if unfinished:
         print(f"{unfinished} of {len(linear['sweep'])} fits of the sweep stopped at {MAX_ITERATIONS} iterations")

@@ -1,7 +1,7 @@
-"""Image-text retrieval: recall at 1, 5 and 10 both ways, for any protocol of protocols.py, as a command.
+"""The command for image-text retrieval: recall at 1, 5 and 10 in both directions, for any protocol of protocols.py.
 
 python eval/retrieval.py --checkpoint RUN_OR_FILE --protocol urban1k --root data/Urban1k --json urban1k.json
-torchrun --nproc_per_node=2 eval/retrieval.py ...  # the pictures and captions shared among processes
+torchrun --nproc_per_node=2 eval/retrieval.py ...  # shares the pictures and captions among processes
 """
 
 from __future__ import annotations
@@ -24,37 +24,35 @@ from longclip_teacher.errors import InputError, run_command
 
 @dataclass
 class Options(EvaluationOptions):
-    """Long-caption retrieval of a student, a teacher or published weights: R@1/5/10 both ways, mean and median rank.
+    """Long-caption retrieval with a student, a teacher or published weights: R@1/5/10 both ways, mean and median rank.
 
     python eval/retrieval.py --checkpoint runs/distil --protocol urban1k --root data/Urban1k --json urban1k.json
     python eval/retrieval.py --checkpoint longclip-b --protocol coco2017val --root data/coco --precision bf16
     python eval/retrieval.py --protocol list
     torchrun --nproc_per_node=4 eval/retrieval.py --checkpoint longclip-l --protocol flickr30k_all --root data/flickr30k
 
-    Of equal scores the earlier candidate counts first; the JSON gives recall with every tie won as best_case.
+    The earlier of two candidates with equal scores ranks first. In the JSON, best_case is recall if every tie were won.
     """
 
     protocol: Annotated[str, tyro.conf.arg(metavar="NAME|list")] = "folder"
-    """The benchmark, such as urban1k; `list` explains each, what files it needs and what it compares with."""
+    """Benchmark, such as urban1k. `list` explains each: the files it needs and the figures it compares with."""
     root: Path | None = None
-    """The folder that holds the benchmark's files."""
+    """Folder of the benchmark's files."""
     annotations: Path | None = None
-    """The file of captions, for a protocol that has one, where it is not in its usual place below --root."""
+    """The protocol's annotation file, if it has one that is not in its usual place below --root."""
     limit: int | None = None
-    """Use the first so many pictures only: for a quick look, not for a figure to report."""
+    """Use only the first N pictures: for a quick look, not for a figure to report."""
     retrieved_text: bool = False
-    """Also say how good the caption is that is found for each picture: BLEU-4, variety of words."""
+    """Also measure the caption found for each picture: BLEU-4 and share of distinct captions."""
     verify: bool = False
-    """First check every file that ROOT/SHA256SUMS names."""
+    """First check every file listed in ROOT/SHA256SUMS."""
 
     def check(self) -> None:
-        """InputError for options that can do nothing, before any data is read."""
+        """Raise InputError for options that cannot work, before any data is read."""
         if self.protocol == "list":
             return
         if self.root is None:
-            raise InputError(
-                "pass --root DIR, the folder that holds the benchmark's files (--protocol list says which)"
-            )
+            raise InputError("pass --root DIR, the folder of the benchmark's files (--protocol list says which)")
         super().check()
 
 
@@ -73,7 +71,7 @@ from longclip_teacher.atomic_files import write_json
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = read_options(Options)
     if options.protocol == "list":
         print_protocols()
@@ -88,7 +86,7 @@ def main() -> None:
 
 
 def run(options: Options, root: Path) -> dict[str, Any]:
-    """The JSON of the command; every process of torchrun gets it."""
+    """The command's JSON, on every process of torchrun."""
     if options.verify:
         all_results(lambda: _verify(root) if is_main_process() else {})
     retrieval_set = load_retrieval_set(options.protocol, root, options.limit, options.annotations)
@@ -109,12 +107,12 @@ def run(options: Options, root: Path) -> dict[str, Any]:
 
 def _verify(root: Path) -> dict[str, Tensor]:
     num_files = verify_sha256sums(root, show_progress=True)
-    print(f"{num_files} files are what {SHA256SUMS} says", file=sys.stderr)
+    print(f"{num_files} files match {SHA256SUMS}", file=sys.stderr)
     return {}
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The figures as a table on stdout, and below it the conditions under which they hold."""
+    """Print the figures as a table on stdout, and their conditions below it."""
     table = Table(title=f"{result['protocol']}: {result['num_images']} pictures, {result['num_texts']} captions")
     for column in ("", "R@1 %", "R@5 %", "R@10 %", "mean rank", "median rank"):
         table.add_column(column, justify="right" if column else "left")
@@ -131,15 +129,15 @@ def print_table(result: dict[str, Any]) -> None:
     if "model" in result:
         notes.insert(0, f"{result['model']}, {result['precision']}")
     if text := result.get("retrieved_text"):
-        notes.append(f"captions found: BLEU-4 {text['bleu4']:.1f}, {text['distinct_captions']:.1f}% of them distinct")
+        notes.append(f"retrieved captions: BLEU-4 {text['bleu4']:.1f}, {text['distinct_captions']:.1f}% distinct")
     if result["num_unreadable"]:
         notes.append(
-            f"{result['num_unreadable']} pictures unreadable and left out, the first: {result['unreadable'][0]}"
+            f"{result['num_unreadable']} unreadable pictures were left out, the first: {result['unreadable'][0]}"
         )
     tied = max(result["i2t"]["tied"], result["t2i"]["tied"])
     if tied >= 1:
         notes.append(
-            f"{tied:.0f}% of the queries tie with a wrong candidate, of which the earlier counts: "
+            f"{tied:.0f}% of the queries tie with a wrong candidate, and the earlier one ranks first: "
             "captions or features repeat"
         )
     best_case = [
@@ -148,13 +146,13 @@ def print_table(result: dict[str, Any]) -> None:
         if any(f"{value:.1f}" != f"{result[way][key]:.1f}" for key, value in result[way]["best_case"].items())
     ]
     if best_case:
-        notes.append(f"R@1, 5, 10 if every tie were won, not the figures to report: {'; '.join(best_case)}")
+        notes.append(f"R@1, 5, 10 if every tie were won (do not report these): {'; '.join(best_case)}")
     for note in notes:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
 def print_protocols() -> None:
-    """What each protocol is, which files it needs and what it compares with, on stdout."""
+    """Print each protocol on stdout: what it is, which files it needs and what it compares with."""
     console = Console()
     for protocol in PROTOCOLS.values():
         about = "about " if protocol.count_tolerance else ""

@@ -1,4 +1,4 @@
-"""Zero-shot classification of ImageNet's test sets, CIFAR, or any folder of class folders, as a command.
+"""The command for zero-shot classification of ImageNet's test sets, CIFAR, or any folder of class folders.
 
 python eval/zeroshot_imagenet.py --checkpoint mobileclip_s0.pt --imagenet-val data/imagenet/val --json imagenet.json
 """
@@ -19,15 +19,15 @@ from eval.benchmarks.dataset_names import DatasetName
 from eval.command_line import EvaluationOptions
 from longclip_teacher.errors import InputError, run_command
 
-# Where the layout of the validation folder is described
+# describes the layout of the validation folder
 LAYOUT = "https://pytorch.org/vision/stable/generated/torchvision.datasets.ImageNet.html"
 
 
 @dataclass
 class Options(EvaluationOptions):
-    """Zero-shot accuracy of a student, a teacher or published weights, on ImageNet's test sets, CIFAR, or your classes.
+    """Zero-shot accuracy of a student, a teacher or published weights on ImageNet's test sets, CIFAR, or your classes.
 
-    ImageNet and ImageNet-R, with 80 templates; CIFAR-10, with its 18; then classes of your own, with one:
+    Examples: ImageNet and ImageNet-R with 80 templates, CIFAR-10 with its 18, and your own classes with one.
     python eval/zeroshot_imagenet.py --checkpoint mobileclip_s0.pt --variant s0 --imagenet-val data/imagenet/val
     python eval/zeroshot_imagenet.py --checkpoint longclip-b --dataset imagenet_r --imagenet-val data/imagenet-r
     python eval/zeroshot_imagenet.py --checkpoint longclip-b --dataset cifar10 --imagenet-val data/cifar
@@ -35,28 +35,28 @@ class Options(EvaluationOptions):
     """
 
     imagenet_val: Annotated[str | None, tyro.conf.arg(metavar="DIR|'DIR/*.tar'")] = None
-    """The pictures. ImageNet: one folder a synset (n01440764/ILSVRC2012_val_00000293.JPEG, ...), all 1000 or some;
-    ImageNet-V2: folders 0 to 999; CIFAR: its binary version, unpacked; your own: one folder a class; or webdataset
+    """The pictures. ImageNet: one folder per synset (n01440764/ILSVRC2012_val_00000293.JPEG, ...), all 1000 or some.
+    ImageNet-V2: folders 0 to 999. CIFAR: its binary version, unpacked. Your own: one folder per class. Or webdataset
     shards whose samples have a .jpg and a .cls (the class number, 0 to 199 for imagenet_a and imagenet_r)."""
     dataset: DatasetName = "auto"
-    """Which set it is; auto finds out ImageNet and ImageNet-V2, and takes all else for classes of your own. A set given
-    by name must be whole, and imagenet_a and imagenet_r choose among their own 200 classes only. folder: any folder of
-    class folders, the folders' names taken as they are."""
+    """Which set it is. auto recognises ImageNet and ImageNet-V2 and treats everything else as your own classes. A set
+    given by name must be complete; imagenet_a and imagenet_r choose only among their own 200 classes. folder: any
+    folder of class folders, with the folders' names as they are."""
     classnames: Path | None = None
-    """A text file of class names, one a line, in the sorted order of the folders (in the order of the class numbers for
-    a set given by name). Unset: ImageNet's names for synset folders and for shards, CIFAR's own, otherwise the folders'
-    names with _ and - as spaces."""
+    """A text file of class names, one per line, in the sorted order of the folders (or of the class numbers, for a set
+    given by name). Unset: ImageNet's names for synset folders and shards, CIFAR's own, otherwise the folders' names
+    with _ and - as spaces."""
     templates: Annotated[str, tyro.conf.arg(metavar="auto|openai|simple|cifar|FILE|TEXT")] = "auto"
-    """Sentences to put the class names into: openai (80), simple (7), cifar (18), a text file of them (one a line, {}
-    for the name), or one in quotes, such as "a photo of a {}.". auto: cifar for CIFAR, otherwise openai."""
+    """Sentences for the class names: openai (80), simple (7), cifar (18), a text file of them (one per line, {} for the
+    name), or one in quotes, such as "a photo of a {}.". auto: cifar for CIFAR, otherwise openai."""
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png|FILE.svg")] = None
-    """Draw here which classes were taken for which."""
+    """File for a plot that shows which classes were mistaken for which."""
 
     def check(self) -> None:
-        """InputError for options that can do nothing, before any data is read."""
+        """Raise InputError for options that cannot work, before any data is read."""
         if self.imagenet_val is None:
             raise InputError(
-                "pass --imagenet-val DIR: ImageNet's validation pictures in one folder a synset (n01440764/...), as "
+                "pass --imagenet-val DIR: ImageNet's validation pictures in one folder per synset (n01440764/...), as "
                 f"described at {LAYOUT}, or any folder of class folders"
             )
         super().check()
@@ -74,7 +74,7 @@ from longclip_teacher.atomic_files import write_json
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = read_options(Options)
     assert options.imagenet_val is not None  # check() has seen to it
     if options.plot is not None:
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The figures as a table on stdout, what casts doubt on them on stderr."""
+    """Print the figures as a table on stdout, and warnings about them on stderr."""
     table = Table(title=f"zero-shot: {result['dataset']}", title_justify="left")
     for column in ("pictures", "classes", "templates", "top-1 %", "top-5 %", "mean per class %"):
         table.add_column(column, justify="right")
@@ -105,9 +105,9 @@ def print_table(result: dict[str, Any]) -> None:
     Console().print(table)
     if result["confusion"]:
         true, answer, count = result["confusion"][0]
-        print(f"most often wrong: {true}, taken for {answer} {count} times")
+        print(f"most frequent mistake: {true}, taken for {answer} {count} times")
     if result["num_unreadable"]:
-        print(f"{result['num_unreadable']} pictures unreadable and left out, the first: {result['unreadable'][0]}")
+        print(f"{result['num_unreadable']} unreadable pictures were left out, the first: {result['unreadable'][0]}")
     if result["count_mismatch"]:
         print(f"warning: {result['count_mismatch']}", file=sys.stderr)
 

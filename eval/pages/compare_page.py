@@ -91,7 +91,7 @@ def _model_table(comparison: Comparison) -> PlainTable:
         [name, "\n".join(checkpoints), _settings(comparison.settings[name]) or "–", comparison.read_as[name]]
         for name, checkpoints in comparison.checkpoints.items()
     ]
-    meaning = "The weights of each model, the settings that were given for reading them, and the model that came of it."
+    meaning = "The weights of each model, the settings given for reading them, and the model that resulted."
     return PlainTable(meaning, ["model", "weights", "settings", "read as"], rows)
 
 

@@ -28,8 +28,8 @@ INTERVAL_METHOD = (
     "only ± shows what another training run would change."
 )
 COST_METHOD = (
-    "each model is measured as it was loaded, so that a student's branches are fused only where its description says "
-    "so. A time is that of one picture, or of one caption of 100 tokens, in the tower alone:"
+    "each model is measured as it was loaded; a student's branches are fused only if its description says so. A time "
+    "covers one picture, or one caption of 100 tokens, in the tower alone:"
 )
 
 
@@ -40,9 +40,9 @@ class Comparison:
     checkpoints: Mapping[str, Sequence[str]]
     """The weights of each model: one, or one for each of its seeds."""
     settings: Mapping[str, Mapping[str, Any]]
-    """The settings that the user gave for reading each model, by their names; empty where the file alone decides."""
+    """The settings that the user gave for reading each model, by name; empty if the file alone decides."""
     read_as: Mapping[str, str]
-    """What each model's first checkpoint turned out to be, in one phrase."""
+    """The description of each model's first checkpoint, in one phrase."""
     measured: Mapping[str, Sequence[Mapping[str, Any]]]
     """By model and seed: `retrieval`, `zeroshot`, `agreement` and `behaviour`, each by the test's name."""
     sets: Mapping[str, RetrievalSet]
@@ -75,7 +75,7 @@ class Comparison:
                         if figures["count_mismatch"]:
                             found[f"{test}: {figures['count_mismatch']}."] = None
                         if figures["num_unreadable"]:
-                            lost = f"{figures['num_unreadable']} pictures unreadable and left out"
+                            lost = f"{figures['num_unreadable']} unreadable pictures were left out"
                             found[f"{test}: {lost}, the first: {figures['unreadable'][0]}."] = None
         return list(found)
 
@@ -91,7 +91,7 @@ class Summary:
     """Standard deviations between seeds."""
     intervals: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
-    """Paired differences of retrieval figures from the first model's."""
+    """Paired differences between retrieval figures and the first model's."""
 
 
 def queries_of(

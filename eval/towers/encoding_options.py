@@ -1,6 +1,6 @@
-"""The options that say how any evaluation command runs a model: device, precision, batches, workers.
+"""How an evaluation command runs a model: device, precision, batch size, workers.
 
-The methods import what they need when they are called: --help and a refused option must not wait for torch.
+The methods import torch only when they are called, so that --help and a refused option do not wait for it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ class EncodingOptions:
     """How models are run."""
 
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
     precision: Precision = "fp32"
-    """The arithmetic of the towers; the figures are computed from float32 features in any case."""
+    """Arithmetic of the towers. The figures are always computed from float32 features."""
     batch_size: int = 64
-    """Pictures, or captions, encoded at a time."""
+    """Pictures or captions per batch."""
     num_workers: int = min(8, os.cpu_count() or 1)
     """Processes that decode pictures; 0 decodes in the main process."""
 
     def check(self) -> None:
-        """InputError for options that can do nothing, before any data is read."""
+        """Raise InputError for options that cannot work, before any data is read."""
         if self.batch_size < 1 or self.num_workers < 0:
             raise InputError(
-                f"--batch-size {self.batch_size} --num-workers {self.num_workers}: 1 or more and 0 or more"
+                f"--batch-size {self.batch_size} --num-workers {self.num_workers}: give at least 1 and at least 0"
             )
         if self.device in ("auto", "cpu"):
             return
@@ -47,7 +47,7 @@ class EncodingOptions:
             raise InputError(f"--device {self.device} cannot be used here ({str(error).splitlines()[0]})") from None
 
     def torch_device(self) -> str:
-        """The device that is meant."""
+        """The device's name, with auto resolved."""
         if self.device != "auto":
             return self.device
         import torch
@@ -55,7 +55,7 @@ class EncodingOptions:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def encoding(self) -> Encoding:
-        """How to encode: with progress bars, and shared where the command joined torchrun's processes."""
+        """The encoding options, with progress bars and with the work shared among torchrun's processes."""
         from eval.towers.features import Encoding
 
         return Encoding(self.batch_size, self.precision, self.num_workers, show_progress=True, shared=True)

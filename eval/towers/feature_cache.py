@@ -1,7 +1,7 @@
-"""Features on disk: what a model makes of a set of pictures or captions, kept under what they depend on.
+"""Features of pictures and captions on disk, stored under a key of everything they depend on.
 
-A key is a hash of the weights, the model's structure and settings, our code, the library versions, the precision, and
-the contents of the pictures or captions in their order. Nothing is guessed from names or times of files.
+The key is a hash of the weights, the model's structure and settings, our code, the library versions, the precision, and
+the contents of the pictures or captions in their order. File names and times play no part.
 """
 
 from __future__ import annotations
@@ -31,28 +31,29 @@ __all__ = ["FeatureCache"]
 
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow")
 _CODE = (Path(__file__).parents[1], Path(longclip_teacher.__file__).parent, Path(mobileclip_student.__file__).parent)
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the representation of a function
-_PROBE = "A photo of 3 naïve cats; it's 'Élan' & <em>more</em>, 中文"  # tokenised, it tells tokenizers apart
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # an address in the representation of a function
+_PROBE = "A photo of 3 naïve cats; it's 'Élan' & <em>more</em>, 中文"  # its tokens tell tokenizers apart
 _CHUNK = 1 << 20  # bytes of a picture read at a time
-_NUM_THREADS = min(16, os.cpu_count() or 1)  # hashing leaves Python's lock
+_NUM_THREADS = min(16, os.cpu_count() or 1)  # hashing releases Python's lock
 
 
 class FeatureCache:
-    """A folder of features, one safetensors file a key; files may be deleted at any time."""
+    """A folder of features with one safetensors file per key. Files may be deleted at any time."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
 
     def image_key(self, model: ClipModel, paths: Sequence[Path], precision: str) -> str:
-        """The key of the features of these pictures, in this order, by their contents."""
+        """The key for the features of these pictures (their contents, in this order)."""
         return _hash(["pictures", _model_hash(model), precision, *_in_threads(_file_hash, paths)])
 
     def caption_key(self, model: ClipModel, captions: Sequence[str], precision: str) -> str:
-        """The key of the features of these captions, in this order."""
+        """The key for the features of these captions, in this order."""
         return _hash(["captions", _model_hash(model), precision, *captions])
 
     def load(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors kept under `key`, on the CPU; None, with a line on stderr, where the file is damaged."""
+        """The tensors stored under `key`, on the CPU; None if there are none. A damaged file counts as none, and stderr
+        says so."""
         path = self._path(key)
         if not path.is_file():
             return None
@@ -64,11 +65,11 @@ class FeatureCache:
             reason = "its contents have changed"
         except (SafetensorError, OSError) as error:
             reason = str(error).splitlines()[0]
-        print(f"warning: {path} is damaged and made anew ({reason})", file=sys.stderr)
+        print(f"warning: {path} is damaged ({reason}): the features are computed again", file=sys.stderr)
         return None
 
     def save(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep `tensors` under `key`: whole or not at all. A folder that cannot be written costs a line on stderr."""
+        """Store `tensors` under `key`, whole or not at all. If the folder cannot be written, stderr says so."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
             with atomic_file(self._path(key)) as temporary:
@@ -81,7 +82,7 @@ class FeatureCache:
 
 
 def _model_hash(model: ClipModel) -> str:
-    """Everything about a model that its features depend on: weights, structure, settings, code, libraries, device."""
+    """Hash of everything that a model's features depend on: weights, structure, settings, code, libraries, device."""
     settings = [
         f"{name}.{key}={value!r}"
         for name, module in model.named_modules()
@@ -105,7 +106,7 @@ def _model_hash(model: ClipModel) -> str:
 
 
 def _tensors_hash(tensors: dict[str, Tensor]) -> str:
-    """Names, types, shapes and bytes."""
+    """Hash of names, types, shapes and bytes."""
     names = sorted(tensors)
     heads = [f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}" for name in names]
     return _hash([*heads, *_in_threads(_tensor_hash, [tensors[name] for name in names])])
@@ -117,7 +118,7 @@ def _tensor_hash(tensor: Tensor) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    """Of a file's contents; of one that cannot be read, a word that is no hash."""
+    """Hash of a file's contents, or `unreadable`."""
     if not path.is_file():
         return "unreadable"
     found = hashlib.sha256()
@@ -136,7 +137,7 @@ def _in_threads(function: Callable[[Any], str], items: Iterable[Any]) -> list[st
 
 
 def _hash(parts: Iterable[str]) -> str:
-    """Of a list of texts, each with its length: no two lists run together to the same bytes."""
+    """Hash of a list of texts. Each goes in with its length, so that no two lists give the same bytes."""
     found = hashlib.sha256()
     for part in parts:
         content = part.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""Features of pictures and captions, computed once: pictures decoded in worker processes, captions sorted by length.
+"""Encode pictures and captions: worker processes decode pictures, and captions are sorted by length.
 
 Shapes: N pictures, M captions, B batch, D embedding width. Features are float32, unit norm, on the model's device.
 """
@@ -51,24 +51,24 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures and captions are encoded; what it says does not belong to the figures, but for `precision`."""
+    """How pictures and captions are encoded. Only `precision` can change the figures."""
 
     batch_size: int = 64
-    """Pictures, or captions, encoded at a time."""
+    """Pictures or captions per batch."""
     precision: Precision = "fp32"
-    """The arithmetic of the towers; features are float32 in any case."""
+    """Arithmetic of the towers; features are always float32."""
     num_workers: int = 0
     """Processes that decode pictures; 0 decodes in the main process."""
     show_progress: bool = False
     shared: bool = False
-    """Share the work among torchrun's processes, each of which must make the same calls and gets all features. Without
-    it a process encodes alone, as rank 0 does between two training steps."""
+    """Share the work among torchrun's processes. All must make the same calls, and each gets all features. If False,
+    a process encodes alone, as rank 0 does between two training steps."""
     cache: FeatureCache | None = None
-    """Where features are kept from one evaluation to the next; None computes them each time."""
+    """Stores features from one evaluation to the next; None computes them each time."""
 
 
 class Unreadable(NamedTuple):
-    """A picture that could not be decoded; `fatal` where what follows it is lost too (a broken shard)."""
+    """A picture that could not be decoded. `fatal` means that everything after it is lost too (a broken shard)."""
 
     name: str
     reason: str
@@ -84,7 +84,7 @@ class ImageBatch(NamedTuple):
 
 
 class ImageFiles(Dataset):
-    """Pictures by path, decoded and preprocessed where the item is asked for: in the DataLoader's workers."""
+    """Pictures by path, decoded and preprocessed in the DataLoader's workers."""
 
     def __init__(self, files: Sequence[tuple[Path, int]], preprocess: Any) -> None:
         self.files, self.preprocess = files, preprocess
@@ -102,7 +102,7 @@ class ImageFiles(Dataset):
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """`features` [N',D] of the pictures that could be read; `rows` [N'] says which of the N paths each one is."""
+    """`features` [N',D] of the pictures that could be read; `rows` [N'] gives the index of each in the N paths."""
 
     features: Float[Tensor, "N D"]
     rows: Tensor
@@ -111,9 +111,10 @@ class ImageFeatures:
 
 @contextmanager
 def evaluation_mode(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """Eval mode, no gradients, autocast. Afterwards every module is in the mode it had, frozen parts included.
+    """Eval mode, no gradients, autocast. Afterwards every module returns to its previous mode, frozen parts included.
 
-    `no_grad` and not `inference_mode`: what a model caches here must still serve its next training step.
+    This uses `no_grad` rather than `inference_mode`, because tensors that a model caches here must still work in its
+    next training step.
     """
     modes = [(module, module.training) for module in model.modules()]
     autocast = torch.autocast(model_device(model).type, _AUTOCAST_DTYPE[precision], enabled=precision != "fp32")
@@ -132,9 +133,9 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def image_batches(dataset: Dataset, encoding: Encoding, device: torch.device) -> Iterator[ImageBatch]:
-    """Batches of a dataset of (target, picture | Unreadable), in order, on `device`; raises InputError on a fatal one.
+    """Batches of a dataset of (target, picture | Unreadable), in order, on `device`; InputError at a fatal Unreadable.
 
-    The loader has a generator of its own: evaluating between two training steps leaves torch's random state alone.
+    The loader has its own generator, so evaluating between two training steps does not change torch's random state.
     """
     loader = DataLoader(
         dataset,
@@ -153,7 +154,7 @@ def image_batches(dataset: Dataset, encoding: Encoding, device: torch.device) ->
 
 
 def encode_images(model: ClipModel, paths: Sequence[Path], encoding: Encoding = Encoding()) -> ImageFeatures:
-    """Unit-norm features of pictures. Unreadable ones are left out and named; more than 1% of them is an InputError."""
+    """Unit-norm features of pictures. Unreadable ones are left out and listed; more than 1% raise InputError."""
     if not paths:
         raise InputError("no pictures to encode")
     found = _kept_or_computed(
@@ -189,7 +190,7 @@ def _encode_pictures(model: ClipModel, paths: Sequence[Path], encoding: Encoding
 def _encode_share_of_pictures(
     model: ClipModel, paths: Sequence[Path], starts: Sequence[int], encoding: Encoding
 ) -> dict[str, Tensor]:
-    """`_encode_pictures` of the batches that begin at `starts`, in this process."""
+    """`_encode_pictures` for the batches that begin at `starts`, in this process."""
     mine = [row for start in starts for row in range(start, min(start + encoding.batch_size, len(paths)))]
     dataset = ImageFiles([(paths[row], row) for row in mine], model.preprocess)
     features = [torch.empty(0, model.embed_dim, device=model_device(model))]
@@ -213,10 +214,10 @@ def _encode_share_of_pictures(
 def encode_captions(
     model: ClipModel, captions: Sequence[str], encoding: Encoding = Encoding()
 ) -> tuple[Float[Tensor, "M D"], int]:
-    """Unit-norm features of captions, and how many captions are longer than the model's context and were cut.
+    """Unit-norm features of captions, and the number of captions that were cut at the model's context length.
 
-    Equal captions are encoded once. Captions of like length share a batch, longest first: little is spent on padding,
-    and running out of memory happens at once or not at all.
+    Equal captions are encoded once. Captions of similar length share a batch, longest first: this wastes little on
+    padding, and memory runs out at once or not at all.
     """
     if not captions:
         raise InputError("no captions to encode")
@@ -249,7 +250,7 @@ def _encode_captions(model: ClipModel, captions: Sequence[str], encoding: Encodi
 def _encode_share_of_captions(
     model: ClipModel, ordered: Sequence[str], batches: Sequence[range], encoding: Encoding
 ) -> dict[str, Tensor]:
-    """`features` of the captions in `batches`, and the `rows` of `ordered` where they stand."""
+    """`features` of the captions in `batches`, and their `rows` in `ordered`."""
     features = [torch.empty(0, model.embed_dim, device=model_device(model))]
     with evaluation_mode(model, encoding.precision):
         for batch in show_track(batches, "captions" if encoding.show_progress else None, len(batches)):
@@ -262,14 +263,14 @@ def _encode_share_of_captions(
 def _parts(
     encoding: Encoding, batches: Sequence[Item], compute: Callable[[Sequence[Item]], dict[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
-    """What `compute` gives of the batches: in one part, or in a part for each process."""
+    """The results of `compute` on the batches: one part, or one part per process."""
     return all_results(lambda: compute(my_share(batches))) if encoding.shared else [compute(batches)]
 
 
 def _kept_or_computed(
     encoding: Encoding, what: str, key_of: Callable[[FeatureCache], str], compute: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The tensors from the cache if it has them, else computed and kept; of several processes rank 0 does that."""
+    """The tensors from the cache, or else computed and stored. With several processes, rank 0 handles the cache."""
     cache = encoding.cache
     if cache is None:
         return compute()
@@ -287,7 +288,7 @@ def _kept_or_computed(
 
 
 def refuse_many_unreadable(unreadable: Sequence[Unreadable], total: int) -> None:
-    """InputError if more than 1% of `total` pictures are unreadable: the figures would be those of another test."""
+    """Raise InputError if more than 1% of `total` pictures are unreadable: the figures would describe another test."""
     if len(unreadable) > MAX_UNREADABLE_SHARE * total:
         raise InputError(
             f"unreadable pictures: {len(unreadable)} by now of {total}, where {MAX_UNREADABLE_SHARE:.0%} is allowed; "
@@ -296,7 +297,7 @@ def refuse_many_unreadable(unreadable: Sequence[Unreadable], total: int) -> None
 
 
 def show_track(items: Iterable[Item], description: str | None, total: int | None) -> Iterable[Item]:
-    """`items`, with a progress bar on stderr if there is a description and a terminal to show it on."""
+    """`items`, with a progress bar on stderr if there is a description and stderr is a terminal."""
     if description is None or not sys.stderr.isatty() or not is_main_process():
         return items
     return track(items, description, total=total, console=Console(stderr=True))
@@ -318,7 +319,7 @@ def _unit(features: Tensor) -> Float[Tensor, "B D"]:
 
 
 def _require_finite(features: Float[Tensor, "N D"], name: Any) -> None:
-    """One look after the last batch: a look at each batch would make a GPU wait for the CPU."""
+    """Check once after the last batch: checking each batch would make a GPU wait for the CPU."""
     finite = torch.isfinite(features).all(dim=1)
     if not finite.all():
         first = int((~finite).nonzero()[0])

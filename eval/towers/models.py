@@ -1,4 +1,4 @@
-"""Any checkpoint to a model: students and teachers, ours and published, anyone's CLIP through open_clip."""
+"""Load any checkpoint: our own and published students and teachers, and any CLIP of open_clip."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["ClipModel", "describe_model", "load_model", "weights_file"]
 ClipModel: TypeAlias = LongCLIP | MobileCLIP | OpenClipModel | TowerPair
 Kind = Literal["student", "teacher"]
 _OUR_FORMAT = "compact-longclip"
-# A key that starts like this is found in every file of its layout, and in no other's
+# Every file of a layout has keys with its prefix, and no file of another layout does
 _STUDENT_KEYS = ("image_encoder.", "visual.trunk.")  # ml-mobileclip, open_clip's MobileCLIP
 _TEACHER_KEYS = (
     "visual.conv1.",
@@ -45,19 +45,20 @@ def load_model(
     activation: Activation | None = None,
     device: str = "cpu",
 ) -> ClipModel:
-    """A model in eval mode from a file, a run folder (its best weights), a hub name, or a name of open_clip's.
+    """A model in eval mode from a file, a run folder (its best weights), a hub name, or an open_clip name.
 
-    Unless `context_length` or `pad_mask` say otherwise, published students are evaluated as published (77 tokens,
-    padding attended), our own files as they were saved, teachers at 248 tokens. Where the file does not tell, `variant`
-    names a published student's architecture and `activation` a CLIP teacher's. `open_clip:ARCHITECTURE/WEIGHTS`,
-    `hf-hub:ORGANISATION/NAME`, `local-dir:FOLDER` and a folder with open_clip_config.json are open_clip's models,
-    evaluated as open_clip does and without options. Raises InputError for anything else.
+    By default, published students run as published (77 tokens, padding attended), our own files as they were saved, and
+    teachers at 248 tokens; `context_length` and `pad_mask` override this. If the file does not show them, `variant`
+    gives a published student's architecture and `activation` a CLIP teacher's activation.
+    `open_clip:ARCHITECTURE/WEIGHTS`, `hf-hub:ORGANISATION/NAME`, `local-dir:FOLDER` and a folder with
+    open_clip_config.json are open_clip models, which run as in open_clip and take no options. Raises InputError for
+    anything else.
     """
     name = _open_clip_name(checkpoint)
     if name is not None:
         if (variant, context_length, pad_mask, activation) != (None,) * 4:
             raise InputError(
-                f"{checkpoint} is an open_clip model, which is what its configuration says: "
+                f"{checkpoint} is an open_clip model, whose configuration decides: "
                 "leave --variant, --context-length, --pad-mask and --activation out"
             )
         return load_open_clip(name, device)
@@ -83,7 +84,7 @@ def describe_model(model: ClipModel) -> str:
 
 
 def weights_file(checkpoint: str | Path) -> Path | None:
-    """The weight file on this machine that `load_model` reads for `checkpoint`; None for what the hub gives."""
+    """The weight file on this machine that `load_model` reads for `checkpoint`; None if it comes from the hub."""
     name = _open_clip_name(checkpoint)
     if name is not None:
         return open_clip_weights_file(name)
@@ -92,7 +93,7 @@ def weights_file(checkpoint: str | Path) -> Path | None:
 
 
 def _open_clip_name(checkpoint: str | Path) -> str | None:
-    """The name to give to open_clip, if `checkpoint` is a model of its."""
+    """The name under which open_clip loads `checkpoint`; None if it is not an open_clip model."""
     if is_open_clip_name(str(checkpoint)):
         return str(checkpoint)
     return f"local-dir:{checkpoint}" if (Path(checkpoint) / OPEN_CLIP_CONFIG).is_file() else None
@@ -120,13 +121,13 @@ def _kind_of_file(path: Path) -> Kind:
 
 
 def _kind_of_name(name: str) -> Kind:
-    """Which model a hub name means. A name that is no file and no model ends in one line."""
+    """The kind of model that a hub name means; InputError for a name that is neither a file nor a model."""
     if name in TEACHER_HUB_NAMES:
         return "teacher"
     if "mobileclip" in name.lower() and not Path(name).suffix and not name.startswith((".", "/", "~")):
         return "student"
     raise InputError(
-        f"no checkpoint at {name}: give a weight file, a run's folder, or a hub name "
+        f"no checkpoint at {name}: give a weight file, a run folder, or a hub name "
         f"({', '.join(TEACHER_HUB_NAMES)}, apple/MobileCLIP-S1-OpenCLIP, open_clip:ViT-B-16/openai, ...)"
     )
 
@@ -135,8 +136,8 @@ def _keys_and_metadata(path: Path) -> tuple[list[str], dict[str, str]]:
     if path.suffix != ".safetensors":
         return list(read_weights(path).tensors), {}
     try:
-        with safe_open(path, framework="pt") as file:  # reads the header alone
+        with safe_open(path, framework="pt") as file:  # reads only the header
             return list(file.keys()), file.metadata() or {}
     except (SafetensorError, OSError):
-        weights = read_weights(path)  # words the error
+        weights = read_weights(path)  # raises the InputError that says what is wrong
         return list(weights.tensors), weights.metadata

@@ -1,11 +1,11 @@
-"""Models named on a command line, each with the settings that it is read with.
+"""Models named on a command line, each with the settings for reading it.
 
     NAME=CHECKPOINT                                  one model
     NAME=CHECKPOINT,CHECKPOINT,...                   several seeds of one model
     NAME=CHECKPOINT@context_length=77,pad_mask=True  read with these settings, seeds alike
 
-What follows the last @ is taken for settings only if it begins with WORD=, so that hub revisions (NAME@main), URLs and
-folders with an @ in their names stay whole. A path that exists is never taken apart.
+The text after the last @ counts as settings only if it begins with WORD=, so hub revisions (NAME@main), URLs and
+folders with an @ in their names stay whole. A path that exists is never split.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FEWEST_TOKENS = 2  # the start and the end of a caption
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """What `load_model` is told about a checkpoint; None leaves it to the file."""
+    """The options of `load_model` for one checkpoint; None leaves a setting to the file."""
 
     variant: str | None = None
     context_length: int | None = None
@@ -55,7 +55,7 @@ class ReadSettings:
 
 @dataclass(frozen=True)
 class NamedModel:
-    """The checkpoints of one model, one for each seed, and how all of them are read."""
+    """The checkpoints of one model, one per seed, and the settings for reading all of them."""
 
     checkpoints: tuple[str, ...]
     settings: ReadSettings = ReadSettings()
@@ -64,7 +64,7 @@ class NamedModel:
 def parse_models(entries: Sequence[str]) -> dict[str, NamedModel]:
     """The models by name, in order.
 
-    A checkpoint without a name is called as its file or run folder is, and its settings become part of the name.
+    A checkpoint without a name gets that of its file or run folder, and its settings become part of the name.
     Raises InputError for an entry that is not of the form above, an unknown setting or value, and a name that comes
     twice.
     """

@@ -1,4 +1,4 @@
-"""Anyone's CLIP through open_clip, with our models' interface: published names, weight files, hub and local folders.
+"""Any CLIP of open_clip behind our models' interface: published names, weight files, hub and local folders.
 
     open_clip:ViT-B-32/laion2b_s34b_b79k     an architecture and a published set of weights, fetched on first use
     open_clip:ViT-B-32/weights.safetensors   an architecture and a file that holds its weights
@@ -39,26 +39,28 @@ __all__ = [
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _BUILT_IN, _LOCAL_DIR, _HUB = "open_clip:", "local-dir:", "hf-hub:"
-# In open_clip's own order of preference: we check the file that it then reads
+# In open_clip's order of preference, so that we check the file that it reads
 _LOCAL_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-# What a configuration may ask of its tokenizer. The rest would go to transformers, which can be asked to run code
+# Options that a configuration may set for its tokenizer. Others would reach transformers, which can run code for some
 _TOKENIZER_OPTIONS = {"clean", "strip_sep_token", "tokenizer_mode", "language", "additional_special_tokens"}
 _TOWERS = ("vision", "text")
-_MOST_LAYERS, _LARGEST_SIZE = 1000, 1 << 20  # no true size comes near these
-_FEWEST_WEIGHTS_SHARE = 0.5  # of what the configuration asks for; less is a configuration that lies
+_MOST_LAYERS, _LARGEST_SIZE = 1000, 1 << 20  # no real size comes near these
+_FEWEST_WEIGHTS_SHARE = (
+    0.5  # share of the weights that the configuration asks for; with fewer, the configuration is false
+)
 _POSITION_TABLES = ("positional_embedding", "text.positional_embedding", "visual.positional_embedding")
 
 
 class OpenClipTokenizer:
-    """open_clip's tokenizer of a model, which also says how long a caption is before it is cut.
+    """open_clip's tokenizer for a model; it also counts a caption's tokens before the cut.
 
-    CLIP's own byte pairs go through `CaptionTokenizer`: the same ids, faster.
+    CLIP's own byte pairs go through `CaptionTokenizer`, which gives the same ids faster.
     """
 
     def __init__(self, tokenizer: SimpleTokenizer | HFTokenizer, *, is_plain_clip: bool) -> None:
         self.context_length: int = tokenizer.context_length
-        """Tokens of a caption, start and end included, to which every caption is cut or padded."""
+        """Tokens, start and end included, to which every caption is cut or padded."""
         self._tokenizer = CaptionTokenizer(self.context_length) if is_plain_clip else tokenizer
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Int[Tensor, "N L"]:
@@ -66,13 +68,13 @@ class OpenClipTokenizer:
         return self._tokenizer([texts] if isinstance(texts, str) else list(texts), context_length)
 
     def count_tokens(self, text: str) -> int:
-        """The caption's length in tokens with those that the tokenizer adds, before any truncation."""
+        """The caption's length in tokens before any truncation, with those that the tokenizer adds."""
         tokenizer = self._tokenizer
         if isinstance(tokenizer, CaptionTokenizer):
             return tokenizer.count_tokens(text)
         if isinstance(tokenizer, SimpleTokenizer):
             return len(tokenizer.encode(text)) + 2  # start and end
-        # verbose=False: a long caption is no news here
+        # verbose=False: no warning about long captions
         if tokenizer.tokenizer_mode == "clips":
             own = tokenizer.tokenizer(tokenizer.clean_fn(text), add_special_tokens=False, verbose=False)
             return len(own.input_ids) + 3  # start, end and class
@@ -80,20 +82,22 @@ class OpenClipTokenizer:
 
 
 class OpenClipModel(nn.Module):
-    """A model of open_clip's, unchanged: features come from its own `encode_image` and `encode_text`."""
+    """An unchanged open_clip model: features come from its own `encode_image` and `encode_text`."""
 
     def __init__(self, clip: Any, tokenizer: OpenClipTokenizer, embed_dim: int) -> None:
         super().__init__()
         self.clip = clip
         if isinstance(clip, open_clip.CoCa):
-            del self.clip.text_decoder  # writes captions, has no part in the features
+            del self.clip.text_decoder  # it writes captions and plays no part in the features
         self.tokenizer = tokenizer
         self.embed_dim = embed_dim
         self.preprocess_cfg = PreprocessCfg(**self.visual.preprocess_cfg)
         size = self.preprocess_cfg.size
         sides = (size, size) if isinstance(size, int) else tuple(size)
         if sides[0] != sides[1]:
-            raise InputError(f"its pictures are {sides[0]} x {sides[1]}: only square ones are supported")
+            raise InputError(
+                f"the model reads pictures of {sides[0]} x {sides[1]} pixels: only square ones are supported"
+            )
         self.image_size: int = sides[0]
 
     def encode_image(self, images: Float[Tensor, "B 3 R R"], normalize: bool = False) -> Float[Tensor, "B D"]:
@@ -116,7 +120,7 @@ class OpenClipModel(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """Tokens that are read of a caption."""
+        """Longest caption in tokens; the rest is cut."""
         return self.tokenizer.context_length
 
     @property
@@ -126,16 +130,16 @@ class OpenClipModel(nn.Module):
 
 
 def is_open_clip_name(name: str) -> bool:
-    """Whether `load_open_clip` is meant to load this."""
+    """Whether this is a name for `load_open_clip`."""
     return name.startswith((_BUILT_IN, _LOCAL_DIR, _HUB))
 
 
 def load_open_clip(name: str, device: str | torch.device = "cpu") -> OpenClipModel:
     """The open_clip model `name` (forms above) in eval mode, float32.
 
-    Random weights are never evaluated: without weights, or with weights that do not fit, raises InputError in one line;
-    likewise for what cannot be fetched. open_clip would resample positions that do not fit; that too is refused for
-    files. Weights trained with QuickGELU get it where open_clip's configuration of that name has GELU.
+    Random weights are never evaluated: missing weights, weights that do not fit, and weights that cannot be fetched
+    raise InputError in one line. So do files whose positions do not fit, which open_clip would resample. Weights that
+    were trained with QuickGELU get it, also where open_clip's configuration of that name has GELU.
     """
     if name.startswith(_BUILT_IN):
         architecture, weights = _split(name)
@@ -163,22 +167,22 @@ def load_open_clip(name: str, device: str | torch.device = "cpu") -> OpenClipMod
         tokenizer = open_clip.get_tokenizer(architecture)
     is_plain_clip = isinstance(tokenizer, SimpleTokenizer) and not config["text_cfg"].get("tokenizer_kwargs")
     model = OpenClipModel(clip, OpenClipTokenizer(tokenizer, is_plain_clip=is_plain_clip), config["embed_dim"])
-    return model.to(device).eval()  # not frozen: torch picks other kernels then, and the last bits would differ
+    return model.to(device).eval()  # not frozen: torch would choose other kernels, and the last bits would differ
 
 
 def open_clip_weights_file(name: str) -> Path | None:
-    """The weight file on this machine that `name` means; None for what is fetched from the hub."""
+    """The weight file on this machine that `name` means; None if it is fetched from the hub."""
     if name.startswith(_BUILT_IN):
         return _weights_path(*_split(name))
     if name.startswith(_HUB):
         return None
     folder = Path(name.removeprefix(_LOCAL_DIR)).expanduser()
     if not (folder / OPEN_CLIP_CONFIG).is_file():
-        raise InputError(f"{name}: no {OPEN_CLIP_CONFIG} in that folder, which open_clip's save writes")
+        raise InputError(f"{name}: the folder has no {OPEN_CLIP_CONFIG}, which open_clip writes when it saves a model")
     for file in _LOCAL_WEIGHTS:
         if (folder / file).is_file():
             return folder / file
-    raise InputError(f"{name}: no weights in that folder; put {_LOCAL_WEIGHTS[0]} beside {OPEN_CLIP_CONFIG}")
+    raise InputError(f"{name}: the folder has no weights: put {_LOCAL_WEIGHTS[0]} beside {OPEN_CLIP_CONFIG}")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -192,14 +196,14 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _weights_path(architecture: str, weights: str) -> Path | None:
-    """The file that `weights` means, None where it is the tag of a published set."""
+    """The file that `weights` means; None if it is the tag of published weights."""
     if open_clip.get_pretrained_cfg(architecture, weights):
         return None
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise InputError(f"{weights} is no file and no weights of {architecture}; {_known_tags(architecture)}")
+        raise InputError(f"{weights} is neither a file nor a tag of {architecture}: {_known_tags(architecture)}")
     if path.suffix not in _WEIGHT_SUFFIXES:
-        raise InputError(f"{path} is no weight file: {', '.join(_WEIGHT_SUFFIXES)} are read")
+        raise InputError(f"{path} is no weight file: {', '.join(_WEIGHT_SUFFIXES)} can be read")
     return path
 
 
@@ -211,7 +215,7 @@ def _known_tags(architecture: str) -> str:
 
 
 def _check_config(name: str, config: Any) -> None:
-    """A configuration comes with the weights and is as untrusted as they are."""
+    """Check a configuration, which comes with the weights and is as untrusted as they are."""
     is_complete = isinstance(config, dict) and all(isinstance(config.get(f"{way}_cfg"), dict) for way in _TOWERS)
     if not is_complete or not isinstance(config.get("embed_dim"), int):
         raise InputError(f"{name}: its configuration lacks embed_dim, vision_cfg or text_cfg")
@@ -233,15 +237,15 @@ def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _check_weights(name: str, architecture: str, path: Path) -> None:
-    """InputError if the file is damaged or holds code, or if open_clip would not take its weights as they are."""
+    """Raise InputError if the file is damaged or holds code, or if open_clip would change its weights."""
     tensors = read_weights(path).tensors
-    with _one_line_errors(name), torch.device("meta"):  # shapes only: a configuration that lies takes no memory
+    with _one_line_errors(name), torch.device("meta"):  # shapes only: a false configuration takes no memory
         clip = open_clip.create_model(architecture, load_weights=False, pretrained_text=False, device="meta")
     wanted = clip.state_dict()
     num_wanted = sum(value.numel() for value in wanted.values())
     if sum(value.numel() for value in tensors.values()) < _FEWEST_WEIGHTS_SHARE * num_wanted:
         raise InputError(f"{name}: {path} holds far fewer weights than {architecture} has")
-    # Layouts differ in the prefix of the text tower alone
+    # The layouts differ only in the prefix of the text tower
     tables = {key.removeprefix("text."): tensors[key] for key in _POSITION_TABLES if key in tensors}
     for key in _POSITION_TABLES:
         table = tables.get(key.removeprefix("text."))
@@ -254,13 +258,13 @@ def _check_weights(name: str, architecture: str, path: Path) -> None:
 
 @contextmanager
 def _one_line_errors(name: str) -> Iterator[None]:
-    """What open_clip, transformers and the hub client raise, whichever that is, as an InputError; their log is off."""
+    """Turn any error of open_clip, transformers and the hub client into an InputError, with their logs off."""
     was_disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         yield
     except ModuleNotFoundError as error:
-        raise InputError(f"{name} needs a further package: pip install {error.name}") from None
+        raise InputError(f"{name} needs another package: pip install {error.name}") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"open_clip cannot load {name}: {reason[:300]}") from None

@@ -1,6 +1,6 @@
 """The image tower of one model with the text tower of another, as one model.
 
-A student's tower that was trained alone in its teacher's embedding space is judged so: with the teacher's other tower.
+A student tower that was trained alone in its teacher's embedding space is evaluated with the teacher's other tower.
 
 Shapes: B images or captions, R image side, L tokens, D embedding.
 """
@@ -28,35 +28,35 @@ OurModel: TypeAlias = LongCLIP | MobileCLIP
 
 
 class TowerPair(nn.Module):
-    """Two towers with one embedding space. Its modules are these two: what else the models hold is no part of it.
+    """Two towers with one embedding space. Nothing else of the two models becomes part of the pair.
 
-    Both models must be on the same device. `logit_scale` (log space) belongs to neither tower: say whose it is.
+    Both models must be on the same device. `logit_scale` (log space) belongs to neither tower and is given.
     """
 
     def __init__(self, image: OurModel, text: OurModel, logit_scale: nn.Parameter) -> None:
-        """Raises InputError for towers of different widths."""
+        """Raises InputError for towers of different feature widths."""
         super().__init__()
         if image.embed_dim != text.embed_dim:
             raise InputError(
                 f"the image tower gives {image.embed_dim} features and the text tower {text.embed_dim}: they have no "
-                f"common space (a student's width is set by --student.embed_dim)"
+                f"common space (--student.embed_dim sets a student's width)"
             )
         self.visual = image.image_encoder if isinstance(image, MobileCLIP) else image.visual
         self.text = text.text_encoder if isinstance(text, MobileCLIP) else text.text
         self.logit_scale = logit_scale
-        self._models = (image, text)  # a tuple: outside the module tree, with the towers that are not used
+        self._models = (image, text)  # a tuple keeps the models, with their unused towers, outside the module tree
 
     def encode_image(self, images: Float[Tensor, "B 3 R R"], normalize: bool = False) -> Float[Tensor, "B D"]:
         """Features of images that `preprocess` has normalised."""
         return self._models[0].encode_image(images, normalize=normalize)
 
     def encode_text(self, tokens: Int[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
-        """Features of token ids of any length; more than `context_length` are cut with EOT kept."""
+        """Features of token ids of any length; captions beyond `context_length` are cut, with EOT kept."""
         return self._models[1].encode_text(tokens, normalize=normalize)
 
     @property
     def config(self) -> tuple[StudentConfig | TeacherConfig, StudentConfig | TeacherConfig]:
-        """Configurations of the models that the image and the text tower come from."""
+        """The configurations of the models of the image tower and the text tower."""
         return self._models[0].config, self._models[1].config
 
     @property
@@ -71,17 +71,17 @@ class TowerPair(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the square input picture in pixels, as the image tower has it."""
+        """The image tower's input size: side of the square picture in pixels."""
         return self._models[0].image_size
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a caption, as the text tower has it."""
+        """The text tower's longest caption in tokens."""
         return self._models[1].context_length
 
     @property
     def tokenizer(self) -> CaptionTokenizer:
-        """The text tower's."""
+        """The text tower's tokenizer."""
         return self._models[1].tokenizer
 
     @property

@@ -99,7 +99,7 @@ def test_a_real_student_and_its_file(tiny_student: MobileCLIP, tmp_path: Path) -
 
 
 def test_no_repeats_is_an_error(tiny_student: MobileCLIP) -> None:
-    with pytest.raises(InputError, match="1 or more repeats, got 0"):
+    with pytest.raises(InputError, match="needs 1 or more repeats, got 0"):
         measure_cost(tiny_student, repeats=0)
 
 

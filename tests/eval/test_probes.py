@@ -176,7 +176,7 @@ def test_figures_on_pictures(colour_model: nn.Module, colour_classes: Path, tmp_
 def test_sets_of_other_classes_are_refused(colour_model: nn.Module, colour_classes: Path, tmp_path: Path) -> None:
     shutil.copytree(colour_classes, tmp_path / "test")
     (tmp_path / "test" / "red_board").rename(tmp_path / "test" / "pink_board")
-    with pytest.raises(InputError, match="have not the same classes, the first that one alone has: pink board"):
+    with pytest.raises(InputError, match="have different classes, the first that only one has: pink board"):
         evaluate_probes(colour_model, find_labelled_images(colour_classes), find_labelled_images(tmp_path / "test"))
 
 

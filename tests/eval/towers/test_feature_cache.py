@@ -126,7 +126,8 @@ def test_a_damaged_file_is_made_anew(
     again, _ = encode_captions(colour_model, CAPTIONS, encoding)
     assert torch.equal(again, features)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"warning: {file} is damaged and made anew")
+    assert len(lines) == 1 and lines[0].startswith(f"warning: {file} is damaged (")
+    assert lines[0].endswith("): the features are computed again")
     encode_captions(colour_model, CAPTIONS, encoding)
     assert capsys.readouterr().err == ""
 

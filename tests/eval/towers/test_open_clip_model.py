@@ -163,10 +163,10 @@ def test_what_cannot_be_loaded_ends_in_one_line(folder: Path, tmp_path: Path, ca
     (tmp_path / "broken" / "open_clip_model.safetensors").write_bytes(b"x")
     for name, message in (
         ("open_clip:ViT-B-32", r"names no weights.*ViT-B-32 has the weights .*openai"),
-        ("open_clip:ViT-B-32/none.pt", r"none.pt is no file and no weights of ViT-B-32.*openai"),
+        ("open_clip:ViT-B-32/none.pt", r"none.pt is neither a file nor a tag of ViT-B-32.*openai"),
         ("open_clip:ViT-Q-32/openai", "open_clip has no architecture 'ViT-Q-32'"),
-        (f"local-dir:{tmp_path / 'bare'}", r"no weights in that folder; put open_clip_model.safetensors"),
-        (f"local-dir:{tmp_path / 'absent'}", "no open_clip_config.json in that folder"),
+        (f"local-dir:{tmp_path / 'bare'}", r"the folder has no weights: put open_clip_model.safetensors"),
+        (f"local-dir:{tmp_path / 'absent'}", "the folder has no open_clip_config.json"),
         (f"local-dir:{tmp_path / 'broken'}", "open_clip cannot load"),
     ):
         with pytest.raises(InputError, match=message) as caught:
