@@ -6,11 +6,9 @@ state besides tensors: killed and resumed equals never killed.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,27 +19,10 @@ from longclip_teacher.weights_file import load_strictly, torch_load
 from mobileclip_student import MobileCLIP, save_student
 from training.distill import Distiller
 from training.ema import ModelEma
-from training.settings.options import SpeedOptions
-from training.settings.tree import TrainConfig, without_removed
+from training.resume import RunInputs, changes_since
+from training.settings.tree import TrainConfig
 
 __all__ = ["TrainState", "find_checkpoint", "load_checkpoint", "save_checkpoint", "save_weights"]
-
-# fields that may change between a run and its continuation, because no sample, step or weight depends on them beyond
-# rounding
-_FREE_FIELDS = {
-    "run": {"out_dir", "resume", "device", "log_every", "eval_every", "save_every", "keep_every"},
-    "data": {
-        "val",
-        "val_protocol",
-        "tests",
-        "zeroshot",
-        "zeroshot_classnames",
-        "zeroshot_templates",
-        "num_workers",
-        "max_bad_share",
-    },
-    "speed": {field.name for field in dataclasses.fields(SpeedOptions)},
-}
 
 
 @dataclass
@@ -51,6 +32,8 @@ class TrainState:
     distiller: Distiller
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
+    inputs: RunInputs
+    """Length of the run, contents of its data and teachers, by which a continuation knows them."""
     ema: ModelEma[MobileCLIP | LongCLIP] | None = None
     """Average of the trained model's weights, None where the run keeps none."""
     step: int = 0
@@ -74,25 +57,38 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "step": state.step,
         "best": state.best,
         "config": config.to_dict(),
+        "inputs": state.inputs.to_dict(),
     }
     remove_leftovers(path.parent, escape(path.name))
     with atomic_file(path, sync=True) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 
-def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Restore `state` from `path`. Raises InputError if the file is damaged or belongs to a run of other settings."""
+def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[str]:
+    """Restore `state` from `path`; returns what has changed since and changes no result, a line each.
+
+    `state.inputs` must be those of the run that goes on. On another validation set the best weights are chosen anew.
+    Raises InputError if the file is damaged, or belongs to a run whose settings, data or teachers lead elsewhere.
+    """
     content = torch_load(path)
     parts = {"distiller", "optimizer", "scaler", "ema", "step", "best", "config"}
     if not isinstance(content, dict) or not parts <= content.keys():
         raise InputError(f"{path} is not a training checkpoint (weights alone are given as --student.init)")
-    _check_config(path, content["config"], config)
+    saved, inputs = content["config"], content.get("inputs")
+    before = None if inputs is None else RunInputs.from_dict(inputs)
+    notes = changes_since(path, content["step"], saved, before, config, state.inputs)
     load_strictly(state.distiller, content["distiller"], path)
     state.optimizer.load_state_dict(content["optimizer"])
     state.scaler.load_state_dict(content["scaler"])
     if state.ema is not None:
         load_strictly(state.ema.model, content["ema"], path)
     state.step, state.best = content["step"], content["best"]
+    validation = config.to_dict()["data"]
+    if state.best is not None and any(saved["data"].get(name) != validation[name] for name in ("val", "val_protocol")):
+        state.best = None
+        if state.step < state.inputs.total_steps:
+            notes.append("the best weights are chosen anew on this validation set: best.safetensors is overwritten")
+    return notes
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
@@ -118,15 +114,3 @@ def save_weights(path: Path, model: MobileCLIP | LongCLIP) -> None:
         save_student(model, path)
     else:
         save_teacher(model, path)
-
-
-def _check_config(path: Path, saved: dict[str, dict[str, Any]], config: TrainConfig) -> None:
-    saved = without_removed({section: fields for section, fields in saved.items() if section != "speed"}, path)
-    for section, fields in config.to_dict().items():
-        for name, value in fields.items():
-            if name not in _FREE_FIELDS.get(section, ()) and saved.get(section, {}).get(name) != value:
-                before = saved.get(section, {}).get(name)
-                raise InputError(
-                    f"{path} is of a run with {section}.{name} = {before}, this one has {value}: "
-                    "use another --run.out_dir"
-                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import warnings
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eval.base.memory import peak_memory_gb
 from longclip_teacher.atomic_files import write_json
-from longclip_teacher.errors import InputError
+from longclip_teacher.errors import InputError, reported_once
 from training.build import validation_teacher
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from training.data.loader import Batch, ShardLoader
@@ -26,11 +27,13 @@ from training.ema import ModelEma
 from training.optim import build_optimizer, learning_rate
 from training.record.evaluate import validate
 from training.record.run_log import RunLog
+from training.resume import RunInputs
 from training.settings.tree import TrainConfig
 from training.step import backward_step
 
 __all__ = ["train"]
 
+logger = logging.getLogger(__name__)
 _STARVED_SHARE = 0.05  # of the time spent waiting for data, above which the run says so
 
 
@@ -38,14 +41,12 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
     """Train `distiller` as `config` says; returns the final state. Weights, log and checkpoints are in
     `run.out_dir`."""
     run, out_dir = config.run, config.run.out_dir
-    steps_per_epoch = loader.steps_per_epoch
-    total_steps = run.max_steps or max(1, round(run.epochs * steps_per_epoch))
-    optimizer = build_optimizer(distiller, config.optim, fused=config.speed.savings.fused_adamw)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=run.precision == "fp16")
-    ema = None if config.optim.ema is None else ModelEma(distiller.model, config.optim.ema)
-    state = TrainState(distiller, optimizer, scaler, ema)
-    if (checkpoint := find_checkpoint(config)) is not None:
-        load_checkpoint(checkpoint, state, config)
+    state = _initial_state(config, runtime, distiller, loader)
+    steps_per_epoch, total_steps = loader.steps_per_epoch, state.inputs.total_steps
+    checkpoint = _resume(config, state)
+    if state.step >= total_steps and (out_dir / "best.safetensors").exists():
+        logger.info("%s is finished: all %d steps are done (a larger --run.max_steps extends it)", out_dir, total_steps)
+        return state
     module = _parallel(distiller, runtime)
     log = RunLog(config, runtime, step=state.step, total_steps=total_steps)
     how = "resuming" if checkpoint else "starting"
@@ -70,10 +71,10 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
             batch = mix(batch.to(runtime.device), config.mix, key)
 
             rate = learning_rate(state.step, total_steps, config.optim)
-            for group in optimizer.param_groups:
+            for group in state.optimizer.param_groups:
                 group["lr"] = rate * group["lr_share"]
             losses = backward_step(
-                module, batch, precision=run.precision, accumulation=run.accumulation, scaler=scaler, key=key
+                module, batch, precision=run.precision, accumulation=run.accumulation, scaler=state.scaler, key=key
             )
             grad_norm = _apply(state, config)
             _check_finite(losses, batch, state, out_dir, runtime)
@@ -96,15 +97,35 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
     return state
 
 
+def _initial_state(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: ShardLoader) -> TrainState:
+    return TrainState(
+        distiller,
+        build_optimizer(distiller, config.optim, fused=config.speed.savings.fused_adamw),
+        torch.amp.GradScaler(runtime.device.type, enabled=config.run.precision == "fp16"),
+        RunInputs.of_run(config, runtime.world_size, loader),
+        None if config.optim.ema is None else ModelEma(distiller.model, config.optim.ema),
+    )
+
+
+def _resume(config: TrainConfig, state: TrainState) -> Path | None:
+    """Restore the state of the run that goes on, telling what has changed since; the checkpoint, None for a new run."""
+    with reported_once():
+        checkpoint = find_checkpoint(config)
+        notes = [] if checkpoint is None else load_checkpoint(checkpoint, state, config)
+    for note in notes:
+        logger.info(note)
+    return checkpoint
+
+
 def _evaluate_and_save(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog, done: bool) -> None:
     """Evaluate and write the checkpoints that are due at this step; at the last one both, whatever the intervals."""
     run, step = config.run, state.step
     if (run.eval_every and step % run.eval_every == 0 and step > 0) or done:
         _evaluate(config, runtime, state, log)
-    if step > 0 and (step % run.save_every == 0 or done):
-        _save(config, runtime, state, "last")
     if run.keep_every and step > 0 and step % run.keep_every == 0:
         _save(config, runtime, state, f"step_{step}")
+    if step > 0 and (step % run.save_every == 0 or done):
+        _save(config, runtime, state, "last")
 
 
 def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
@@ -165,9 +186,9 @@ def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: Run
 
 def _save(config: TrainConfig, runtime: Runtime, state: TrainState, name: str) -> None:
     if runtime.is_main:
-        save_checkpoint(config.run.out_dir / "checkpoints" / f"{name}.pt", state, config)
-        if name == "last":
+        if name == "last":  # the checkpoint comes after all else of its step: once it is there, nothing is missing
             save_weights(config.run.out_dir / "last.safetensors", state.judged_model)
+        save_checkpoint(config.run.out_dir / "checkpoints" / f"{name}.pt", state, config)
     runtime.barrier()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mobileclip_student import create_student
 from training import loop
 from training.checkpointing import TrainState
+from training.data.index import Contents
 from training.data.mixing import mix
 from training.data.samples import Batch
 from training.distributed import start
@@ -110,6 +111,8 @@ class Toy(nn.Module):
 
 class Loader:
     steps_per_epoch = 4
+    is_exact = True
+    contents: ClassVar[dict[str, Contents]] = {}
 
     def batches(self, epoch: int, position: int) -> Iterator[Batch]:
         for step in range(position, self.steps_per_epoch):
@@ -125,7 +128,7 @@ def test_the_loop_mixes_scales_the_rates_and_judges_the_average(
     config = parse_config(
         "--run.max_steps 6 --run.eval_every 2 --run.save_every 2 --run.seed 7 --run.global_batch_size 5 "
         "--optim.ema 0.25 --optim.image_lr_share 0.5 --optim.text_lr_share 0.1 --optim.schedule constant "
-        f"--optim.weight_decay 0 --mix.erase 1 --run.out_dir {tmp_path / 'run'}".split()
+        f"--teacher.checkpoint None --optim.weight_decay 0 --mix.erase 1 --run.out_dir {tmp_path / 'run'}".split()
     )
     torch.manual_seed(0)
     toy = Toy()

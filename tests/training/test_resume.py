@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from longclip_teacher.errors import InputError
-from training.checkpointing import TrainState, _check_config, find_checkpoint, load_checkpoint
+from training.checkpointing import TrainState, find_checkpoint, load_checkpoint
 from training.record.run_log import read_metrics
+from training.resume import RunInputs, changes_since
 from training.settings.tree import REMOVED, parse_config
 
 MAIN = Path(__file__).resolve().parents[2] / "training" / "main.py"
@@ -69,23 +70,6 @@ def test_killed_and_resumed_equals_never_killed(checkout: Path, whole: Path, tmp
     assert [step for step, _ in losses[0]] == list(range(1, STEPS + 1))
 
 
-def test_a_finished_run_is_not_trained_further(checkout: Path, whole: Path) -> None:
-    before = (whole / "checkpoints" / "last.pt").read_bytes()
-    assert launch(checkout, whole).wait(timeout=180) == 0
-    after = torch.load(whole / "checkpoints" / "last.pt", weights_only=True)
-    assert after["step"] == STEPS
-    assert all(
-        torch.equal(value, after["distiller"][name])
-        for name, value in torch.load(_copy(whole, before), weights_only=True)["distiller"].items()
-    )
-
-
-def _copy(folder: Path, content: bytes) -> Path:
-    path = folder / "before.pt"
-    path.write_bytes(content)
-    return path
-
-
 def test_the_weights_of_a_run_are_the_average(whole: Path) -> None:
     checkpoint = torch.load(whole / "checkpoints" / "last.pt", weights_only=True)
     weights, average = load_file(whole / "last.safetensors"), checkpoint["ema"]
@@ -104,10 +88,11 @@ def test_a_folder_that_holds_a_run_is_refused_unless_resumed(whole: Path) -> Non
 
 def test_checkpoints_of_other_settings_or_damaged_ones_are_refused(whole: Path, tmp_path: Path) -> None:
     last = whole / "checkpoints" / "last.pt"
-    state = TrainState(None, None, None)  # type: ignore[arg-type]  # refused before it is touched
+    inputs = RunInputs.from_dict(torch.load(last, weights_only=True)["inputs"])
+    state = TrainState(None, None, None, inputs)  # type: ignore[arg-type]  # refused before it is touched
     config = parse_config(ARGS)
     for section, name, before, value in (
-        ("run", "max_steps", "9", 10),
+        ("run", "seed", "0", 1),
         ("data", "captions", r"\[\]", ("a.txt",)),
         ("mix", "erase", "0.5", 0.25),
         ("init", "freeze_text", "False", True),
@@ -133,7 +118,8 @@ def test_a_checkpoint_from_before_an_option_was_removed_is_still_resumed(monkeyp
     saved["speed"] = {"trim": False}  # as runs had it before --speed.reference
     saved["loss"]["gone"] = 0.0
     monkeypatch.setitem(REMOVED, "loss.gone", (0.0, "use --loss.vrd_long"))
-    _check_config(Path("last.pt"), saved, config)
+    inputs = RunInputs(total_steps=9, world_size=1, stream_workers=None, data={}, teachers={})
+    assert changes_since(Path("last.pt"), 5, saved, inputs, config, inputs) == []
     saved["loss"]["gone"] = 1.0
     with pytest.raises(InputError, match=r"last\.pt: --loss\.gone is gone: use --loss\.vrd_long"):
-        _check_config(Path("last.pt"), saved, config)
+        changes_since(Path("last.pt"), 5, saved, inputs, config, inputs)

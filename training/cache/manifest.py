@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ __all__ = [
     "ShardFacts",
     "SidecarRecord",
     "as_tuple",
+    "cache_sha256",
     "changes",
     "decoder_name",
     "library_versions",
@@ -217,6 +218,15 @@ def _record_path(folder: Path, shard: str) -> Path:
 def teacher_sha256(checkpoint: str) -> str:
     """Return the sha256 of the weight file that `checkpoint` (a file, a run's folder or a hub name) refers to."""
     return file_sha256(weights_file(checkpoint) or teacher_file(checkpoint))
+
+
+def cache_sha256(folder: Path, shards: Iterable[str]) -> str:
+    """A hash of the stored features of some shards, by their names, and of how they were made."""
+    settings, records = read_cache(folder)
+    made = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("teacher", "libraries")}
+    found = [records.get(name) or read_record(folder, name) for name in shards]
+    sidecars = [None if record is None else record.sha256 for record in found]
+    return hashlib.sha256(json.dumps([made, sidecars]).encode()).hexdigest()
 
 
 def tokenizer_digest(context_length: int) -> str:

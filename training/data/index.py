@@ -10,6 +10,7 @@ unpickled.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from braceexpand import braceexpand
@@ -34,6 +35,7 @@ __all__ = [
     "EXTRA_MEMBERS",
     "MANIFEST_NAME",
     "MAX_EXTRA_BYTES",
+    "Contents",
     "OpenFiles",
     "RawSample",
     "ShardIndex",
@@ -123,6 +125,13 @@ class ShardRecord:
         return cls(str(data["name"]), num_bytes, str(data["sha256"]), keys, spans, str(data.get("inputs", "")), extra)
 
 
+def _contents(record: ShardRecord) -> Contents:
+    layout = hashlib.sha256(str(record.num_bytes).encode())
+    for part in (record.keys, record.spans, *(record.extra[name] for name in sorted(record.extra))):
+        layout.update(part.tobytes())
+    return Contents(len(record.keys), layout.hexdigest(), record.sha256)
+
+
 def _is_outside(spans: np.ndarray, num_bytes: int) -> bool:
     return bool((spans < 0).any() or (spans > num_bytes).any() or (spans.sum(axis=-1) > num_bytes).any())
 
@@ -193,6 +202,16 @@ def _span(member: TarMember | None) -> tuple[int, int]:
     return (0, 0) if member is None else (member.offset, member.size)
 
 
+class Contents(NamedTuple):
+    """What is known of a file or folder of samples without reading them all: it tells a changed one."""
+
+    num_samples: int
+    layout: str
+    """A hash of what its index says: sizes, offsets, names."""
+    sha256: str = ""
+    """Of the whole file, as its manifest says; "" where no manifest tells it."""
+
+
 class OpenFiles:
     """Read by offset from many files, and keep the last used ones open.
 
@@ -239,6 +258,7 @@ class ShardIndex:
         records = [_checked(manifests[path.parent].get(path.name), path) or _cached_scan(path) for path in steps]
         self.shard_sizes = np.array([len(record.keys) for record in records])
         self.shard_sha256 = [record.sha256 for record in records]  # "" if no manifest gives it
+        self.contents = {str(path): _contents(record) for path, record in zip(self.paths, records, strict=True)}
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._keys = np.concatenate([record.keys for record in records])
         self._spans = np.concatenate([record.spans for record in records])  # [N, 3, 2]

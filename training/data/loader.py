@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
-from training.data.index import RawSample, ShardIndex, Stage, expand_patterns, is_remote
+from training.data.index import Contents, RawSample, ShardIndex, Stage, expand_patterns, is_remote
 from training.data.loose_files import CaptionFiles, PictureFolder
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, collate
 from training.data.store import TeacherStore
@@ -56,6 +56,8 @@ class SampleIndex(Protocol):
 
     shard_sizes: np.ndarray
     """int64 [shards]; they sum to `num_samples`. Loose files are one shard."""
+    contents: dict[str, Contents]
+    """By path of each shard, caption file or folder of pictures."""
 
     @property
     def num_samples(self) -> int: ...
@@ -160,6 +162,11 @@ class ShardLoader:
             pin_memory=pin_memory,
             persistent_workers=self.is_exact and num_workers > 0,  # a stream gets its steps when it starts
         )
+
+    @property
+    def contents(self) -> dict[str, Contents]:
+        """What is known of each local file or folder that the samples come from; empty for a stream."""
+        return self._source.index.contents if isinstance(self._source, _IndexedBatches) else {}
 
     @property
     def skipped(self) -> dict[str, int]:

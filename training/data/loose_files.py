@@ -8,6 +8,7 @@ create no Python strings. The files are untrusted: reads are bounded.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import stat
 import sys
@@ -21,7 +22,7 @@ from eval.base.images import is_picture
 from eval.benchmarks.annotation_files import first_json_rows, one_line, read_json
 from eval.benchmarks.protocol_readers import SHAREGPT4V_TEST_ROWS
 from longclip_teacher.errors import InputError
-from training.data.index import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, OpenFiles, RawSample
+from training.data.index import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Contents, OpenFiles, RawSample
 
 __all__ = ["CaptionFiles", "PictureFolder"]
 
@@ -48,6 +49,7 @@ class PictureFolder:
         if not self.num_samples:
             raise InputError(f"--data.images {folder}: no picture in it (.jpg, .png, .webp, ...)")
         self.shard_sizes = np.array([self.num_samples])
+        self.contents = {str(folder): Contents(self.num_samples, self._names.sha256())}
 
     @property
     def num_samples(self) -> int:
@@ -87,6 +89,9 @@ class CaptionFiles:
                 raise InputError(f"--data.captions {path}: no caption in it")
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.shard_sizes = np.array([self.num_samples])
+        self.contents = {
+            str(path): Contents(len(source), source.sha256()) for path, source in zip(paths, self._sources, strict=True)
+        }
 
     @property
     def num_samples(self) -> int:
@@ -116,6 +121,10 @@ class _Texts:
     def __getitem__(self, row: int) -> bytes:
         return self._content[self._ends[row] : self._ends[row + 1]].tobytes()
 
+    def sha256(self) -> str:
+        """A hash of all texts."""
+        return hashlib.sha256(self._ends.tobytes() + self._content.tobytes()).hexdigest()
+
 
 class _Lines:
     """The non-empty lines of a file, or the part of each before the first `delimiter`."""
@@ -133,6 +142,10 @@ class _Lines:
             return None
         line = self._files.read(0, offset, size)
         return line if self._delimiter is None else line.partition(self._delimiter)[0]
+
+    def sha256(self) -> str:
+        """A hash of where the lines lie; their text is not read."""
+        return hashlib.sha256(self._spans.tobytes()).hexdigest()
 
 
 def _line_spans(path: Path) -> np.ndarray:

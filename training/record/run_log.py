@@ -33,7 +33,8 @@ class RunLog:
         write_text(out_dir / "config.toml", config_to_toml(config))
         _write_environment(out_dir)
         self._metrics_path = out_dir / "metrics.jsonl"
-        _forget_after(self._metrics_path, step)
+        every = config.run.eval_every
+        _forget_after(self._metrics_path, step, is_validated_again=every > 0 and step % every == 0)
         self._metrics = self._metrics_path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
         self._progress = Progress(
@@ -101,15 +102,15 @@ def read_metrics(run_dir: Path, group: str = "train") -> list[dict[str, float]]:
     return rows
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the records of what a run resumed at `step` does again: later steps, and the validation at this one."""
+def _forget_after(path: Path, step: int, *, is_validated_again: bool) -> None:
+    """Drop the records of what a run resumed at `step` does again: later steps, and perhaps the validation at this."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-            if row["step"] < step or (row["step"] == step and row["group"] == "train"):
+            if row["step"] < step + (row["group"] == "train" or not is_validated_again):
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue

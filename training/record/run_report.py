@@ -20,7 +20,7 @@ from training.build import DATACOMPDR, frozen_teacher, validation_teacher
 from training.distributed import Runtime
 from training.record.curves import run_facts, training_curves
 from training.record.evaluate import evaluate_tests, judged_model, test_sets
-from training.settings.tree import TrainConfig
+from training.settings.tree import TrainConfig, config_from_toml
 
 __all__ = ["report_run"]
 
@@ -66,7 +66,8 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
         out_dir / "report.html",
         Report(
             title=f"Run {out_dir.name}",
-            paragraphs=[_summary(config, teacher is not None)],
+            # a finished run may be judged on other sets than it was trained with
+            paragraphs=[_summary(config_from_toml(out_dir / "config.toml"), teacher is not None)],
             columns=columns,
             models=figures,
             sections={"Training": training_curves({title: out_dir}, model_colours(figures))},

@@ -1,0 +1,176 @@
+"""Going on with a run: whether what decides its result is as it was, and what may differ, told in a line each.
+
+Compared are the configuration, the contents of the training data and the weights of the frozen teachers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longclip_teacher.errors import InputError
+from training.cache.manifest import cache_sha256, teacher_sha256
+from training.data.index import Contents
+from training.data.loader import ShardLoader
+from training.optim import learning_rate
+from training.settings.options import SpeedOptions
+from training.settings.tree import TrainConfig, without_removed
+
+__all__ = ["RunInputs", "changes_since"]
+
+_LENGTH = ("max_steps", "epochs")  # of section run: compared by the number of steps that they come to
+_OTHER_FOLDER = "use another --run.out_dir"
+_PROMPTS = {"zeroshot", "zeroshot_classnames", "zeroshot_templates"}
+# fields that may change between a run and its continuation, because no sample, step or weight depends on them beyond
+# rounding
+_FREE_FIELDS = {
+    "run": {"out_dir", "device", "log_every", "eval_every", "save_every", "keep_every"},
+    "data": {"val", "val_protocol", "tests", "num_workers", "max_bad_share"} | _PROMPTS,
+    "speed": {field.name for field in dataclasses.fields(SpeedOptions)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInputs:
+    """What decides a run's result beside its configuration and its start."""
+
+    total_steps: int
+    world_size: int
+    stream_workers: int | None
+    """Loader processes of each training process, on which the order of a stream depends; None: no stream."""
+    data: dict[str, Contents]
+    """Of each shard, caption file or folder of pictures, by path."""
+    teachers: dict[str, str]
+    """By field: the sha256 of a frozen teacher's weight file, or a hash of stored features."""
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, world_size: int, loader: ShardLoader) -> RunInputs:
+        """Those of a run that is about to train; reads the teachers' files once."""
+        run = config.run
+        return cls(
+            run.max_steps or max(1, round(run.epochs * loader.steps_per_epoch)),
+            world_size,
+            None if loader.is_exact else config.data.num_workers,
+            loader.contents,
+            _teacher_hashes(config, loader.contents),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {**dataclasses.asdict(self), "data": {path: tuple(known) for path, known in self.data.items()}}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> RunInputs:
+        """The inverse of `to_dict`."""
+        return cls(**{**content, "data": {path: Contents(*known) for path, known in content["data"].items()}})
+
+
+def changes_since(
+    path: Path, step: int, saved: Mapping[str, Any], before: RunInputs | None, config: TrainConfig, now: RunInputs
+) -> list[str]:
+    """What differs from the run whose checkpoint `path` was written at `step`, a line each.
+
+    saved     the configuration of that run, as `TrainConfig.to_dict` gives it
+    before    its inputs, None for a checkpoint of an earlier version, which does not hold them
+
+    Raises InputError for a difference that changes the result. A finished run may be made longer.
+    """
+    speed = {name: value for name, value in saved.get("speed", {}).items() if name in _FREE_FIELDS["speed"]}
+    notes = _changed_fields(path, without_removed({**saved, "speed": speed}, path), config)
+    if before is None:
+        if any(saved["run"].get(name) != config.to_dict()["run"][name] for name in _LENGTH):
+            raise InputError(f"{path} is of a run of another length (run.max_steps, run.epochs): {_OTHER_FOLDER}")
+        return [*notes, f"{path} does not tell the contents of its data: they are not compared"]
+    notes += _changed_length(path, step, before.total_steps, config, now.total_steps)
+    _check_data(path, before.data, now.data)
+    for field in sorted(before.teachers.keys() | now.teachers.keys()):
+        if before.teachers.get(field) != now.teachers.get(field):
+            raise InputError(
+                f"--{field} holds other weights or features than when the run of {path} began: put those back, or "
+                f"{_OTHER_FOLDER}"
+            )
+    if before.stream_workers != now.stream_workers:
+        raise InputError(
+            f"{path} is of a run with data.num_workers = {before.stream_workers}, this one has {now.stream_workers}, "
+            f"and the order of streamed samples depends on it: {_OTHER_FOLDER}"
+        )
+    if before.world_size != now.world_size:
+        notes.append(
+            f"resuming with {now.world_size} processes instead of {before.world_size}: BatchNorm statistics are each "
+            "process's own, so the result will differ a little"
+        )
+    return notes
+
+
+def _teacher_hashes(config: TrainConfig, data: Mapping[str, Contents]) -> dict[str, str]:
+    if not config.distils:
+        return {}
+    teacher = config.teacher
+    hashes = {}
+    if teacher.cache is not None and Path(teacher.cache).is_dir():
+        hashes["teacher.cache"] = cache_sha256(Path(teacher.cache), [Path(path).name for path in data])
+    if config.runs_teacher:
+        names = {"teacher.checkpoint": [teacher.checkpoint], "teacher.ensemble": teacher.ensemble}
+        if config.loss.uses_short:
+            names["teacher.short"] = [teacher.short]
+        for field, sources in names.items():
+            if known := [teacher_sha256(source) for source in sources if source is not None]:
+                hashes[field] = " ".join(known)
+    return hashes
+
+
+def _changed_fields(path: Path, saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    notes = []
+    prompts_teach = config.run.stage == "image" and any(name.endswith("_long") for name in config.loss.active)
+    for section, fields in config.to_dict().items():
+        for name, value in fields.items():
+            before = saved.get(section, {}).get(name)
+            if before == value or (section == "run" and name in ("resume", *_LENGTH)):
+                continue
+            if name not in _FREE_FIELDS.get(section, ()) or (prompts_teach and name in _PROMPTS):
+                raise InputError(
+                    f"{path} is of a run with {section}.{name} = {before}, this one has {value}: {_OTHER_FOLDER}"
+                )
+            if name in saved.get(section, {}):  # an earlier version may not have had it
+                notes.append(f"resuming with --{section}.{name} {_shown(value)} instead of {_shown(before)}")
+    return notes
+
+
+def _shown(value: Any) -> str:
+    return (" ".join(map(str, value)) or "(nothing)") if isinstance(value, list) else str(value)
+
+
+def _changed_length(path: Path, step: int, before: int, config: TrainConfig, now: int) -> list[str]:
+    if now == before:
+        return []
+    if now < before or step < before:
+        hint = "" if now < before else f", or finish it first: a run that has done its {before} steps can be extended"
+        raise InputError(f"{path} is of a run of {before} steps, this one has {now}: {_OTHER_FOLDER}{hint}")
+    ended, goes_on = (learning_rate(at, total, config.optim) for at, total in ((before - 1, before), (step, now)))
+    last = learning_rate(now - 1, now, config.optim)
+    peak = max(range(step, now), key=lambda at: learning_rate(at, now, config.optim))
+    rises = f", is highest at step {peak + 1} ({learning_rate(peak, now, config.optim):.3g})" if peak > step else ""
+    return [
+        f"the finished run of {before} steps is extended to {now}: the learning rate follows the "
+        f"{config.optim.schedule} schedule of {now} steps; it was {ended:.3g} at step {before}, goes on with "
+        f"{goes_on:.3g} at step {step + 1}{rises} and ends with {last:.3g}"
+    ]
+
+
+def _check_data(path: Path, before: Mapping[str, Contents], now: Mapping[str, Contents]) -> None:
+    for source in sorted(before.keys() | now.keys()):
+        old, new = before.get(source), now.get(source)
+        if old is None or new is None:
+            change = "it is new" if old is None else "it is gone"
+        elif old.num_samples != new.num_samples:
+            change = f"{old.num_samples} samples then, {new.num_samples} now"
+        elif old.layout != new.layout or (old.sha256 and new.sha256 and old.sha256 != new.sha256):
+            change = "it has other contents"
+        else:
+            continue
+        raise InputError(
+            f"{source} is not what it was when the run of {path} began ({change}): put the old data back, or "
+            f"{_OTHER_FOLDER}"
+        )
