@@ -1,4 +1,7 @@
-"""The options of a run by section, all but the losses': what can be set in a preset and on the command line."""
+"""The options of a run by section, except the losses: what a preset or the command line can set.
+
+The docstrings under the fields are the texts of --help. Its overview shows their first sentences.
+"""
 
 from __future__ import annotations
 
@@ -31,42 +34,43 @@ EMBEDDED_CACHE = f"{EMBEDDED_TEACHER}/cache"
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Where the run lives and how it is executed."""
+    """Where the run is written and how it is executed."""
 
     out_dir: Path = Path("runs/distill")
-    """Folder of the run: configuration, log, checkpoints, weights, report."""
+    """Folder for the configuration, log, checkpoints, weights and report of the run."""
     train: Literal["student", "teacher"] = "student"
-    """Which model is trained: the student (with or without distillation) or a Long-CLIP teacher."""
+    """The model to train: a student, with or without distillation, or a Long-CLIP teacher."""
     stage: Literal["both", "image", "text"] = "both"
-    """both: the two towers together. image, text: one tower of the student alone learns the teacher's features, from
-    pictures without captions or captions without pictures; only that tower of the teacher is loaded."""
+    """both trains the two towers together. image or text trains one tower of the student, which learns the teacher's
+    features from pictures without captions or captions without pictures. Only that tower of the teacher is loaded."""
     resume: str = "never"
-    """never: refuse a folder that holds a run. auto: go on from its last checkpoint if there is one. Or a checkpoint
-    file."""
+    """never refuses an out_dir that holds a run, auto continues from its last checkpoint, and a file name continues
+    from that checkpoint."""
     seed: int = 0
-    """Seed of the initial weights, the order of the samples, the augmentations and drop path."""
+    """Seed of the initial weights, the sample order, the augmentations and drop path."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast of the towers; losses and PCA are float32 always. fp16 scales the gradient (GradScaler)."""
+    """Autocast precision of the towers; losses and PCA always run in float32. fp16 scales the gradient (GradScaler)."""
     global_batch_size: int = 128
-    """Pairs a step over all processes; the contrastive losses compare all of them."""
+    """Pairs per step, summed over all processes; the contrastive losses compare all of them."""
     accumulation: int = 1
-    """Chunks in which a process runs its share of the batch: less memory, one extra forward pass, the same gradient."""
+    """Number of chunks into which each process splits its share of the batch. More chunks need less memory and one
+    extra forward pass; the gradient is the same."""
     epochs: float = 1.0
-    """Passes over the data, when max_steps is not given."""
+    """Passes over the data; ignored when max_steps is given."""
     max_steps: int | None = None
-    """Steps in all; overrides epochs."""
+    """Total number of steps; overrides epochs."""
     sync_bn: bool = False
-    """Compute BatchNorm statistics over all processes (GPU only); otherwise each process has its own."""
+    """Compute BatchNorm statistics over all processes (GPU only). By default each process computes its own."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl, TensorBoard and the console."""
+    """Steps between entries in metrics.jsonl, TensorBoard and the console."""
     eval_every: int = 0
-    """Steps between evaluations on data.val; 0: at the end alone."""
+    """Steps between evaluations on data.val; 0 evaluates only at the end."""
     save_every: int = 500
-    """Steps between writes of the last checkpoint."""
+    """Steps between updates of the last checkpoint."""
     keep_every: int = 0
-    """Steps between checkpoints that are kept (checkpoints/step_N.pt); 0: none but last and best."""
+    """Steps between checkpoints that are kept (checkpoints/step_N.pt); 0 keeps only the last and the best."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "accumulation", "log_every", "save_every"):
@@ -79,83 +83,86 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """Training shards and the sets on which the run is judged."""
+    """Training data, and the sets that evaluate the run."""
 
     shards: tuple[str, ...] = (f"{EMBEDDED_DATA}/train/*.tar",)
-    """Shard patterns: local paths with * or {000..123}, https:// and s3:// URLs."""
+    """Patterns of the training shards: local paths with * or {000..123}, https:// and s3:// URLs."""
     images: Path | None = None
-    """With run.stage image: a folder of pictures, searched through, instead of shards. Captions are not needed."""
+    """With run.stage image: a folder of pictures to train on instead of shards. Its subfolders are searched too;
+    captions are not needed."""
     captions: tuple[str, ...] = ()
-    """With run.stage text: caption files or patterns of them instead of shards: COCO captions or ShareGPT4V (.json),
-    Conceptual Captions (.tsv), a caption a line (.txt)."""
+    """With run.stage text: caption files, or patterns of them, to train on instead of shards. They are COCO captions or
+    ShareGPT4V (.json), Conceptual Captions (.tsv), or text with one caption per line (.txt)."""
     val: Path | None = EMBEDDED_DATA / "val_twins"
-    """Retrieval set for the periodic evaluation; the best checkpoint has the best mean of its I2T and T2I R@1."""
+    """Retrieval set of the periodic evaluation. The best checkpoint has the highest mean of its I2T and T2I R@1."""
     val_protocol: str = "folder"
-    """Protocol of data.val (python eval/retrieval.py --protocol list)."""
+    """Protocol of data.val; `python eval/retrieval.py --protocol list` explains the protocols."""
     tests: tuple[str, ...] = (f"twins=folder:{EMBEDDED_DATA}/twins", f"random=folder:{EMBEDDED_DATA}/random")
-    """Retrieval sets evaluated once at the end, as NAME=PROTOCOL:FOLDER."""
+    """Retrieval sets to evaluate once at the end, each NAME=PROTOCOL:FOLDER."""
     zeroshot: Path | None = EMBEDDED_DATA / "digits/val"
-    """Folder of one folder of pictures a class, classified with text at every evaluation."""
+    """Folder with one folder of pictures per class, for zero-shot classification at every evaluation."""
     zeroshot_classnames: Path | None = EMBEDDED_DATA / "digits/classnames.txt"
-    """Class names, a line each in the sorted order of the class folders; without it the folders' names."""
+    """File of class names, one per line, in the sorted order of the class folders. None uses the folders' names."""
     zeroshot_templates: str = f"{EMBEDDED_DATA}/digits/templates.txt"
-    """Prompts: openai (80), simple (7), a file with a line each, or one template such as "a photo of a {}."."""
+    """Prompt templates: openai (80), simple (7), a file with one per line, or one such as "a photo of a {}."."""
     num_workers: int = 2
-    """Loader processes for each training process; 0 loads in the training process."""
+    """Loader processes per training process; 0 loads in the training process itself."""
     max_bad_share: float = 0.01
-    """Share of samples that may be unreadable before the run stops."""
+    """Largest share of unreadable samples; above it the run stops."""
     shuffle_shards: int = 64
-    """Shards whose samples are permuted together: more mixes better, fewer reads more locally."""
+    """Number of shards whose samples are permuted together. More shards mix better, fewer read more locally."""
     epoch_samples: int | None = None
-    """Samples that count as an epoch: needed when shards are streamed from a URL; shortens an epoch otherwise."""
+    """Samples per epoch. Shards that are streamed from a URL need it; otherwise it shortens the epoch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherOptions:
-    """The frozen teacher, or with run.train = teacher the teacher to be trained."""
+    """The frozen teacher, or the teacher to train with run.train teacher."""
 
     checkpoint: str | None = EMBEDDED_TEACHER
-    """Frozen teacher to distil from: weight file, run folder or hub name (longclip-b, longclip-l). None: no
-    distillation."""
+    """Frozen teacher to distil from: a weight file, run folder or hub name (longclip-b, longclip-l). None trains
+    without distillation."""
     activation: Literal["gelu", "quickgelu"] | None = None
-    """Activation of open_clip-layout weights, which do not record it."""
+    """Activation of a teacher whose weight file does not record it, such as one in open_clip's layout."""
     ensemble: tuple[str, ...] = ()
-    """More frozen teachers beside the first: features side by side, distributions averaged."""
+    """More frozen teachers beside the first. Features are concatenated and distributions averaged."""
     short: str | None = None
-    """Another frozen teacher for short captions (and the pictures they go with), such as the CLIP before it learnt to
-    read long ones, at its own 77 tokens and without PCA. None: the first teacher reads both."""
+    """Another frozen teacher for short captions and their pictures, such as the CLIP from which Long-CLIP was made. It
+    reads 77 tokens and its features are not PCA'd. None: the first teacher reads both."""
     variant: str = "tiny"
-    """With run.train = teacher and no init: architecture built from scratch (tiny, small, b16, l14)."""
+    """With run.train teacher and no init: the architecture to build from scratch (tiny, small, b16, l14)."""
     init: str | None = None
-    """With run.train = teacher: CLIP or Long-CLIP weights to start from; 77 positions are stretched to 248."""
+    """With run.train teacher: CLIP or Long-CLIP weights to start from. 77 positions are stretched to 248."""
     cache: str | None = None
-    """Stored teacher features (scripts/cache_teacher.py): the folder of the sidecars, or "datacompdr" where the shards
-    themselves hold them. The teacher is then not loaded; checkpoint None accepts the cache's, whichever it is."""
+    """Folder of stored teacher features (scripts/cache_teacher.py), or datacompdr where the shards hold them. The
+    teacher is then not loaded. teacher.checkpoint None accepts whichever teacher made the cache."""
     stored_features: bool = True
-    """With cache. False: replay the stored crops and captions but run the teacher on them, to check a cache."""
+    """With cache: take the stored features. False replays the stored crops and captions but runs the teacher on them,
+    to check a cache."""
     stored_widths: tuple[int, ...] | None = None
-    """With cache datacompdr: widths of the teachers whose features stand side by side; None: one teacher, or two of 768
-    in 1536."""
+    """With cache datacompdr: the widths of the teachers whose features are concatenated. None: one teacher, or two of
+    768 where the width is 1536."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentOptions:
-    """The student."""
+    """The student's architecture and the weights it starts from."""
 
     variant: str = "tiny"
-    """s0, s1, s2, b, mobileclip2_s0/s2/s3/s4/b/l14, vit_s, vit_b, small, tiny or vit_tiny. Fields below change it."""
+    """Architecture: s0, s1, s2, b, mobileclip2_s0/s2/s3/s4/b/l14, vit_s, vit_b, small, tiny or vit_tiny. The options
+    below change parts of it."""
     init: str | None = None
-    """Weights to start from: official MobileCLIP files, hub names, or our own. Apple's weights are for research
-    only."""
+    """Weights to start from: an official MobileCLIP file, a hub name, or a student of this project. Apple's weights are
+    for research only."""
     context_length: int = 248
-    """Tokens the student reads; longer captions are cut, EOT kept."""
+    """Tokens that the student reads. Longer captions are cut; their end token is kept."""
     pad_mask: bool = True
-    """Make pads invisible to attention, convolution and BatchNorm. False: as MobileCLIP was published."""
+    """Hide padding from attention, convolution and BatchNorm. False: padding counts, as in the published MobileCLIP."""
     embed_dim: int | None = None
-    """Width of the features. None: the variant's; with run.stage image or text the teacher's, so that each tower
-    lives in the teacher's space and the two fit together; that of init.image or init.text where one is given."""
+    """Width of the features. None takes the width of init.image or init.text where one is given, the teacher's with
+    run.stage image or text, so that the two towers fit together later, and the variant's otherwise."""
     image_size: int | None = None
-    """Side of the pictures in pixels. None, here and below: as the variant has it."""
+    """Side of the pictures in pixels. None, here and below, keeps the variant's value."""
     image_patch: int | None = None
     """ViT: side of a patch in pixels."""
     image_width: int | None = None
@@ -165,18 +172,18 @@ class StudentOptions:
     image_heads: int | None = None
     """ViT: attention heads."""
     distillation_token: bool | None = None
-    """ViT: a second class token that answers to the teacher alone (DeiT); features are averaged at inference."""
+    """ViT: add a second class token that learns from the teacher alone (DeiT). Inference averages the two features."""
     drop_path: float | None = None
-    """Share of residual branches of the image tower that are dropped in training, rising with depth."""
+    """Share of the image tower's residual branches to drop in training. It rises with depth."""
     text_tower: Literal["hybrid", "base", "causal", "longclip"] | None = None
-    """hybrid: RepMixer, attention, RepMixer. base: attention both ways. causal: attention to what stands before.
-    longclip: Long-CLIP's own text tower (with init.text: its weights)."""
+    """hybrid: RepMixer, attention, RepMixer. base: attention in both directions. causal: attention to earlier tokens
+    only. longclip: Long-CLIP's own text tower; init.text gives it Long-CLIP's weights."""
     text_width: int | None = None
-    """Channels of a token."""
+    """Text tower: channels of a token."""
     text_layers: int | None = None
-    """Attention layers."""
+    """Text tower: attention layers."""
     text_heads: int | None = None
-    """Attention heads."""
+    """Text tower: attention heads."""
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -187,51 +194,56 @@ class StudentOptions:
 
 @dataclasses.dataclass(frozen=True)
 class InitOptions:
-    """Where the towers of the student start, when student.init gives none for the whole."""
+    """Where each tower of the student starts when student.init does not give weights for both."""
 
     image: str | None = None
-    """A student (file, run folder, hub name) whose image tower is taken; or timm: the weights that timm has of this
-    tower (of a ViT DeiT's, trained on ImageNet; of a published tower MobileCLIP's or a CLIP's)."""
+    """Source of the image tower: a student (file, run folder, hub name), or timm for the weights that timm has of this
+    architecture (DeiT's, trained on ImageNet, for a ViT; MobileCLIP's or a CLIP's for a published tower)."""
     text: str | None = None
-    """A student whose text tower is taken; or a Long-CLIP, for a base, causal or longclip text tower of its width."""
+    """Source of the text tower: a student, or a Long-CLIP for a base, causal or longclip text tower of its width."""
     freeze_image: bool = False
-    """Leave the image tower as it starts."""
+    """Do not train the image tower."""
     freeze_text: bool = False
-    """Leave the text tower as it starts."""
+    """Do not train the text tower."""
     truncated_normal: bool = False
-    """From scratch: linear layers and embeddings drawn from a normal distribution of deviation 0.02 cut at two."""
+    """From scratch: draw linear layers and embeddings from a normal distribution with standard deviation 0.02,
+    truncated at two standard deviations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimOptions:
-    """AdamW with linear warm-up, its decay, and the average of the weights."""
+    """AdamW, its learning-rate schedule, and the average of the weights."""
 
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.2
-    """Decay of matrices and convolutions; biases, norms, positions, class tokens and the logit scale have none."""
+    """Weight decay of matrices and convolutions. Biases, norms, positions, class tokens and the logit scale have
+    none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averaging factors."""
+    """AdamW's beta1 and beta2."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     warmup_steps: int = 1000
-    """Steps of linear warm-up; never more than a tenth of the run."""
+    """Steps of linear warm-up, at most a tenth of the run."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up. cosine: down to the end. constant: at the peak until the cool-down, then linearly down."""
+    """Learning rate after the warm-up. cosine falls until the end; constant stays at the peak until the cool-down, then
+    falls linearly."""
     cooldown_share: float = 0.2
-    """Share of the run in which a constant rate cools down."""
+    """With schedule constant: share of the run that the cool-down takes."""
     layer_decay: float = 1.0
-    """Factor of the learning rate from each block of a tower to the one before it; 1: all learn alike."""
+    """Factor by which the learning rate falls from each block of a tower to the one before it; 1 gives all blocks the
+    same rate."""
     image_lr_share: float = 1.0
-    """Learning rate of the image tower over that of the rest."""
+    """Learning rate of the image tower relative to lr."""
     text_lr_share: float = 1.0
-    """Learning rate of the text tower over that of the rest."""
+    """Learning rate of the text tower relative to lr."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, which is then what is evaluated and saved. None: none."""
+    """Decay of an exponential moving average of the weights, which is then evaluated and saved. None keeps no
+    average."""
     min_lr_share: float = 0.0
-    """Learning rate at the end as a share of the peak."""
+    """Learning rate at the end relative to the peak."""
     clip_grad_norm: float | None = 1.0
-    """Largest norm of the whole gradient; None: no clipping."""
+    """Largest norm of the gradient over all parameters; None does not clip."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"--optim.lr must be positive, got {self.lr}")
@@ -242,14 +254,15 @@ class OptimOptions:
 
 @dataclasses.dataclass(frozen=True)
 class MixOptions:
-    """What is done to the pictures of a whole batch."""
+    """Changes to the pictures of a batch: erasing, mixup, cutmix."""
 
     erase: float = 0.0
-    """Probability that a rectangle of the student's picture is erased (random erasing); the teacher sees all of it."""
+    """Probability of erasing a rectangle of the student's picture (random erasing). The teacher sees the whole
+    picture."""
     mixup: float = 0.0
-    """With run.stage image: alpha of mixup; the teacher, which must be run, sees the mixed pictures too. 0 is off."""
+    """With run.stage image: alpha of mixup; 0 is off. The teacher must run, since it sees the mixed pictures too."""
     cutmix: float = 0.0
-    """With run.stage image: alpha of cutmix, in the same way; with both on, each batch takes one of them."""
+    """With run.stage image: alpha of cutmix; 0 is off. With both on, each batch takes one of them."""
 
     def __post_init__(self) -> None:
         require(0 <= self.erase <= 1, f"--mix.erase is a probability, 0 to 1, got {self.erase}")
@@ -282,7 +295,7 @@ class Savings:
 
 @dataclasses.dataclass(frozen=True)
 class SpeedOptions:
-    """How the same results are computed: fast, or in the plain way that the fast one is checked and timed against."""
+    """How the same results are computed: fast, or the plain way as a reference."""
 
     reference: bool = False
     """Compute everything the plain way: PIL decodes, open_clip's SimpleTokenizer reads captions, both text towers
@@ -290,7 +303,7 @@ class SpeedOptions:
     operation by operation, and freed memory goes back to the system. Losses agree with the fast way to 1e-4, and to
     1e-2 where the decoders' pixels differ."""
     compile: bool = False
-    """Run torch.compile on the towers. Compilation takes minutes at the start, on a CPU many; it is meant for GPUs.
+    """Run torch.compile on the towers. Compilation takes minutes at the start, more on a CPU; it is meant for GPUs.
     Features and gradients agree to rounding."""
 
     @property

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import tomli_w
 import tyro
@@ -20,6 +21,7 @@ import tyro
 from eval.base.arguments import errors_in_one_line
 from longclip_teacher.errors import InputError
 from training.settings.augment import AugmentConfig
+from training.settings.help_page import help_page
 from training.settings.losses import LossOptions
 from training.settings.options import (
     DataOptions,
@@ -94,15 +96,27 @@ class TrainConfig:
 def parse_config(args: Sequence[str]) -> TrainConfig:
     """Configuration from `[PRESET] [--section.field VALUE ...]`; the preset is a TOML file or the name of one of ours.
 
-    Raises InputError in one line for an unknown preset, key or value. `--help` prints every field and exits.
+    Raises InputError in one line for an unknown preset, key or value. --help prints a
+    page of help_page.py, of the section that follows it or of the whole, and exits.
     """
     args = list(args)
     preset = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_PRESET
-    preset_args = _toml_arguments(_preset_path(preset))
+    preset_config = _parse(_toml_arguments(_preset_path(preset)))
+    for number, arg in enumerate(args):
+        if arg in ("-h", "--help"):
+            section = next((word for word in args[number + 1 :] if not word.startswith("-")), None)
+            _print_help(preset_config, preset, section)
     for arg in args:
-        if arg.startswith("--") and arg != "--help":
+        if arg.startswith("--"):
             _check_key(_field_of(arg), "the command line")
-    return _parse(args, default=_parse(preset_args))
+    return _parse(args, default=preset_config)
+
+
+def _print_help(config: TrainConfig, preset: str, section: str | None) -> NoReturn:
+    page = help_page(config, preset, {path.stem: path for path in PRESETS.glob("*.toml")}, section)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one
+        print(page)
+    raise SystemExit(0)
 
 
 def named_fields(args: Sequence[str]) -> frozenset[str]:
@@ -130,19 +144,14 @@ def config_to_toml(config: TrainConfig) -> str:
 
 
 def _parse(args: list[str], default: TrainConfig | None = None) -> TrainConfig:
-    description = (
-        "Train a student from a teacher, or a teacher. Usage: [torchrun --nproc_per_node=N] training/main.py [PRESET] "
-        f"[--section.field VALUE ...]. Presets: {', '.join(sorted(p.stem for p in PRESETS.glob('*.toml')))}, or a "
-        f"TOML file; without one, {DEFAULT_PRESET}. Defaults shown below are the preset's."
-    )
     with errors_in_one_line():
         return tyro.cli(
             TrainConfig,
             args=args,
             default=default or TrainConfig(),
             prog="training/main.py",
-            description=description,
             use_underscores=True,
+            add_help=False,  # help_page.py
             config=(tyro.conf.FlagConversionOff,),
         )
 
