@@ -149,7 +149,7 @@ def test_bad_input_ends_in_one_line(
     cases = [
         ([*teacher, "--data.shards", "nowhere/*.tar"], "nowhere"),
         ([*teacher, "--data.shards", str(tmp_path / "empty.tar")], "empty.tar"),
-        ([*teacher, "--data.shards", str(tmp_path / "truncated.tar")], "mend the data"),
+        ([*teacher, "--data.shards", str(tmp_path / "truncated.tar")], "fix the data"),
         ([*teacher, "--data.shards", str(tmp_path / "text.tar")], "not a picture"),
         ([*teacher, "--data.shards", "pipe:cat x.tar"], "pipe:"),
         (["--teacher.checkpoint", str(tmp_path / "missing.pt")], "missing.pt"),

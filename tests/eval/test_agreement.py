@@ -59,7 +59,7 @@ def test_a_rotation_is_seen_through() -> None:
     assert min(result["neighbour_overlap"].values()) > 99.9
 
 
-def test_independent_features_agree_by_chance_alone() -> None:
+def test_independent_features_agree_only_by_chance() -> None:
     teacher = encoded(random(600, 12, seed=0), random(600, 12, seed=1))
     student = encoded(random(600, 8, seed=2), random(600, 8, seed=3))
     result = agreement(teacher, student)

@@ -1,4 +1,4 @@
-"""The commands as typed: each starts a Python of its own, so few of them; the rest calls their main()."""
+"""The commands as typed. Each starts its own Python, so only a few do; the other tests call main()."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_list_of_protocols(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         assert name in shown
 
 
-def test_a_published_file_is_named_by_what_was_recognised(
+def test_commands_say_what_they_recognised_in_a_published_file(
     student_file: Path, colour_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

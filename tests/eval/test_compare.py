@@ -43,7 +43,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return 0
 
 
-def test_from_checkpoints_to_page_and_on_again(
+def test_from_checkpoints_to_page_and_resuming(
     weights: dict[str, Path], colour_folder: Path, colour_classes: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -160,7 +160,7 @@ def test_a_kept_result_is_not_taken_for_another_setting(weights: dict[str, Path]
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_bins_hold_every_query_once_and_like_lengths_together() -> None:
+def test_bins_hold_every_query_once_and_equal_lengths_together() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 60, 1000).astype(float)
     bins = length_bins(lengths)

@@ -21,7 +21,7 @@ from mobileclip_student import MobileCLIP, create_student, reparameterize, save_
 
 
 class SleepyClip(nn.Module):
-    """The interface of both models; a call takes the time it is told to and is written down in a common log."""
+    """The interface of both models; a call takes the given time and is recorded in a common log."""
 
     image_size = 8
 
@@ -71,7 +71,7 @@ def test_models_take_turns_and_each_counted_call_follows_a_warm_one() -> None:
     assert all(model.training for model in models.values())  # as it was before
 
 
-def test_what_is_encoded_is_one_picture_and_one_caption_of_the_stated_length() -> None:
+def test_one_picture_and_one_caption_of_the_stated_length_are_encoded() -> None:
     log: list = []
     measure_costs({"long": SleepyClip("long", log), "cut": SleepyClip("cut", log, context_length=77)}, repeats=1)  # type: ignore[dict-item]
     shapes = {(name, kind): argument for name, kind, argument, *_ in log}
@@ -104,7 +104,7 @@ def test_no_repeats_is_an_error(tiny_student: MobileCLIP) -> None:
 
 
 def block_flops(length: int, width: int, queries: int) -> int:
-    """A transformer block whose output is wanted at `queries` of `length` positions, two a multiply-accumulate."""
+    """FLOPs of a transformer block with `queries` outputs from `length` positions; a multiply-accumulate counts two."""
     keys_and_values = length * width * 2 * width
     query_and_output = 2 * queries * width * width
     attention = 2 * queries * length * width  # scores, then the weighted sum of the values
@@ -119,13 +119,13 @@ def tiny_teacher() -> LongCLIP:
 
 
 @pytest.mark.parametrize("num_tokens", [77, 248])
-def test_flops_of_a_caption_are_those_of_the_equations(tiny_teacher: LongCLIP, num_tokens: int) -> None:
+def test_flops_of_a_caption_follow_the_equations(tiny_teacher: LongCLIP, num_tokens: int) -> None:
     """Two causal blocks 96 wide, of which the last is computed at the end token alone, and a projection to 128."""
     by_hand = block_flops(num_tokens, 96, num_tokens) + block_flops(num_tokens, 96, 1) + 2 * 96 * 128
     assert measure_full_cost(tiny_teacher, repeats=1)[f"flops_text_{num_tokens}"] == by_hand
 
 
-def test_flops_of_a_picture_are_those_of_the_equations(tiny_teacher: LongCLIP) -> None:
+def test_flops_of_a_picture_follow_the_equations(tiny_teacher: LongCLIP) -> None:
     """3x3 convolutions of stride 2 to 24, 48 and 96 channels, 1x1 to 96, then three blocks on 36 patches + class."""
     stem = 9 * (3 * 24 * 24**2 + 24 * 48 * 12**2 + 48 * 96 * 6**2) + 96 * 96 * 6**2
     by_hand = 2 * stem + 2 * block_flops(37, 96, 37) + block_flops(37, 96, 1) + 2 * 96 * 128
@@ -133,7 +133,7 @@ def test_flops_of_a_picture_are_those_of_the_equations(tiny_teacher: LongCLIP) -
 
 
 def test_flops_do_not_depend_on_how_attention_is_computed(tmp_path: Path) -> None:
-    """A plain ViT in eval mode without gradients takes torch's fused path, which a counter would pass over."""
+    """A plain ViT in eval mode without gradients takes torch's fused path, which a counter would miss."""
     layer = nn.TransformerEncoderLayer(32, 4, dim_feedforward=128, batch_first=True).eval()
     tokens = torch.randn(1, 10, 32)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The leakage audit finds every planted copy, by the right sign, and takes no two different pictures for one."""
+"""The leakage audit finds every planted copy by the right sign and never confuses two different pictures."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_the_hash_distance_is_the_number_of_unequal_bits() -> None:
 
 
 def test_one_object_of_another_colour_makes_another_picture(monkeypatch) -> None:
-    """Equally bright, it leaves the hash as it is, and the shared rest keeps the correlation high: its tile tells."""
+    """Equal brightness keeps the hash and the shared rest keeps the correlation high; only its tile differs."""
     pairs = []
     for colour in ((200, 0, 0), (0, 102, 0)):
         scene = draw_scene(11, 192)
@@ -150,7 +150,7 @@ def test_one_object_of_another_colour_makes_another_picture(monkeypatch) -> None
     assert len(find_look_alikes(*pairs[0], *pairs[1]).rows) == 1
 
 
-def test_pictures_of_one_colour_are_compared_by_their_bytes_alone(tmp_path) -> None:
+def test_pictures_of_one_colour_are_compared_only_by_their_bytes(tmp_path) -> None:
     root = tmp_path / "plain"
     root.mkdir()
     Image.new("RGB", (40, 40), (200, 10, 10)).save(root / "red.png")
@@ -176,7 +176,7 @@ def test_captions_are_compared_without_case_spaces_and_punctuation(benchmark_roo
     assert normalized("«Œuvre»  d’art_No. ５!") == "œuvre d art no 5"
 
 
-def test_short_captions_and_first_sentences_are_hints_and_no_leaks(benchmark_root, tmp_path) -> None:
+def test_short_captions_and_first_sentences_are_hints_not_leaks(benchmark_root, tmp_path) -> None:
     begins_alike = caption_of(3).split(". ")[0] + ". The rest of it is quite another story."
     write_shard(tmp_path / "a.tar", [{".txt": begins_alike.encode()}, {".txt": caption_of(4).encode()}, {".txt": b"!"}])
     found = audit(benchmark_root, tmp_path, min_caption_length=1000)
@@ -242,7 +242,7 @@ def test_a_broken_shard_is_one_line(cut: int, benchmark_root, tmp_path) -> None:
         audit(benchmark_root, tmp_path)
 
 
-def test_a_killed_audit_goes_on_where_it_was(benchmark_root, benchmark_scenes, tmp_path, monkeypatch) -> None:
+def test_a_killed_audit_resumes(benchmark_root, benchmark_scenes, tmp_path, monkeypatch) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
     for number in range(3):
@@ -341,7 +341,7 @@ def test_strict_exits_with_1_for_a_leak(benchmark_root, benchmark_scenes, tmp_pa
 
 
 @pytest.mark.parametrize(("scene", "strict", "status"), [(5000, True, 0), (0, False, 0), (0, True, 1)])
-def test_the_exit_status_is_1_for_a_leak_under_strict_alone(
+def test_the_exit_status_is_1_for_a_leak_only_under_strict(
     scene, strict, status, benchmark_root, tmp_path, monkeypatch, capsys
 ) -> None:
     shard = write_shard(tmp_path / "a.tar", [{".jpg": encoded(draw_scene(scene), "JPEG")}])

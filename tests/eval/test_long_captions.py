@@ -27,7 +27,7 @@ ENCODING = Encoding(batch_size=3)
 
 
 def student(pad_mask: bool = True, context_length: int | None = None) -> MobileCLIP:
-    """As initialised, RepMixer blocks hardly do a thing: their layer scales and BatchNorm entries are drawn."""
+    """A student with drawn layer scales and BatchNorm entries: as initialised, RepMixer blocks do almost nothing."""
     torch.manual_seed(0)
     model = create_student("tiny", pad_mask=pad_mask, context_length=context_length).eval()
     with torch.no_grad():
@@ -42,7 +42,7 @@ def student(pad_mask: bool = True, context_length: int | None = None) -> MobileC
 
 
 class PadsRead(nn.Module):
-    """A student that attends its padding, at whatever length the captions come."""
+    """A student that attends its padding, for captions of any length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def test_pads_that_are_read_fail() -> None:
 
 
 def test_a_mask_that_forgets_one_block_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches are as long as the padding says, though the model trims what all its captions leave empty."""
+    """Batches keep the padded length, although the model trims columns that all captions leave empty."""
     model = student()
     monkeypatch.setattr("mobileclip_student.repmixer._zero_pads", lambda x, valid: x)
     steps = padding_cosines(model, SHORT, ENCODING)
@@ -83,7 +83,7 @@ def test_published_students_always_pad_and_so_never_differ() -> None:
 
 
 def test_models_of_open_clip_get_their_whole_context(colour_folder: Path) -> None:
-    """Cut or not, as many tokens as it was built for, filled with its own padding."""
+    """Cut or not, a caption has as many tokens as the model was built for, with its own padding."""
     torch.manual_seed(0)
     towers = {"layers": 1, "width": 32}
     clip = open_clip.CLIP(
@@ -115,7 +115,7 @@ def test_padding_where_there_is_none() -> None:
 
 
 def mosaic(tmp_path: Path) -> RetrievalSet:
-    """Pictures of a colour; the first sentence says nothing, the second names the colour, some have a third."""
+    """Pictures of one colour. The first sentence says nothing, the second names the colour, some have a third."""
     names = {"black": (0, 0, 0), "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255,) * 3}
     images = []
     for name, colour in names.items():
@@ -142,7 +142,7 @@ def test_a_model_that_reads_colours(colour_model: nn.Module, tmp_path: Path) -> 
     assert result["cut"] == result["padding"] == []  # it reads 16 tokens
 
 
-def test_what_the_first_sentence_tells_is_lost_without_it(colour_model: nn.Module, colour_folder: Path) -> None:
+def test_dropping_the_first_sentence_loses_its_content(colour_model: nn.Module, colour_folder: Path) -> None:
     retrieval_set = load_retrieval_set("folder", colour_folder)  # "a red board second line"
     captions = [caption.replace(" second", ". Second") for caption in retrieval_set.captions]
     result = long_caption_behaviour(
@@ -171,7 +171,7 @@ def test_cut_at_tokens(colour_folder: Path) -> None:
 
 
 def test_only_sentence_with_many_captions(colour_model: nn.Module, tmp_path: Path) -> None:
-    """A picture is asked for where all its captions have the sentence."""
+    """A picture is a query if all its captions have the sentence."""
     one = mosaic(tmp_path)
     captions = [*one.captions, "Boards. A red one.", "Blue boards."]
     retrieval_set = RetrievalSet("folder", one.images, captions, [*one.caption_image, 1, 3], "")

@@ -30,7 +30,7 @@ from longclip_teacher.errors import InputError
 
 
 def clusters(num_classes: int, per_class: int, noise: float, seed: int) -> LabelledFeatures:
-    """Unit-norm features around one random centre a class; the centres are the same for every seed."""
+    """Unit-norm features around one random centre per class; the centres are the same for every seed."""
     centres = torch.randn(num_classes, 12, generator=torch.Generator().manual_seed(99))
     targets = torch.arange(num_classes).repeat(per_class)
     spread = torch.randn(len(targets), 12, generator=torch.Generator().manual_seed(seed))
@@ -41,7 +41,7 @@ def accuracy(answers: torch.Tensor, targets: torch.Tensor) -> float:
     return float((answers == targets).double().mean() * 100)
 
 
-def test_classes_apart_are_all_found() -> None:
+def test_separate_classes_are_all_found() -> None:
     train, test = clusters(5, 12, 0.05, seed=0), clusters(5, 9, 0.05, seed=1)
     answers, _, _ = linear_answers(train, test.features)
     assert accuracy(answers, test.targets) == 100.0
@@ -63,7 +63,7 @@ def test_shuffled_labels_give_chance() -> None:
         assert abs(np.mean(found) - 25) < 15  # three standard errors: one shuffle's accuracy spreads by 16
 
 
-def test_answers_bear_the_classes_own_numbers() -> None:
+def test_answers_have_the_class_numbers() -> None:
     train, test = clusters(3, 12, 0.05, seed=0), clusters(3, 6, 0.05, seed=1)
     numbers = torch.tensor([4, 900, 17])
     renamed = LabelledFeatures(train.features, numbers[train.targets], [])
@@ -88,7 +88,7 @@ def test_the_search_finds_every_single_peak(peak: int) -> None:
     assert set(GRID[::16]) <= set(cs)
 
 
-def test_equal_accuracies_go_by_log_loss() -> None:
+def test_log_loss_decides_between_equal_accuracies() -> None:
     sweep = search_c(lambda c: SweepStep(c, 50.0, abs(math.log10(c) - 2.5), True))
     assert min(sweep, key=lambda step: step.log_loss).c == pytest.approx(10**2.5)
 
@@ -173,7 +173,7 @@ def test_figures_on_pictures(colour_model: nn.Module, colour_classes: Path, tmp_
     assert result["linear"]["c"] in {step["c"] for step in result["linear"]["sweep"]}
 
 
-def test_sets_of_other_classes_are_refused(colour_model: nn.Module, colour_classes: Path, tmp_path: Path) -> None:
+def test_sets_with_different_classes_are_refused(colour_model: nn.Module, colour_classes: Path, tmp_path: Path) -> None:
     shutil.copytree(colour_classes, tmp_path / "test")
     (tmp_path / "test" / "red_board").rename(tmp_path / "test" / "pink_board")
     with pytest.raises(InputError, match="have different classes, the first that only one has: pink board"):

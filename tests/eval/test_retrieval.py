@@ -56,7 +56,7 @@ def test_captions_of_an_unreadable_picture_leave_with_it(
     assert result["i2t"]["r1"] == result["t2i"]["r1"] == 100
 
 
-def test_the_set_is_told_by_its_sha256(colour_model: nn.Module, colour_folder: Path) -> None:
+def test_the_sha256_identifies_the_set(colour_model: nn.Module, colour_folder: Path) -> None:
     retrieval_set = load_retrieval_set("folder", colour_folder)
     before = evaluate_retrieval(colour_model, retrieval_set)["sha256"]
     assert before == retrieval_set.sha256 and len(before) == 64
@@ -64,7 +64,7 @@ def test_the_set_is_told_by_its_sha256(colour_model: nn.Module, colour_folder: P
     assert evaluate_retrieval(colour_model, load_retrieval_set("folder", colour_folder))["sha256"] != before
 
 
-def test_the_table_tells_what_winning_every_tie_would_give(
+def test_the_table_shows_the_figures_if_every_tie_were_won(
     colour_model: nn.Module, colour_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_table(evaluate_retrieval(colour_model, load_retrieval_set("folder", colour_folder)))
@@ -109,7 +109,7 @@ def test_verify_comes_before_the_figures(
         command(monkeypatch, *options, "--verify")
 
 
-def test_list_tells_every_protocol(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_explains_every_protocol(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command(monkeypatch, "--protocol", "list")
     printed = " ".join(capsys.readouterr().out.split())
     for protocol in PROTOCOLS.values():

@@ -1,4 +1,4 @@
-"""Every layout a teacher is read from, and one clear line for every file that does not fit."""
+"""Every layout from which a teacher is read, and one clear line for every file that does not fit."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_transformers_layout_is_the_same_model(
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "quickgelu"])
 @torch.no_grad()
-def test_open_clip_layout_gives_open_clips_features(
+def test_open_clip_layout_gives_the_features_of_open_clip(
     caption_tokens: MakeTokens, tmp_path: Path, custom_text: bool, activation: str
 ) -> None:
     torch.manual_seed(0)
@@ -337,14 +337,14 @@ def test_an_activation_that_contradicts_the_file_is_refused(official_weights: Ma
         load_teacher(tmp_path / "longclip.pt", context_length=2000)
 
 
-def test_what_cannot_be_saved_or_exported_says_so(tmp_path: Path) -> None:
+def test_refused_saves_and_exports_say_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"teacher\.safetensors"):
         save_teacher(create_teacher("tiny"), tmp_path / "teacher.pt")
     with pytest.raises(InputError, match="save_teacher"):
         export_official(create_teacher("tiny"))
 
 
-def test_preprocessing_is_open_clips() -> None:
+def test_preprocessing_matches_open_clip() -> None:
     with torch.device("meta"):
         model = create_teacher("b16")
     assert model.preprocess_cfg.mean == open_clip.OPENAI_DATASET_MEAN

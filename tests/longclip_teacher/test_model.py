@@ -148,7 +148,7 @@ def test_gradients_equal_the_full_pass_and_reach_every_parameter(caption_tokens:
         torch.testing.assert_close(short[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_text_gradients_do_not_feel_trimming(caption_tokens: MakeTokens) -> None:
+def test_text_gradients_do_not_depend_on_trimming(caption_tokens: MakeTokens) -> None:
     model, gradients = teacher_with_all_weights_drawn(num_frozen_positions=20).train(), []
     tokens = caption_tokens([*LENGTHS, 12, 12])
     tokens = torch.cat([tokens, tokens[:3]])
@@ -159,7 +159,7 @@ def test_text_gradients_do_not_feel_trimming(caption_tokens: MakeTokens) -> None
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
 
 
-def test_frozen_positions_are_no_parameters(caption_tokens: MakeTokens) -> None:
+def test_frozen_positions_are_not_parameters(caption_tokens: MakeTokens) -> None:
     model = teacher_with_all_weights_drawn(num_frozen_positions=20).train()
     before = model.text.position_table.detach().clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)

@@ -132,7 +132,7 @@ def test_every_weight_of_the_file_matters(
 
 
 @torch.no_grad()
-def test_each_position_table_is_used_on_its_side_of_20_only(
+def test_each_position_table_is_used_only_on_its_side_of_row_20(
     official_weights: MakeWeights, caption_tokens: MakeTokens, tmp_path: Path
 ) -> None:
     weights = official_weights()
@@ -169,7 +169,7 @@ def test_vit_b16_at_its_real_shapes(official_weights: MakeWeights, caption_token
 
 
 @torch.no_grad()
-def test_export_gives_the_published_layout_back(
+def test_export_restores_the_published_layout(
     official_weights: MakeWeights, caption_tokens: MakeTokens, tmp_path: Path
 ) -> None:
     weights = official_weights()

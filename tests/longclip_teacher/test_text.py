@@ -37,7 +37,7 @@ SEPARATORS = [" "] * 12 + ["", "\n", "\r\n", "\t", "  ", "\x0b", "\x0c", "\x1c",
 
 
 def varied_captions(count: int, seed: int) -> list[str]:
-    """Plain captions and, every second one, captions with something strange in them."""
+    """Captions that alternate between plain ones and ones with something strange in them."""
     draw = random.Random(seed)
     captions = []
     for index in range(count):
@@ -52,7 +52,7 @@ def reference() -> SimpleTokenizer:
     return SimpleTokenizer()
 
 
-def test_ids_are_open_clips_on_thousands_of_captions(reference: SimpleTokenizer) -> None:
+def test_ids_match_open_clip_on_thousands_of_captions(reference: SimpleTokenizer) -> None:
     tokenizer = CaptionTokenizer()
     captions = varied_captions(3000, seed=0)
     assert sum(caption.isascii() for caption in captions) > 1000
@@ -77,7 +77,7 @@ NASTY_PIECES = [*NASTY.split(), "\u2028", "\u3000", "\u2003", "w" * 300]
 
 
 def nasty_caption(draw: random.Random) -> str:
-    """Pieces of every kind that the clean-up or the tokenizer treats in a way of its own, joined at random."""
+    """A random join of pieces that the clean-up or the tokenizer treats specially."""
     pieces = []
     for _ in range(draw.randint(1, 11)):
         kind = draw.random()
@@ -95,7 +95,7 @@ def nasty_caption(draw: random.Random) -> str:
     return "".join(pieces)
 
 
-def test_ids_are_open_clips_on_nasty_captions_by_either_path(reference: SimpleTokenizer) -> None:
+def test_ids_match_open_clip_on_nasty_captions_on_both_paths(reference: SimpleTokenizer) -> None:
     draw = random.Random(0)
     captions = [nasty_caption(draw) for _ in range(4000)]
     by_chunks = [caption for caption in captions if text_module._encode_by_chunks(caption) is not None]
@@ -122,7 +122,7 @@ def test_ids_are_open_clips_on_nasty_captions_by_either_path(reference: SimpleTo
         "x\u00a0y",
     ],
 )
-def test_what_is_common_in_captions_takes_the_fast_path(odd: str, reference: SimpleTokenizer) -> None:
+def test_common_captions_take_the_fast_path(odd: str, reference: SimpleTokenizer) -> None:
     text = f"The dog {odd} of a {odd}, and\n{odd}"
     assert text_module._encode_by_chunks(text) is not None
     assert torch.equal(CaptionTokenizer()(text), reference(text, 248))
@@ -147,7 +147,7 @@ def test_what_is_common_in_captions_takes_the_fast_path(odd: str, reference: Sim
         *("a Ã&nbsp;", "é&cent;", "x &Atilde; y", "&Acirc;&nbsp;x", "a A\u0301€"),
     ],
 )
-def test_what_may_be_mojibake_goes_to_open_clip_whole(text: str, reference: SimpleTokenizer) -> None:
+def test_possible_mojibake_goes_to_open_clip_whole(text: str, reference: SimpleTokenizer) -> None:
     assert text_module._encode_by_chunks(text) is None
     assert torch.equal(CaptionTokenizer()(text), reference(text, 248))
 
@@ -159,7 +159,7 @@ def test_ftfys_search_for_mojibake_sees_no_further_than_the_tokenizer_assumes() 
     assert not re.search(r"\(\?[=!<]|\$|\\b", pattern.pattern)  # nor does anything hang on what is not there
 
 
-def test_the_slow_path_is_open_clips_for_every_caption(
+def test_the_slow_path_matches_open_clip_on_every_caption(
     monkeypatch: pytest.MonkeyPatch, reference: SimpleTokenizer
 ) -> None:
     captions = varied_captions(200, seed=1)
@@ -169,7 +169,7 @@ def test_the_slow_path_is_open_clips_for_every_caption(
     assert slow.count_tokens("a red dog") == 5
 
 
-def test_memos_are_bounded_in_entries_and_in_the_length_of_each() -> None:
+def test_memos_are_bounded_in_entries_and_entry_length() -> None:
     memo = text_module._Memo(str.upper, 3)
     assert [memo[key] for key in ("a", "b", "a", "c", "d", "a")] == ["A", "B", "A", "C", "D", "A"]
     assert len(memo) <= 3

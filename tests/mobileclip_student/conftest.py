@@ -27,7 +27,7 @@ def published() -> ModuleType:
 
 @pytest.fixture
 def visible() -> Callable[[nn.Module], nn.Module]:
-    """Draw layer scales and BatchNorm entries from U(0.5, 1.5): as initialised, RepMixer blocks hardly do a thing."""
+    """Draw layer scales and BatchNorm entries from U(0.5, 1.5): as initialised, RepMixer blocks do almost nothing."""
 
     def draw(module: nn.Module) -> nn.Module:
         with torch.no_grad():

@@ -51,7 +51,7 @@ def _loaded(state: dict[str, Tensor], config: StudentConfig) -> MobileCLIP:
 
 @pytest.fixture(scope="module")
 def s0_state(published: ModuleType) -> dict[str, Tensor]:
-    """Random weights in `mobileclip_s0.pt`'s layout, and of its size."""
+    """Random weights with the layout and sizes of `mobileclip_s0.pt`."""
     torch.manual_seed(0)
     trunk = timm.create_model("fastvit_mci0", num_classes=512, global_pool="avg")
     for module in trunk.modules():

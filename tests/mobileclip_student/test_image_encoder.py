@@ -1,4 +1,4 @@
-"""The image tower: timm's, and in no memory format another function."""
+"""The image tower equals timm's and computes the same function in every memory format."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_channels_last_changes_no_feature_and_no_gradient(config: dict, training
     assert max(_relative(value, results[1][name]) for name, value in results[0].items()) < 1e-7
 
 
-def test_channels_last_in_float32_changes_rounding_alone() -> None:
+def test_channels_last_in_float32_changes_only_rounding() -> None:
     torch.manual_seed(0)
     tower = ImageEncoder(ImageConfig(**NARROW), 12).eval()
     images, results = torch.rand(3, 3, 32, 32), []
@@ -73,7 +73,7 @@ def test_pictures_in_either_format_train_a_wide_tower() -> None:
     assert all(parameter.grad is not None for parameter in tower.parameters())
 
 
-def test_a_copy_has_its_own_switch_and_inference_is_channels_last_throughout() -> None:
+def test_a_copy_has_its_own_switch_and_inference_is_all_channels_last() -> None:
     tower = ImageEncoder(ImageConfig(**NARROW), 12).eval()
     copy = deepcopy(tower)
     copy.channels_last = False

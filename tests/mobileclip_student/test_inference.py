@@ -1,4 +1,4 @@
-"""Fast towers give the plain ones' features."""
+"""Fast towers give the features of the plain ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def student(visible: Callable) -> MobileCLIP:
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("onnxruntime", marks=needs_onnx), "auto"])
-def test_features_are_those_of_the_train_form(student: MobileCLIP, backend: str) -> None:
+def test_features_equal_those_of_the_train_form(student: MobileCLIP, backend: str) -> None:
     encode = fast_image_encoder(student, backend)
     assert student.training
     images = torch.rand(3, 3, student.image_size, student.image_size)
@@ -50,7 +50,7 @@ def test_features_are_those_of_the_train_form(student: MobileCLIP, backend: str)
 
 @pytest.fixture
 def small_student(visible: Callable) -> MobileCLIP:
-    """One image block of a few channels: compiling takes long."""
+    """A student with one image block of a few channels, because compiling takes long."""
     torch.manual_seed(0)
     config = variant_config("tiny")
     image = replace(config.image, image_size=32, layers=(1,), embed_dims=(8,))
@@ -58,7 +58,7 @@ def small_student(visible: Callable) -> MobileCLIP:
 
 
 @needs_compiler
-def test_compiled_features_are_those_of_the_train_form(small_student: MobileCLIP) -> None:
+def test_compiled_features_equal_those_of_the_train_form(small_student: MobileCLIP) -> None:
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         expected = small_student.eval().encode_image(images)
@@ -112,7 +112,7 @@ def test_a_teacher_is_compiled_too(dropped: str | None) -> None:
         assert all(block._compiled_call_impl is not None for block in teacher.text.transformer.resblocks[:-1])
 
 
-def test_auto_is_onnxruntime_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_onnxruntime_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference_module, "_ONNX_PACKAGES", ("torch",))
     assert choose_backend(torch.device("cpu")) == "onnxruntime"
     assert choose_backend(torch.device("cuda")) == "eager"
@@ -120,7 +120,7 @@ def test_auto_is_onnxruntime_where_it_can_be(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_backend(torch.device("cpu")) == "eager"
 
 
-def test_what_cannot_run_here_is_refused(student: MobileCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_that_cannot_run_here_are_refused(student: MobileCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no backend 'tpu': choose auto"):
         fast_image_encoder(student, "tpu")
     monkeypatch.setattr(inference_module, "_ONNX_PACKAGES", ("no_such_package",))

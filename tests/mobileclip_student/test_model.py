@@ -1,4 +1,4 @@
-"""The student as others see it: variants, configuration, attributes."""
+"""The student's public interface: variants, configuration, attributes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_configuration_survives_json(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_state_dict_holds_every_tensor(variant: str) -> None:
-    """Loading relies on it: a tensor outside would stay as allocated."""
+    """Loading relies on it: any other tensor would stay uninitialised."""
     with torch.device("meta"):
         student = create_student(variant)
     tensors = {name for name, _ in student.named_parameters()} | {name for name, _ in student.named_buffers()}

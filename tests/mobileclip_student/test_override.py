@@ -96,7 +96,7 @@ def test_a_fastvit_takes_another_picture_size_and_stochastic_depth(variant: str)
         ("vit_tiny", {"embed_dim": 0}, "embed_dim"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(variant: str, change: dict[str, Any], complaint: str) -> None:
+def test_combinations_that_do_not_fit_are_one_line(variant: str, change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint) as error:
         override(variant_config(variant), **change)
     assert "\n" not in str(error.value)

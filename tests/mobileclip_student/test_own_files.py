@@ -91,7 +91,7 @@ def test_another_variant_is_refused(path: Path) -> None:
         load_student(path, variant="s0")
 
 
-def test_files_that_are_no_student(tmp_path: Path) -> None:
+def test_files_that_are_not_students(tmp_path: Path) -> None:
     save_file({"visual.conv1.weight": torch.zeros(2)}, tmp_path / "clip.safetensors")
     with pytest.raises(InputError, match=r"is not a MobileCLIP.*visual\.conv1\.weight"):
         load_student(tmp_path / "clip.safetensors")
@@ -144,7 +144,7 @@ def test_ambiguous_weights_ask_for_the_variant(monkeypatch: pytest.MonkeyPatch, 
         ("student.safetensors", None),
     ],
 )
-def test_names_give_the_variant_away(name: str, variant: str | None) -> None:
+def test_names_show_the_variant(name: str, variant: str | None) -> None:
     assert checkpoint._variant_in_name(name) == variant
 
 
@@ -180,7 +180,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert "\n" not in str(error.value)
 
 
-def test_a_saved_student_keeps_its_own_pads_rule(student: MobileCLIP, tmp_path: Path) -> None:
+def test_a_saved_student_keeps_its_pad_mask(student: MobileCLIP, tmp_path: Path) -> None:
     unmasked = create_student(replace(student.config, pad_mask=False))
     save_student(unmasked, tmp_path / "s.safetensors")
     assert load_student(tmp_path / "s.safetensors").pad_mask is False

@@ -109,7 +109,7 @@ def test_fused_students_are_saved_and_loaded(student: MobileCLIP, captions: Call
 
 
 @torch.no_grad()
-def test_base_text_comes_out_unchanged(captions: Callable) -> None:
+def test_base_text_towers_are_unchanged(captions: Callable) -> None:
     config = variant_config("tiny")
     student = create_student(replace(config, text=replace(config.text, hybrid=False), context_length=20)).eval()
     fused = reparameterize(student)

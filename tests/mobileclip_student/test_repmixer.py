@@ -1,4 +1,4 @@
-"""BatchNorm and RepMixer over tokens, against PyTorch's own modules on the real tokens alone."""
+"""BatchNorm and RepMixer over tokens, against PyTorch's own modules on only the real tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _norms(seed: int = 0) -> tuple[TokenBatchNorm, nn.BatchNorm1d]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_batch_norm_is_pytorchs_on_the_real_tokens(masked: bool) -> None:
+def test_batch_norm_equals_pytorch_on_the_real_tokens(masked: bool) -> None:
     ours, theirs = _norms()
     x = torch.randn(4, 9, CHANNELS, dtype=torch.float64)
     valid = torch.arange(9) < torch.tensor([9, 3, 1, 6])[:, None] if masked else torch.ones(4, 9, dtype=torch.bool)
@@ -43,7 +43,7 @@ def test_batch_norm_is_pytorchs_on_the_real_tokens(masked: bool) -> None:
         torch.testing.assert_close(dict(ours.named_buffers())[name], buffer)
 
 
-def test_batch_norm_in_evaluation_is_pytorchs() -> None:
+def test_batch_norm_in_evaluation_equals_pytorch() -> None:
     ours, theirs = _norms()
     x = torch.randn(20, CHANNELS, dtype=torch.float64)
     scale, shift = ours.affine()
@@ -70,7 +70,7 @@ def test_convolution_over_tokens_is_conv1d() -> None:
         torch.testing.assert_close(conv(x), plain)
 
 
-def test_gradient_in_training_is_that_of_finite_differences() -> None:
+def test_gradient_in_training_equals_finite_differences() -> None:
     block = _block().double().train()
     x = torch.randn(2, 5, CHANNELS, dtype=torch.float64, requires_grad=True)
     valid = torch.arange(5) < torch.tensor([5, 3])[:, None]

@@ -1,4 +1,4 @@
-"""Where towers start: another student, timm (a fake of its download), a Long-CLIP, a truncated normal."""
+"""Initial weights of towers: another student, timm (with a fake download), a Long-CLIP, a truncated normal."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
     ("tower", "activation"),
     [("longclip", "quickgelu"), ("causal", "gelu"), ("longclip", "gelu"), ("causal", "quickgelu")],
 )
-def test_a_causal_tower_becomes_long_clips_own(
+def test_a_causal_tower_becomes_long_clips_text_tower(
     tower: str, activation: Activation, captions: Callable, tmp_path: Path
 ) -> None:
     teacher, student = _teacher(activation), _student(text_tower=tower)
@@ -85,7 +85,7 @@ def test_a_causal_tower_becomes_long_clips_own(
 
 @torch.no_grad()
 @pytest.mark.parametrize(("layers", "taken"), [(1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (4, [0, 1, 2, 4])])
-def test_fewer_layers_are_evenly_spaced_ones(
+def test_fewer_layers_are_evenly_spaced(
     layers: int, taken: list[int], captions: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher, student = _teacher(), _student(text_tower="longclip", text_layers=layers)
@@ -99,7 +99,7 @@ def test_fewer_layers_are_evenly_spaced_ones(
 
 
 @torch.no_grad()
-def test_a_tower_that_looks_both_ways_starts_from_the_same_weights(captions: Callable) -> None:
+def test_a_bidirectional_tower_starts_from_the_same_weights(captions: Callable) -> None:
     teacher, base, causal = _teacher(), _student(text_tower="base"), _student(text_tower="longclip")
     for student in (base, causal):
         load_text_tower(student, _text_of(teacher))
@@ -291,7 +291,7 @@ def test_timms_weights_of_a_published_tower(downloads: list) -> None:
     assert _distance(trunk.forward_features(images).flatten(1), reference.forward_features(images).flatten(1)) < 1e-5
 
 
-def test_what_timm_has_not_or_cannot_get_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_unreachable_timm_weights_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no weights for the image tower fastvit"):
         load_image_tower(create_student("tiny"), "timm")
     with pytest.raises(InputError, match=r"192 with 3 heads, 384 with 6 heads.*not of 3 layers, patches of 8"):
@@ -309,7 +309,7 @@ def test_what_timm_has_not_or_cannot_get_is_one_line(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("variant", "changes"), [("vit_tiny", {"distillation_token": True}), ("tiny", {})])
-def test_truncated_normal_draws_linear_layers_and_embeddings_alone(variant: str, changes: dict[str, Any]) -> None:
+def test_truncated_normal_draws_only_linear_layers_and_embeddings(variant: str, changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
     student = _shaken(create_student(override(variant_config(variant), **changes)))
     before = {key: value.clone() for key, value in student.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The text tower: pads never matter, or matter as published; any number of tokens is read."""
+"""The text tower: pads never matter, or matter as published; it reads any number of tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _tower(kind: str, visible: Callable, *, pad_mask: bool = True, context_lengt
 
 
 @torch.no_grad()
-def test_a_caption_does_not_feel_padding_or_neighbours(tower: TextTransformer, captions: Callable) -> None:
+def test_a_caption_does_not_depend_on_padding_or_neighbours(tower: TextTransformer, captions: Callable) -> None:
     tokens = captions(9, 40, 2, 25, 30, width=40)
     together = tower(tokens)[0]
     for row, length in enumerate((9, 40, 2, 25, 30)):
@@ -48,7 +48,7 @@ def test_a_caption_does_not_feel_padding_or_neighbours(tower: TextTransformer, c
 
 
 @torch.no_grad()
-def test_what_stands_in_the_pads_is_not_read(tower: TextTransformer, captions: Callable) -> None:
+def test_ids_in_the_pads_are_not_read(tower: TextTransformer, captions: Callable) -> None:
     tokens = captions(9, 20, width=40)
     dirty = tokens.clone()
     dirty[0, 9:] = torch.arange(31) + 5  # ids below EOT
@@ -64,7 +64,7 @@ def test_every_real_token_is_read(tower: TextTransformer, captions: Callable) ->
         assert (tower(changed)[0] - tower(tokens)[0]).norm() > 1e-3
 
 
-def test_training_step_does_not_feel_the_padded_length(kind: str, visible: Callable, captions: Callable) -> None:
+def test_training_step_does_not_depend_on_the_padded_length(kind: str, visible: Callable, captions: Callable) -> None:
     tokens = captions(9, 20, 15, width=40)
     gradients, buffers = [], []
     for width in (20, 40):
@@ -78,14 +78,14 @@ def test_training_step_does_not_feel_the_padded_length(kind: str, visible: Calla
 
 
 @torch.no_grad()
-def test_features_do_not_feel_trimming(tower: TextTransformer, captions: Callable) -> None:
+def test_features_do_not_depend_on_trimming(tower: TextTransformer, captions: Callable) -> None:
     batches = captions(9, 20, 15, width=40), captions(5, 3, 30, width=30, seed=1)
     trimmed = tower(*batches)
     tower.trim_captions = False
     torch.testing.assert_close(tower(*batches), trimmed, rtol=0, atol=1e-5)
 
 
-def test_training_step_does_not_feel_trimming(kind: str, visible: Callable, captions: Callable) -> None:
+def test_training_step_does_not_depend_on_trimming(kind: str, visible: Callable, captions: Callable) -> None:
     batches = captions(9, 20, 15, width=40), captions(5, 3, 8, width=8, seed=1)
     features, gradients, buffers, widths = [], [], [], []
     for trim_captions in (True, False):

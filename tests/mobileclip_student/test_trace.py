@@ -40,7 +40,7 @@ def make_tower(kind: str, visible: Callable, *, pad_mask: bool) -> TextTransform
 
 @pytest.mark.parametrize("pad_mask", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_text_features_gradients_and_statistics_are_those_of_the_plain_pass(
+def test_text_features_gradients_and_statistics_equal_the_plain_pass(
     kind: str, visible: Callable, captions: Callable[..., Tensor], pad_mask: bool, training: bool
 ) -> None:
     long, short = captions(*LENGTHS, width=40), captions(5, 3, 2, 4, width=8, seed=1)

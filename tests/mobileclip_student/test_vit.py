@@ -1,4 +1,4 @@
-"""ViT students: the equations of a ViT and of DeiT's two tokens, and all that a student must do with one."""
+"""ViT students: the equations of a ViT and of DeiT's two tokens, and everything that a student must support."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VIT = {"tower": "vit", "image_size": 32, "patch": 8, "width": 24, "depth": 2, "h
 
 
 def _student(distillation_token: bool, text_tower: str = "base") -> MobileCLIP:
-    """A small ViT student without a neutral weight."""
+    """A small ViT student whose weights are nowhere neutral (0 or 1)."""
     torch.manual_seed(0)
     config = override(
         variant_config("vit_tiny"), distillation_token=distillation_token, image_layers=2, text_tower=text_tower
@@ -74,7 +74,7 @@ def _by_hand(student: MobileCLIP, images: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("distillation_token", [False, True])
-def test_features_are_those_of_the_equations(distillation_token: bool) -> None:
+def test_features_follow_the_equations(distillation_token: bool) -> None:
     student = _student(distillation_token).double()
     images = torch.rand(3, 3, 48, 48, dtype=torch.float64)
     wanted = _by_hand(student, images)
@@ -138,7 +138,7 @@ def test_stochastic_depth_rises_to_its_share() -> None:
 
 
 def test_our_variants_are_never_guessed_from_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nobody published files of theirs: of weights of unknown origin, only published variants come into question."""
+    """They have no published files, so weights of unknown origin can only be those of published variants."""
     tried: list[str] = []
     monkeypatch.setattr(checkpoint, "fits", lambda _tensors, config: tried.append(config.variant))
     save_file({"visual.trunk.x": torch.zeros(2)}, tmp_path / "weights.safetensors")

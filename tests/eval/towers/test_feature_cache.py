@@ -113,7 +113,7 @@ def test_captions_do_not_run_together(colour_model: nn.Module, encoding: Encodin
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
-def test_a_damaged_file_is_made_anew(
+def test_a_damaged_file_is_computed_again(
     damage: str, colour_model: nn.Module, encoding: Encoding, capsys: pytest.CaptureFixture[str]
 ) -> None:
     features, _ = encode_captions(colour_model, CAPTIONS, encoding)
@@ -153,7 +153,7 @@ def test_unreadable_pictures_are_named_from_the_cache_too(
     assert kept.unreadable == computed.unreadable and torch.equal(kept.features, computed.features)
 
 
-def test_a_hit_is_told_in_one_line(colour_model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_hit_is_one_line(colour_model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoding = Encoding(cache=FeatureCache(tmp_path / "cache"), show_progress=True)
     encode_captions(colour_model, CAPTIONS, encoding)
     assert capsys.readouterr().err == ""

@@ -30,7 +30,7 @@ def test_every_module_returns_to_its_own_mode(colour_model: nn.Module) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_evaluation_leaves_the_random_state_alone(colour_model: nn.Module, tmp_path: Path) -> None:
+def test_evaluation_does_not_change_the_random_state(colour_model: nn.Module, tmp_path: Path) -> None:
     colour_model.train()
     before = torch.get_rng_state()
     encode_images(colour_model, pictures(tmp_path / "p", 3), Encoding(num_workers=1))

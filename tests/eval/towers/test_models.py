@@ -92,7 +92,7 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [("load_teacher", "longclip-b"), ("load_student", "apple/MobileCLIP-S1-OpenCLIP")]
 
 
-def test_what_is_no_model_ends_in_one_line(files: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_models_are_one_line(files: Path, tmp_path: Path) -> None:
     write_weights(tmp_path / "other.safetensors", {"layer.weight": torch.zeros(1)}, {})
     (tmp_path / "broken.safetensors").write_bytes((files / "student.safetensors").read_bytes()[:5000])
     torch.save({"x": torch.zeros(1000)}, tmp_path / "cut.pt")

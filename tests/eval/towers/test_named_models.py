@@ -1,4 +1,4 @@
-"""Entries of the form NAME=CHECKPOINT,...@SETTING=VALUE,... are read as meant, and no path is taken apart."""
+"""Entries of the form NAME=CHECKPOINT,...@SETTING=VALUE,... are parsed as documented, and no existing path is split."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_settings() -> None:
     }
 
 
-def test_an_at_sign_in_a_name_is_no_setting(tmp_path: Path) -> None:
+def test_an_at_sign_in_a_name_is_not_a_setting(tmp_path: Path) -> None:
     run = tmp_path / "s0@lr=0.1"
     run.mkdir()
     revision = "hf-hub:timm/ViT-B-16-SigLIP@main"
@@ -74,7 +74,7 @@ def test_an_at_sign_in_a_name_is_no_setting(tmp_path: Path) -> None:
         ("a=p@activation=relu", "activation is quickgelu or gelu, not 'relu'"),
     ],
 )
-def test_what_is_no_model_is_one_line(entry: str, message: str) -> None:
+def test_malformed_entries_are_one_line(entry: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         parse_models([entry])
     assert "\n" not in str(caught.value)

@@ -63,7 +63,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
-def test_features_and_pictures_are_open_clips_own(custom_text: bool, tmp_path: Path, picture: Path) -> None:
+def test_features_and_pictures_equal_those_of_open_clip(custom_text: bool, tmp_path: Path, picture: Path) -> None:
     root = write_folder(tmp_path, {"custom_text": custom_text})
     theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{root}")
     theirs.eval()
@@ -98,7 +98,7 @@ def test_a_folder_may_be_given_without_the_prefix(folder: Path) -> None:
 
 
 def test_an_architecture_and_a_weight_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small model under a name of its own, as open_clip's architectures have."""
+    """The small model under its own name, like open_clip's architectures."""
     (tmp_path / "Small-CLIP.json").write_text(json.dumps(MODEL_CFG))
     monkeypatch.setattr("open_clip.factory._MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
     open_clip.add_model_config(tmp_path / "Small-CLIP.json")
@@ -124,7 +124,7 @@ def test_an_architecture_and_a_weight_file(folder: Path, tmp_path: Path, monkeyp
         load_model(f"open_clip:Small-CLIP/{tmp_path / 'Small-CLIP.json'}")
 
 
-def test_positions_are_never_resampled_in_silence(folder: Path, tmp_path: Path) -> None:
+def test_positions_are_never_resampled_silently(folder: Path, tmp_path: Path) -> None:
     for way, change in (("text", {"context_length": 60}), ("vision", {"image_size": 48})):
         root = tmp_path / way
         write_folder(root, {f"{way}_cfg": change})
@@ -155,7 +155,7 @@ def test_a_configuration_is_untrusted(changes: dict[str, Any], message: str, fol
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_loaded_ends_in_one_line(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unloadable_models_are_one_line(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "open_clip_config.json").write_text((folder / "open_clip_config.json").read_text())
     (tmp_path / "broken").mkdir()
@@ -197,7 +197,7 @@ def test_options_of_our_models_are_refused(options: dict[str, Any], folder: Path
 
 
 def test_published_weights_get_the_activation_they_were_trained_with(folder: Path, monkeypatch: Any) -> None:
-    """`ViT-B-32` is a GELU architecture in open_clip 3, OpenAI's weights are QuickGELU's."""
+    """`ViT-B-32` is a GELU architecture in open_clip 3, but OpenAI's weights need QuickGELU."""
     asked: list[bool] = []
 
     def create_model(architecture: str, *, force_quick_gelu: bool, **options: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Two towers of different models as one: each gives its own model's features, and eval takes the pair as any model."""
+"""Two towers of different models as one: each gives its own model's features, and eval treats the pair as a model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def teacher() -> LongCLIP:
 
 @pytest.fixture(scope="module")
 def student(teacher: LongCLIP) -> MobileCLIP:
-    """Of the teacher's width, but of another picture size, context and normalisation."""
+    """A student with the teacher's width but another picture size, context and normalisation."""
     config = variant_config("tiny")
     image = replace(config.image, image_size=32)
     torch.manual_seed(1)
@@ -49,7 +49,7 @@ def pair_of(student: MobileCLIP, teacher: LongCLIP, stage: str) -> TowerPair:
 
 
 @pytest.mark.parametrize("stage", ["image", "text"])
-def test_each_tower_is_its_own_models(student: MobileCLIP, teacher: LongCLIP, stage: str) -> None:
+def test_each_tower_gives_its_models_features(student: MobileCLIP, teacher: LongCLIP, stage: str) -> None:
     pair = pair_of(student, teacher, stage)
     image, text = (student, teacher) if stage == "image" else (teacher, student)
     picture = Image.new("RGB", (70, 50), (200, 30, 90))
@@ -70,7 +70,7 @@ def num_values(*tensors: Tensor) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def test_only_the_two_towers_belong_to_it(student: MobileCLIP, teacher: LongCLIP) -> None:
+def test_the_pair_holds_only_the_two_towers(student: MobileCLIP, teacher: LongCLIP) -> None:
     pair = pair_of(student, teacher, "image")
     towers = [*student.image_encoder.parameters(), *teacher.text.parameters()]
     assert {id(p) for p in pair.parameters()} == {id(p) for p in (*towers, teacher.logit_scale)}
