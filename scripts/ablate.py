@@ -44,8 +44,8 @@ class Options:
     processes: int = 1
     """Training processes per run, under torchrun. 1 uses plain python."""
     set: tuple[str, ...] = ()
-    """section.field=VALUE for every variant without a value of its own, or NAME=VALUE for one of the grid's values. Put
-    several values in one word: "data.tests='a=folder:x b=folder:y'"."""
+    """section.field=VALUE for every variant without a value of its own, or NAME=VALUE for one of the grid's values.
+    Put several values in one word: "data.tests='a=folder:x b=folder:y'"."""
     only: tuple[str, ...] = ()
     """Run only these variants and the stages they need. The table includes the baseline too."""
     part: str | None = None

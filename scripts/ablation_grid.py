@@ -2,7 +2,7 @@
 
 A grid names what all runs share and what sets each variant apart:
 
-    preset = "small_student"            # of training/main.py; a variant may name another
+    preset = "small_student"            # a preset of training/main.py; a variant may name another
     baseline = "none"                   # the variant that the others are compared with
     seeds = [0, 1, 2]
     overrides.run.max_steps = 240       # as in a preset, or a list: ["--run.max_steps", "240"]

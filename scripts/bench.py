@@ -77,7 +77,7 @@ class Options:
     """Write the rows to this file as JSON."""
 
     def check(self) -> None:
-        """InputError for a bench that does not exist, or without rounds."""
+        """Raise InputError for an unknown bench or fewer than one round."""
         if self.name not in BENCHES:
             raise InputError(f"no bench {self.name!r}: choose one of {', '.join(BENCHES)}")
         if self.rounds < 1:

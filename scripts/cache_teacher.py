@@ -47,8 +47,8 @@ class Options:
     out: Path | None = None
     """Folder for the sidecars. Default: teacher_cache in the shards' folder."""
     views: int = 1
-    """Crops stored per picture. Training uses them in turn, one per epoch, so as many crops as epochs avoid repeats. 0
-    stores the centre crop, for training with --augment.centre."""
+    """Crops stored per picture. Training uses them in turn, one per epoch, so as many crops as epochs avoid repeats.
+    0 stores the centre crop, for training with --augment.centre."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How crops are drawn, as in the training run."""
     seed: int = 0

@@ -39,7 +39,7 @@ class Options:
     """Folder for the new shards, which keep their names, and their manifest.json."""
 
     def check(self) -> None:
-        """InputError for a cache that is not there, before any shard is read."""
+        """Raise InputError for a missing cache, before any shard is read."""
         if not self.cache.is_dir():
             raise InputError(f"--cache {self.cache} is not a folder: name the one that scripts/cache_teacher.py wrote")
 
@@ -134,7 +134,7 @@ def export(options: Options) -> tuple[int, int]:
     index = ShardIndex(paths, show_progress=_STDERR.is_terminal)
     open_cache(options.cache, index, settings.augment, None)  # refuses a cache of other shards
     if options.out.resolve() in {path.parent.resolve() for path in index.paths}:
-        raise InputError(f"--out {options.out} is the folder of the shards themselves: give another")
+        raise InputError(f"--out {options.out} is the folder of the shards themselves: give another folder")
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = CaptionTokenizer(settings.context_length)
     inputs = {

@@ -34,7 +34,7 @@ class Arguments:
     """Seed of the boards. Held-out digits and layouts do not depend on it."""
 
     def check(self) -> None:
-        """InputError for options that mean nothing."""
+        """Raise InputError for invalid options."""
         if self.seed < 0:
             raise InputError("--seed must be 0 or more")
 

@@ -39,11 +39,11 @@ class Output:
     limit: int | None = None
     """Take only the first pictures that the patterns select, this many."""
     val_share: float = 0.0
-    """Share of the pictures, chosen by a hash of their path, that goes to OUT/val instead. It is written as image/N.jpg
-    and caption/N.txt, which evaluation and --data.val read."""
+    """Share of the pictures, chosen by a hash of their path, that goes to OUT/val instead.
+    It is written as image/N.jpg and caption/N.txt, which evaluation and --data.val read."""
     resize: int | None = None
-    """Shrink pictures to this shorter side in pixels, as JPEG of quality 95. Smaller pictures keep their bytes, and
-    without this option all do."""
+    """Shrink pictures to this shorter side in pixels, as JPEG of quality 95.
+    Smaller pictures keep their bytes, and without this option all do."""
     shard_size: int = 5000
     """Pictures per shard."""
     workers: int = os.cpu_count() or 1
@@ -137,7 +137,7 @@ class Index:
     """Processes."""
 
     def check(self) -> None:
-        """Raise InputError for numbers that mean nothing."""
+        """Raise InputError for invalid numbers."""
         if self.workers < 1:
             raise InputError(f"--workers {self.workers}: give 1 or more")
 

@@ -349,7 +349,7 @@ def report(options: Options, models: Mapping[str, Figures], spreads: Mapping[str
             paragraphs=[
                 "A teacher that reads captions of 248 tokens (Long-CLIP, tiny here) was distilled into a small student "
                 "(MobileCLIP, tiny here), so that it reads 248 tokens too. The pictures are boards of real handwritten "
-                "digits, each with a caption of about 100 tokens that says what stands where.",
+                "digits, each with a caption of about 100 tokens that says what is where.",
                 *notes,
             ],
             columns=columns(),

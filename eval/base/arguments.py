@@ -1,11 +1,11 @@
-"""Reading a command line: --help and bad options are answered in a second, bad ones in one line.
+"""Read a command line: answer --help and bad options within a second, and bad options in one line.
 
-torch and what is built on it take seconds to import. A command therefore has its options on top, then
+torch and the libraries built on it take seconds to import. A command therefore has its options first, then
 
     if __name__ == "__main__":
         answer_early(Options)  # --help and refused options end here: the imports below take seconds
 
-and its slow imports below that. Imported by a test or by another module, it is a module like any other.
+and its slow imports after that. When imported by a test or another module, it behaves like any module.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Options = TypeVar("Options", bound=_Checked)
 
 
 def read_options(kind: type[Options], description: str | None = None) -> Options:
-    """The options on the command line, checked. `kind` is a dataclass, or a union of them, one for each subcommand.
+    """Return the checked options of the command line. `kind` is a dataclass, or a union of one per subcommand.
 
-    `description` is the text above the options in --help; None: the docstring of `kind`. Raises InputError in one line.
+    `description` is the text above the options in --help; None: the docstring of `kind`. Raise a one-line InputError.
     """
     with errors_in_one_line(_option_names(kind)):
         options = tyro.cli(kind, description=kind.__doc__ if description is None else description)
@@ -56,7 +56,7 @@ def answer_early(kind: type[Any], description: str | None = None) -> None:
 
 
 def _option_names(kind: Any) -> list[str]:
-    """Options of a dataclass, or of all members of a union."""
+    """Return the options of a dataclass, or of all members of a union."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
     return [name for member in get_args(kind) for name in _option_names(member)]
@@ -64,8 +64,8 @@ def _option_names(kind: Any) -> list[str]:
 
 @contextlib.contextmanager
 def errors_in_one_line(names: Sequence[str] = ()) -> Iterator[None]:
-    """Turn tyro's box of several lines into an InputError; --help passes through. `names` are the options that exist,
-    of which the error names the one nearest to an unknown one."""
+    """Turn tyro's box of several lines into an InputError; --help passes through. `names` are the existing options;
+    the error suggests the one nearest to an unknown option."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

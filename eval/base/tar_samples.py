@@ -55,7 +55,7 @@ def streamed_tar_samples(file: Any, most_bytes: Callable[[str], int]) -> Iterato
     Raise tarfile.TarError or ValueError for a tar that is broken or cut short, and whatever `file` raises.
     """
     stream = _Tail(file)
-    with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # it reads, and no more is used
+    with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # only its `read` is used
         yield from _samples(tar, most_bytes, stream.block)
 
 

@@ -1,4 +1,4 @@
-"""The labelled sets that --dataset names; apart from their readers, so that options need not import torch."""
+"""The labelled sets that --dataset names, separate from their readers, so that options need not import torch."""
 
 from __future__ import annotations
 

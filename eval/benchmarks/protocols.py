@@ -208,7 +208,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             name="dci_full",
             about="Densely Captioned Images (Urbanek et al. 2024): all 7805 pictures of all its splits.",
-            caption_rule="short_caption, a space, extra_caption (DCI's extended caption; the short one alone where the "
+            caption_rule="short_caption, a space, extra_caption (DCI's extended caption; the short one alone if the "
             f"extra is empty), without the texts of the picture's parts; {_LINE_BREAKS}.",
             one_to_many=ONE_TO_ONE,
             compare=f"{_THREE_DCI} LoTLIP uses these texts but joins the sentences differently.",
@@ -336,7 +336,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             name="folder",
             about="Your own pairs.",
-            caption_rule=f"All of the text file; {_LINE_BREAKS}.",
+            caption_rule=f"The complete text file; {_LINE_BREAKS}.",
             one_to_many=ONE_TO_ONE,
             compare="Compare only if the sha256 is the same.",
             files="pictures with a .txt of the same name beside them (subfolders too), or image/N.jpg, caption/N.txt",

@@ -39,7 +39,7 @@ COST_COLUMNS = (
         "text_ms",
         "caption",
         "ms",
-        f"Milliseconds to encode one caption of 100 tokens, cut where the model reads fewer: {_TIMING}.",
+        f"Milliseconds to encode one caption of 100 tokens, cut if the model reads fewer: {_TIMING}.",
     ),
 )
 

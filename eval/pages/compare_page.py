@@ -91,7 +91,7 @@ def _model_table(comparison: Comparison) -> PlainTable:
         [name, "\n".join(checkpoints), _settings(comparison.settings[name]) or "–", comparison.read_as[name]]
         for name, checkpoints in comparison.checkpoints.items()
     ]
-    meaning = "The weights of each model, the settings given for reading them, and the model that resulted."
+    meaning = "The weights of each model, the settings given for reading them, and the resulting model."
     return PlainTable(meaning, ["model", "weights", "settings", "read as"], rows)
 
 

@@ -30,7 +30,7 @@ class Row:
     ours: float
     baseline: float
     ratio: float
-    """Above 1 where ours is better."""
+    """Above 1 if ours is better."""
     max_abs_diff: float | None
     """Largest difference between the two results, if both compute the same."""
     peak_gb: float

@@ -15,7 +15,7 @@ __all__ = ["bench_recall"]
 RECALL_CASES = ((1000, 5000), (5000, 25000))
 RECALL_FULL_CASES = ((31000, 155000),)  # all of Flickr30k, the largest protocol
 RECALL_WIDTH = 512
-_BLOCK_IMAGES, _BLOCK_TEXTS = 1024, 2048  # of the bare matmul
+_BLOCK_IMAGES, _BLOCK_TEXTS = 1024, 2048  # blocks of the bare matmul
 
 
 def bench_recall(options: BenchOptions) -> Iterator[Row]:

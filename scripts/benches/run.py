@@ -28,7 +28,7 @@ _EVERY_SAVING_OFF = ["--speed.reference", "True"]
 @dataclass
 class _Run:
     samples_per_second: float  # median over the log's intervals, without the first
-    peak_gb: float  # of rank 0
+    peak_gb: float  # peak of rank 0
 
 
 def bench_run(options: BenchOptions) -> Iterator[Row]:

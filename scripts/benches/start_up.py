@@ -1,7 +1,7 @@
 """start-up: how long every command takes to print its --help and to refuse an option.
 
-Each is measured against two baselines, a python that does nothing and one that imports torch: the first is the least
-that a command can take, the second is what it would take if it imported what it works with before it read its options.
+Each is measured against two baselines: a python that does nothing, which is the least that a command can take, and one
+that imports torch, which is what a command takes if it runs its imports before it reads its options.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ COMMANDS = [
     for path in sorted((ROOT / folder).glob("*.py"))
     if "run_command(main)" in path.read_text(encoding="utf-8")
 ]
-"""Every command of the project, by its path."""
+"""The path of every command of the project."""
 ANSWERS = {"--help": "--help", "an unknown option": "--no-such-option"}
 _BASELINES = {"python alone": ("-c", "pass"), "importing torch": ("-c", "import torch")}
 
 
 @dataclass
 class _Run:
-    """One process from its start to its end."""
+    """One process from start to end."""
 
     seconds: float
     cpu_seconds: float
@@ -42,7 +42,7 @@ class _Run:
 
 
 def bench_start_up(options: BenchOptions) -> Iterator[Row]:
-    """Both answers of each command, in seconds of wall clock and of CPU; command and baselines take turns."""
+    """Measure both answers of each command in seconds of wall clock and CPU. Command and baselines take turns."""
     for command in COMMANDS:
         for name, argument in ANSWERS.items():
             calls = {"ours": (command, argument), **_BASELINES}
@@ -65,7 +65,7 @@ def bench_start_up(options: BenchOptions) -> Iterator[Row]:
 
 
 def _run(arguments: tuple[str, ...]) -> _Run:
-    """Run python to its end, its output thrown away."""
+    """Run python to its end and discard its output."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -73,5 +73,5 @@ def _run(arguments: tuple[str, ...]) -> _Run:
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss in bytes
     return _Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 1e9)

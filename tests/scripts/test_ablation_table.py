@@ -42,7 +42,7 @@ def test_rows_pair_seeds_and_count_stages(grid_of: Callable[..., Grid], tmp_path
     rows = gather(grid, jobs)
     assert [row.variant.name for row in rows] == ["crd", "second", "none"]  # the best first; a stage has no row
     by_name = {row.variant.name: row for row in rows}
-    # 3 steps, two of them at 120 s a run and one at 60 s, then one step at 60 s a run
+    # 3 steps, two of them at 120 s per run and one at 60 s, then one step at 60 s per run
     assert by_name["second"].runs[0].minutes == pytest.approx((120 * 2 / 3 + 60 / 3 + 60) / 60)
     assert by_name["second"].runs[0].facts["run.max_steps"] == 4  # three of the stage and one
     assert by_name["second"].settings.startswith("run.max_steps 1, student.init ")
@@ -72,7 +72,7 @@ def test_minutes_are_those_of_the_log(grid_of: Callable[..., Grid], tmp_path: Pa
     grid = grid_of(ONE_SEED)
     jobs = make_jobs(grid, tmp_path)
     for job in jobs:
-        write_run(job, 1.0, 2.0, seconds=120.0)  # 3 of 4 steps at a rate of 240 s a run, one at 120 s
+        write_run(job, 1.0, 2.0, seconds=120.0)  # 3 of 4 steps at a rate of 240 s per run, one at 120 s
         ablate.is_finished(job)
     assert gather(grid, jobs)[0].runs[0].minutes == pytest.approx((240 * 3 / 4 + 120 / 4) / 60)
 

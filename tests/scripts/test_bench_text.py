@@ -1,4 +1,4 @@
-"""The text benches at small sizes: both sides compute the same, and the captions are what a row says."""
+"""The text benches at small sizes: both sides compute the same, and the captions match the row's description."""
 
 from __future__ import annotations
 

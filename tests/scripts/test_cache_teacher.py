@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_where_it_was(
     }
     assert 2 <= len(done) < 8
     for path in out.glob("*.safetensors"):
-        assert not list(Sidecar(path).damage())  # whole, whatever the moment of the kill
+        assert not list(Sidecar(path).damage())  # complete, whatever the moment of the kill
     stamps = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in done.values()}
     assert run(*command) == 0
     assert f"480 samples in 8 sidecars ({len(done)} kept)" in capsys.readouterr().out

@@ -72,7 +72,7 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
         raise ValueError("an array of another format than 1.0")
     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     if is_fortran or dtype.hasobject or dtype.kind not in "fuV":
-        raise ValueError("no array of floats")
+        raise ValueError("not an array of floats")
     return shape, dtype
 
 

@@ -154,7 +154,7 @@ def read_cache(folder: Path) -> tuple[CacheSettings, dict[str, SidecarRecord]]:
     try:
         content = json.loads(path.read_bytes())
         if (content["format"], content["version"]) != (_FORMAT, _VERSION):
-            raise ValueError(f"format version {content['version']}, this code reads {_VERSION}")
+            raise ValueError(f"format version {content['version']}, but this code reads {_VERSION}")
         records = [SidecarRecord.from_json(entry) for entry in content["shards"]]
         return CacheSettings.from_json(content["settings"]), {record.shard: record for record in records}
     except OSError as error:

@@ -105,7 +105,7 @@ def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardI
         num_bytes = sidecar_path(folder, facts.shard).stat().st_size
         if num_bytes != record.num_bytes:
             raise InputError(
-                f"{sidecar_path(folder, facts.shard)} is damaged ({num_bytes} bytes, {record.num_bytes} were written): "
+                f"{sidecar_path(folder, facts.shard)} is damaged ({num_bytes} bytes instead of {record.num_bytes}): "
                 "delete it and run scripts/cache_teacher.py again"
             )
 

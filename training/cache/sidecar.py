@@ -211,7 +211,7 @@ class Sidecar:
         if not path.is_file():
             raise InputError(f"no sidecar at {path}: run scripts/cache_teacher.py again")
         try:
-            with safe_open(path, framework="pt") as file:  # framework "np" would read the whole file
+            with safe_open(path, framework="pt") as file:  # framework "np" would read all of the file
                 metadata = file.metadata() or {}
                 found = metadata.get("format", "")
                 if not found.startswith(_FORMAT):
@@ -231,7 +231,7 @@ class Sidecar:
         if int(arrays["view_crcs"][row, view]) != _view_crc(arrays, row, view):
             raise self._damaged(f"sample {key}, view {view}")
         if self.key(row) != key:
-            raise InputError(f"{self.path} holds sample {self.key(row)} where the shard has {key}: make it again")
+            raise InputError(f"{self.path} holds sample {self.key(row)}, but the shard has {key}: make it again")
         ids, magnitudes = arrays["op_ids"][row, view], arrays["op_magnitudes"][row, view]
         ops = tuple(
             (RAND_AUGMENT_OPS[number], magnitude)

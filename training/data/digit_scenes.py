@@ -302,8 +302,8 @@ def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
     if found == settings:
         return True
     if found.get("format") == FORMAT:
-        raise InputError(f"{out} holds digit scenes of other settings: delete it or choose another folder")
-    raise InputError(f"{out} exists and holds no digit scenes: choose another folder")
+        raise InputError(f"{out} holds digit scenes with other settings: delete it or choose another folder")
+    raise InputError(f"{out} exists but holds no digit scenes: choose another folder")
 
 
 def is_outdated(folder: Path) -> bool:

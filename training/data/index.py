@@ -232,7 +232,7 @@ class OpenFiles:
             try:
                 self._files[number] = os.open(path, os.O_RDONLY)
             except OSError as error:
-                raise InputError(f"cannot read {path} any more: {error.strerror}") from None
+                raise InputError(f"can no longer read {path}: {error.strerror}") from None
         self._files.move_to_end(number)
         data = os.pread(self._files[number], size, offset)
         if len(data) != size:
@@ -262,7 +262,7 @@ class ShardIndex:
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._keys = np.concatenate([record.keys for record in records])
         self._spans = np.concatenate([record.spans for record in records])  # [N, 3, 2]
-        self._extra = {  # [N, 2] each; none in ordinary shards
+        self._extra = {  # [N, 2] each; absent in ordinary shards
             name: np.concatenate(
                 [record.extra.get(name, np.zeros((len(record.keys), 2), dtype=np.int64)) for record in records]
             )
@@ -331,7 +331,9 @@ def _checked(record: ShardRecord | None, path: Path) -> ShardRecord | None:
         return None
     num_bytes = path.stat().st_size
     if num_bytes != record.num_bytes:
-        raise InputError(f"{path} has {num_bytes} bytes, its manifest says {record.num_bytes}: make or fetch it again")
+        raise InputError(
+            f"{path} has {num_bytes} bytes, but its manifest says {record.num_bytes}: make or fetch it again"
+        )
     if not len(record.keys):
         raise InputError(f"{path} is an empty shard: remove it or make it again")
     return record

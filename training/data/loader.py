@@ -202,7 +202,7 @@ class ShardLoader:
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """What one rank's loader reads and how. Raise InputError for numbers out of bounds."""
+    """The data of one rank's loader and how it is read. Raise InputError for numbers out of bounds."""
 
     shards: str | Path | Sequence[str | Path]
     """See `expand_patterns`."""
@@ -231,8 +231,8 @@ class LoaderSettings:
     epoch_samples: int | None = None
     """Samples per epoch: required for a stream; makes an epoch over indexed samples shorter."""
     open_store: OpenStore | None = None
-    """Opens the stored teacher features of the indexed shards (None for a stream). Their crops and captions are
-    replayed."""
+    """Function that opens the stored teacher features of the indexed shards (None for a stream). Their crops and
+    captions are replayed."""
     stored_features: bool = True
     """False leaves the stored features themselves out."""
     fast_decode: bool = True
@@ -286,7 +286,7 @@ def build_loader(settings: LoaderSettings) -> ShardLoader:
 
 
 def _epoch_samples(settings: LoaderSettings, num_samples: int | None) -> int:
-    """Return the number of samples of an epoch, of `num_samples` in the data (None for a stream)."""
+    """Return the number of samples per epoch, given `num_samples` in the data (None for a stream)."""
     num_epoch = settings.epoch_samples or num_samples
     if num_epoch is None:
         raise InputError("remote shards have no index: set epoch_samples to the number of samples per epoch")
@@ -302,7 +302,7 @@ def _epoch_samples(settings: LoaderSettings, num_samples: int | None) -> int:
 def _source(
     settings: LoaderSettings, samples: SampleIndex | None, urls: list[str], members: Stage, store: TeacherStore | None
 ) -> _IndexedBatches | ShardStream:
-    """Return the batches of `samples`, or of the remote shards at `urls` where there is no index."""
+    """Return the batches of `samples`, or of the remote shards at `urls` if there is no index."""
     decoder = SampleDecoder(
         tuple(settings.views),
         settings.augment,

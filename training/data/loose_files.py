@@ -178,7 +178,7 @@ def _source(path: Path) -> _Texts | _Lines:
     except OSError as error:
         raise InputError(f"--data.captions {path} cannot be read ({error.strerror})") from None
     raise InputError(
-        f"--data.captions {path}: give COCO captions or ShareGPT4V (.json), Conceptual Captions (.tsv) or a caption a "
+        f"--data.captions {path}: give COCO captions or ShareGPT4V (.json), Conceptual Captions (.tsv) or one caption "
         "line (.txt)"
     )
 

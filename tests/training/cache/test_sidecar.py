@@ -179,7 +179,7 @@ def test_files_of_other_layouts_are_refused(path: Path) -> None:
 
 
 def test_another_key_is_refused(path: Path) -> None:
-    with pytest.raises(InputError, match="holds sample key2 where the shard has key3"):
+    with pytest.raises(InputError, match="holds sample key2, but the shard has key3"):
         Sidecar(path).view(2, 0, "key3")
 
 

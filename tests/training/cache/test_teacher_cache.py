@@ -260,7 +260,7 @@ def test_another_recipe_is_refused(shards: Path, made: Path, change: dict[str, A
         ("shard_sha256", "ab", r"s-1\.tar: shard sha256 is ab there and [0-9a-f]{64} here"),
         ("num_samples", 9, r"s-1\.tar: num samples is 9 there and 7 here"),
         ("keys_sha256", "cd", r"s-1\.tar: keys sha256 is cd there"),
-        ("num_bytes", 3, r"s-1\.safetensors is damaged \(\d+ bytes, 3 were written\)"),
+        ("num_bytes", 3, r"s-1\.safetensors is damaged \(\d+ bytes instead of 3\)"),
         ("shard", "s-9.tar", r"1 of 2 shards have no sidecar, the first s-1\.tar: run scripts/cache_teacher"),
     ],
 )  # fmt: skip
@@ -274,7 +274,7 @@ def test_a_tokenizer_a_version_and_a_damaged_manifest_are_refused(shards: Path, 
     whole = (copied / CACHE_MANIFEST).read_text()
     changes: dict[str, Callable[[dict[str, Any]], Any]] = {
         "tokenizer is ab there and [0-9a-f]{64} here": lambda content: content["settings"].update(tokenizer="ab"),
-        "format version 2, this code reads 1": lambda content: content.update(version=2),
+        "format version 2, but this code reads 1": lambda content: content.update(version=2),
         r"not a valid teacher cache \(KeyError\('flip'\)\)": lambda content: content["settings"]["augment"].pop("flip"),
         "not a valid teacher cache": lambda content: content.update(shards=[1]),
     }

@@ -89,7 +89,7 @@ def test_a_broken_tar_is_named(shards: Path, tmp_path: Path, cut: float | str) -
     if len(data) != record.num_bytes:
         shutil.copy(shards / "manifest.json", tmp_path)
         path.rename(tmp_path / "s-000.tar")
-        with pytest.raises(InputError, match=r"s-000\.tar has \d+ bytes, its manifest says"):
+        with pytest.raises(InputError, match=r"s-000\.tar has \d+ bytes, but its manifest says"):
             loader(tmp_path)
 
 
