@@ -1,4 +1,4 @@
-"""What the tests of the ablation share."""
+"""Fixtures and helpers for the tests of the ablation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The features in a sample of DataCompDR: float arrays from an npz or a gzipped torch file that nobody vouches for.
+"""The features in a sample of DataCompDR: float arrays from an untrusted npz or gzipped torch file.
 
 Sizes are bounded before anything is unpacked, and only tensors are unpickled.
 """

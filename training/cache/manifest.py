@@ -221,7 +221,7 @@ def teacher_sha256(checkpoint: str) -> str:
 
 
 def cache_sha256(folder: Path, shards: Iterable[str]) -> str:
-    """A hash of the stored features of some shards, by their names, and of how they were made."""
+    """Return a hash of the stored features of the named shards and of how they were made."""
     settings, records = read_cache(folder)
     made = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("teacher", "libraries")}
     found = [records.get(name) or read_record(folder, name) for name in shards]

@@ -203,13 +203,13 @@ def _span(member: TarMember | None) -> tuple[int, int]:
 
 
 class Contents(NamedTuple):
-    """What is known of a file or folder of samples without reading them all: it tells a changed one."""
+    """A description of a file or folder of samples that reveals changes without reading all samples."""
 
     num_samples: int
     layout: str
-    """A hash of what its index says: sizes, offsets, names."""
+    """Hash of its index: sizes, offsets, names."""
     sha256: str = ""
-    """Of the whole file, as its manifest says; "" where no manifest tells it."""
+    """sha256 of the complete file from its manifest, or "" if no manifest gives it."""
 
 
 class OpenFiles:

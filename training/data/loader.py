@@ -57,7 +57,7 @@ class SampleIndex(Protocol):
     shard_sizes: np.ndarray
     """int64 [shards]; they sum to `num_samples`. Loose files are one shard."""
     contents: dict[str, Contents]
-    """By path of each shard, caption file or folder of pictures."""
+    """The description of each shard, caption file or folder of pictures, by path."""
 
     @property
     def num_samples(self) -> int: ...
@@ -165,7 +165,7 @@ class ShardLoader:
 
     @property
     def contents(self) -> dict[str, Contents]:
-        """What is known of each local file or folder that the samples come from; empty for a stream."""
+        """A description of each local file or folder with samples; empty for a stream."""
         return self._source.index.contents if isinstance(self._source, _IndexedBatches) else {}
 
     @property

@@ -122,7 +122,7 @@ class _Texts:
         return self._content[self._ends[row] : self._ends[row + 1]].tobytes()
 
     def sha256(self) -> str:
-        """A hash of all texts."""
+        """Return a hash of all texts."""
         return hashlib.sha256(self._ends.tobytes() + self._content.tobytes()).hexdigest()
 
 
@@ -144,7 +144,7 @@ class _Lines:
         return line if self._delimiter is None else line.partition(self._delimiter)[0]
 
     def sha256(self) -> str:
-        """A hash of where the lines lie; their text is not read."""
+        """Return a hash of the places of the lines, without reading their text."""
         return hashlib.sha256(self._spans.tobytes()).hexdigest()
 
 
