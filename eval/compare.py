@@ -26,7 +26,6 @@ class Options(EncodingOptions):
 
     python eval/compare.py longclip-b runs/distil --protocols urban=urban1k:data/Urban1k coco=coco2017val:data/coco
     python eval/compare.py teacher=longclip-b student=runs/s0,runs/s1,runs/s2 --protocols urban=urban1k:data/Urban1k
-
     python eval/compare.py full=runs/s0 cut=runs/s0@context_length=77 --protocols urban=urban1k:data/Urban1k
 
     NAME=A,B,C are runs of one model with different seeds, and its figures are means. --out keeps every measurement: an
