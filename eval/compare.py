@@ -76,9 +76,9 @@ from eval.benchmarks.labelled_images import find_labelled_images
 from eval.benchmarks.named_sets import is_plain_name, parse_sets, set_digest
 from eval.benchmarks.protocols import RetrievalSet
 from eval.command_line import show_recognised
-from eval.cost import cost_conditions, measure_costs
 from eval.long_captions import long_caption_behaviour
 from eval.measures.compare_measures import Kept, measure_retrieval, model_digest
+from eval.measures.costs import cost_conditions, measure_costs
 from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
 from eval.measures.zeroshot import evaluate_zeroshot
 from eval.pages.compare_page import comparison_report

@@ -92,7 +92,7 @@ if __name__ == "__main__":
 
 import torch
 
-from eval.cost import count_flops
+from eval.measures.costs import count_flops
 from eval.towers.features import evaluation_mode
 from eval.towers.models import ClipModel
 from longclip_teacher import create_teacher

@@ -97,7 +97,7 @@ if __name__ == "__main__":
 
 import torch
 
-from eval.cost import measure_costs
+from eval.measures.costs import measure_costs
 from eval.measures.figures import Column, best_models, figure_columns, format_figure, model_figures
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eval import cost as cost_module
-from eval.cost import CAPTION_TOKENS, measure_cost, measure_costs, measure_full_cost, measure_full_costs
+import eval.cost
+from eval.measures import costs
+from eval.measures.costs import CAPTION_TOKENS, measure_cost, measure_costs, measure_full_cost, measure_full_costs
 from longclip_teacher import LongCLIP, create_teacher, save_teacher
 from longclip_teacher.config import ImageTowerConfig, TeacherConfig, TextTowerConfig
 from longclip_teacher.errors import InputError
@@ -137,10 +138,10 @@ def test_flops_do_not_depend_on_how_attention_is_computed(tmp_path: Path) -> Non
     layer = nn.TransformerEncoderLayer(32, 4, dim_feedforward=128, batch_first=True).eval()
     tokens = torch.randn(1, 10, 32)
     with torch.no_grad():
-        assert cost_module._flops(lambda: layer(tokens)) == block_flops(10, 32, 10)
+        assert costs._flops(lambda: layer(tokens)) == block_flops(10, 32, 10)
         assert torch.backends.mha.get_fastpath_enabled()  # as it was before
         depthwise = nn.Conv2d(8, 8, 5, groups=8, padding=2)
-        assert cost_module._flops(lambda: depthwise(torch.randn(2, 8, 6, 6))) == 2 * 2 * 8 * 25 * 36
+        assert costs._flops(lambda: depthwise(torch.randn(2, 8, 6, 6))) == 2 * 2 * 8 * 25 * 36
 
 
 def test_flops_of_a_masked_student_count_what_it_reads(tiny_student: MobileCLIP) -> None:
@@ -176,7 +177,7 @@ def test_peak_memory_is_the_most_that_is_alive_at_a_time() -> None:
         del first
         return (second + 1).sum()  # 8 MiB again, never 12
 
-    peak = cost_module._peak_of_call(call, torch.device("cpu"))
+    peak = costs._peak_of_call(call, torch.device("cpu"))
     assert peak is not None and 8 << 20 <= peak < (8 << 20) + 1000
 
 
@@ -190,7 +191,7 @@ def test_captions_have_exactly_the_length_asked_for(tiny_student: MobileCLIP) ->
 
     for num_tokens in (77, 100, 248):
         for model in (tiny_student, Other()):
-            caption = cost_module._caption(model, num_tokens)  # type: ignore[arg-type]
+            caption = costs._caption(model, num_tokens)  # type: ignore[arg-type]
             assert model.tokenizer.count_tokens(caption) == num_tokens  # type: ignore[attr-defined]
 
 
@@ -203,7 +204,7 @@ def test_the_command(
     for checkpoint, names in (("run", ["as loaded", "reparameterised"]), ("teacher.safetensors", ["as loaded"])):
         arguments = ["--checkpoint", str(tmp_path / checkpoint), "--repeats", "1", "--json", str(tmp_path / "a.json")]
         monkeypatch.setattr(sys, "argv", ["cost.py", *arguments, "--device", "cpu"])
-        cost_module.main()
+        eval.cost.main()
         shown, written = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
         assert list(written["costs"]) == names
         assert all(name in shown for name in names) and "FLOPs are 2 x MACs" in shown
@@ -212,4 +213,4 @@ def test_the_command(
     assert "-" in shown  # no caption of 248 tokens for this teacher
     monkeypatch.setattr(sys, "argv", ["cost.py", "--checkpoint", str(tmp_path / "run"), "--threads", "0"])
     with pytest.raises(InputError, match="--threads 0: 1 or more"):
-        cost_module.main()
+        eval.cost.main()

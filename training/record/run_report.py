@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eval.cost import measure_costs
+from eval.measures.costs import measure_costs
 from eval.measures.figures import Column, Figures, best_models, figure_columns, format_figure, model_figures
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set

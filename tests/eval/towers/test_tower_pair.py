@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from eval.base.images import open_image
 from eval.benchmarks.protocols import load_retrieval_set
-from eval.cost import measure_cost, measure_full_cost
+from eval.measures.costs import measure_cost, measure_full_cost
 from eval.measures.recall import recall_metrics
 from eval.measures.retrieval_set import encode_retrieval_set, evaluate_retrieval
 from eval.towers.feature_cache import FeatureCache
