@@ -17,7 +17,9 @@ import joblib
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
@@ -97,8 +99,15 @@ if __name__ == "__main__":
 
 import torch
 
-from eval.measures.costs import measure_costs
-from eval.measures.figures import Column, best_models, figure_columns, format_figure, model_figures
+from eval.measures.costs import Cost, cost_conditions, measure_costs
+from eval.measures.figures import (
+    Column,
+    best_models,
+    figure_columns,
+    figure_conditions,
+    format_figure,
+    model_figures,
+)
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.report import Report, model_colours, write_report
@@ -136,15 +145,20 @@ def main() -> None:
             make_student(options, student, seed)
     say("comparing", "all models on both tests")
     by_seed = {seed: evaluate_students(options, seed) for seed in options.seeds}
-    teacher = evaluate(options, load_model(options.teacher))
-    costs = costs_of_models(options)
-    means, spreads = summarise(teacher, by_seed)
+    teacher_results = evaluate_tests(load_model(options.teacher), student_config(options))
+    costs, fused_costs = costs_of_models(options)
+    means, spreads = summarise(model_figures(teacher_results), by_seed)
     models = {name: means[name] | costs[name] for name in means}
+    shown = {name: means[name] | fused_costs.get(name, costs[name]) for name in ("teacher", *STUDENTS)}
     seconds = time.monotonic() - started
     notes = explain(options, models, seconds)
-    print_table(models, spreads, notes)
+    conditions = [
+        figure_conditions(teacher_results),
+        f"ms: {cost_conditions('cpu')}; students with branches merged (reparameterized), as they are used",
+    ]
+    print_table(shown, spreads, conditions, notes)
     write_results(options, models, spreads, by_seed, seconds)
-    report(options, models, spreads, notes)
+    report(options, shown, spreads, conditions, notes)
     Console(soft_wrap=True).print(f"Report: {options.out / 'report.html'}", highlight=False)
 
 
@@ -204,7 +218,7 @@ def launch(command: list[str]) -> int:
 
 def say(step: str, message: str) -> None:
     """Print a line of progress on stderr."""
-    console.print(f"[bold]{step}[/bold]: {message}")
+    console.print(f"[bold]{step}[/bold]: {escape(message)}")
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
@@ -225,12 +239,19 @@ def evaluate_students(options: Options, seed: int) -> dict[str, Figures]:
     return {name: evaluate(options, load_model(options.run_dir(name, seed))) for name in (*STUDENTS, "reparameterized")}
 
 
-def costs_of_models(options: Options) -> dict[str, dict[str, Any]]:
-    """Return parameters, bytes and milliseconds. Those of the students do not depend on the seed."""
+def costs_of_models(options: Options) -> tuple[dict[str, Cost], dict[str, Cost]]:
+    """Return parameters, bytes and milliseconds, which do not depend on the seed: of every model as it was saved, and
+    of the students with their branches merged, beside the size of the file that was trained."""
     folders = {"teacher": options.teacher}
     folders |= {name: options.run_dir(name, options.seeds[0]) for name in (*STUDENTS, "reparameterized")}
     models = {name: load_model(folder) for name, folder in folders.items()}
-    return measure_costs(models, {name: folder / WEIGHTS for name, folder in folders.items()})
+    files = {name: folder / WEIGHTS for name, folder in folders.items()}
+    for name in STUDENTS:
+        student = models[name]
+        assert isinstance(student, MobileCLIP)
+        models[f"{name}, merged"], files[f"{name}, merged"] = reparameterize(student), files[name]
+    costs = measure_costs(models, files)
+    return {name: costs[name] for name in folders}, {name: costs[f"{name}, merged"] for name in STUDENTS}
 
 
 def summarise(
@@ -277,20 +298,25 @@ def explain(options: Options, models: Mapping[str, Figures], seconds: float) -> 
         f"The random test has {num_random} unrelated pictures, which the beginning of a caption usually tells apart. "
         f"The student cut at 77 tokens reaches {both('cut77', 'random')} there, the one that reads everything "
         f"{both('distilled', 'random')}.",
-        "reparameterized is the distilled student with its parallel branches merged for inference: the same "
-        f"figures, {format_figure(fused['params'], 'count')} parameters instead of "
-        f"{format_figure(plain['params'], 'count')}, {format_figure(fused['image_ms'], 'ms')} ms per picture "
-        f"instead of {format_figure(plain['image_ms'], 'ms')}.",
-        f"The run took {seconds:.0f} seconds with {options.processes} training processes. Times are for one thread.",
+        "A trained student is used with its parallel branches merged (reparameterized), which does not change its "
+        f"answers: the merged distilled student reaches {both('reparameterized', 'twins')} on the twin test, with "
+        f"{format_figure(fused['params'], 'count')} parameters instead of {format_figure(plain['params'], 'count')} "
+        f"and {format_figure(fused['image_ms'], 'ms')} ms per picture instead of "
+        f"{format_figure(plain['image_ms'], 'ms')}. The table shows the parameters and milliseconds of the merged "
+        "students, results.json those of both forms.",
+        f"The run took {seconds:.0f} seconds with {options.processes} training processes.",
     ]
 
 
-def print_table(models: Mapping[str, Figures], spreads: Mapping[str, Figures], notes: list[str]) -> None:
-    """Print the table and the notes on stdout."""
+def print_table(
+    models: Mapping[str, Figures], spreads: Mapping[str, Figures], conditions: list[str], notes: list[str]
+) -> None:
+    """Print the table, under it how its figures were measured, and the notes, on stdout."""
     output = Console(highlight=False)
     padding = 1 if output.width >= 92 else 0  # to fit a terminal of 80 columns
+    caption = Text("\n".join(["The best of each column is bold.", *conditions]))
     table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), pad_edge=False, caption="The best of each column is bold."
+        box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), pad_edge=False, caption=caption, caption_justify="left"
     )
     table.add_column("", no_wrap=True)
     headings = {"twins_i2t_r1": "twins\nI→T %", "twins_t2i_r1": "twins\nT→I %", "random_i2t_r1": "random\nI→T %"}
@@ -319,7 +345,11 @@ def write_results(
     seconds: float,
 ) -> None:
     """Write results.json. With several seeds `models` are means; each seed's figures and the spreads stand beside
-    them."""
+    them.
+
+    The costs are those of the saved files: `distilled`, `undistilled` and `cut77` in the form that was trained,
+    `reparameterized` the distilled student as it is used.
+    """
 
     def named(models: Mapping[str, Figures]) -> dict[str, Figures]:
         return {
@@ -334,7 +364,13 @@ def write_results(
     write_json(options.out / "results.json", content)
 
 
-def report(options: Options, models: Mapping[str, Figures], spreads: Mapping[str, Figures], notes: list[str]) -> None:
+def report(
+    options: Options,
+    models: Mapping[str, Figures],
+    spreads: Mapping[str, Figures],
+    conditions: list[str],
+    notes: list[str],
+) -> None:
     """Write report.html."""
     seed = options.seeds[0]
     distilled = load_model(options.run_dir("distilled", seed))
@@ -355,6 +391,7 @@ def report(options: Options, models: Mapping[str, Figures], spreads: Mapping[str
             columns=columns(),
             models=models,
             spreads=spreads,
+            conditions=conditions,
             sections={"Training": training_curves(runs, model_colours(models))},
             examples={
                 f"The distilled student on the {name} test": retrieval_examples(encode_retrieval_set(distilled, found))

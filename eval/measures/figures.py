@@ -6,7 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["COST_COLUMNS", "Column", "Figures", "best_models", "figure_columns", "format_figure", "model_figures"]
+__all__ = [
+    "COST_COLUMNS",
+    "Column",
+    "Figures",
+    "best_models",
+    "figure_columns",
+    "figure_conditions",
+    "format_figure",
+    "model_figures",
+]
 
 Unit = Literal["%", "count", "bytes", "ms"]
 Figures = Mapping[str, float | None]  # by Column.key; None or absent: not measured
@@ -73,6 +82,19 @@ def model_figures(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         else:
             figures |= {f"{name}_{way}_r1": result[way]["r1"] for way in ("i2t", "t2i")}
     return figures
+
+
+def figure_conditions(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Among how many pictures and captions the percentages of `evaluate_tests`' results were found, for a caption."""
+    tests = ", ".join(
+        f"{name} {result['num_images']} pictures and {result['num_texts']} captions"
+        for name, result in results.items()
+        if name != "zeroshot"
+    )
+    parts = [f"R@1 among {tests}"] if tests else []
+    if (found := results.get("zeroshot")) is not None:
+        parts.append(f"zero-shot top-1 of {found['num_images']} pictures in {found['num_classes']} classes")
+    return f"%: {'; '.join(parts)}"
 
 
 def best_models(column: Column, models: Mapping[str, Figures]) -> set[str]:

@@ -64,6 +64,8 @@ class Report:
     columns: Sequence[Column] = ()
     models: Mapping[str, Figures] = field(default_factory=dict)
     """Figures by model, in the order of the table."""
+    conditions: Sequence[str] = ()
+    """Plain text under the table: on what and how its figures were measured."""
     spreads: Mapping[str, Figures] = field(default_factory=dict)
     """Standard deviations of figures that are means over several seeds, by model."""
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import training.main
+from eval.measures.figures import format_figure
 from eval.towers.models import load_model
 from longclip_teacher.errors import InputError
 
@@ -101,8 +102,21 @@ def test_two_seeds_from_data_to_report(
     )
     printed = capsys.readouterr().out
     assert all(name in printed for name in MODELS)
-    assert "cannot pass 25%" in " ".join(printed.split())
+    words = " ".join(printed.split())
+    assert "cannot pass 25%" in words
+    lines = [line for line in printed.splitlines() if " M " in line]  # of the table
+    rows = {line.split()[0]: line for line in lines if line.split()[0] in MODELS}
+    assert list(rows) == MODELS[:4]  # the students as they are used: reparameterized
+    params = {name: format_figure(results["models"][name]["params"], "count") for name in MODELS}
+    assert params["reparameterized"] != params["distilled"]
+    assert params["reparameterized"] in rows["distilled"] and params["distilled"] not in rows["distilled"]
+    conditions = (
+        "%: R@1 among twins 40 pictures and 40 captions, random 40 pictures and 40 captions; zero-shot top-1 of",
+        "ms: batch 1, float32, cpu, 1 thread, median of 30 calls; students with branches merged (reparameterized)",
+    )
+    assert all(condition in words for condition in conditions)
     page = (out / "report.html").read_text()
+    assert all(condition in page for condition in conditions)
     assert page.count("<svg") == 2  # validation after each of the two steps, both ways; one logged step makes no curve
     assert page.count("data:image") > 10
     assert "http://" not in page.replace("http://www.w3.org/", "")  # SVG's namespaces name no place to load from

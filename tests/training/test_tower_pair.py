@@ -21,13 +21,13 @@ from eval.measures.zeroshot import evaluate_zeroshot
 from eval.towers.tower_pair import TowerPair
 from longclip_teacher import LongCLIP, create_teacher, save_teacher
 from longclip_teacher.errors import InputError
-from mobileclip_student import MobileCLIP, create_student, save_student
+from mobileclip_student import MobileCLIP, create_student, reparameterize, save_student
 from mobileclip_student.model import variant_config
 from training.distributed import start
 from training.record.evaluate import judged_model, validate
 from training.record.run_report import report_run
 from training.settings.options import DataOptions, RunOptions, StudentOptions, TeacherOptions
-from training.settings.tree import TrainConfig
+from training.settings.tree import TrainConfig, config_to_toml
 
 TEMPLATES = ["a {} board", "a board that is {}"]
 
@@ -154,6 +154,7 @@ def test_the_report_names_what_was_judged(
             config.data, **{"image": {"images": Path("some/place")}, "text": {"captions": ("some/place",)}}[stage]
         ),
     )
+    (tmp_path / "run/config.toml").write_text(config_to_toml(config))
     monkeypatch.setenv("COLUMNS", "150")
     with start("cpu") as runtime:
         report_run(config, runtime, None)
@@ -163,9 +164,15 @@ def test_the_report_names_what_was_judged(
     ours, expected = results["models"]["student"], judged_model(student, config, teacher)
     assert ours["cost"]["params"] == sum(parameter.numel() for parameter in expected.parameters())
     assert ours["cost"]["bytes"] is None  # the file holds the complete student
+    fused = judged_model(reparameterize(student), config, teacher)
+    fused_params = sum(parameter.numel() for parameter in fused.parameters())
+    assert ours["cost_reparameterized"]["params"] == fused_params < ours["cost"]["params"]
+    page, printed = (tmp_path / "run/report.html").read_text().replace("&#39;", "'"), capsys.readouterr().out
+    for told in (" ".join(printed.split()), page):
+        assert "R@1 among boards 8 pictures and 8 captions" in told
+        assert "parameters and ms with branches merged" in told and "batch 1, float32" in told
     found = evaluate_retrieval(expected, load_retrieval_set("folder", data / "boards"))
     assert ours["boards"]["i2t"] == found["i2t"] and ours["boards"]["t2i"] == found["t2i"]
-    page = (tmp_path / "run/report.html").read_text().replace("&#39;", "'")
-    assert judged in page and judged in capsys.readouterr().out
+    assert judged in page and judged in printed
     assert f"The {stage} tower of the student tiny was distilled from that of the teacher {tmp_path}" in page
     assert f"on some/place. The figures are those of the {judged}, at the best weights" in page

@@ -7,15 +7,26 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from eval.measures.costs import measure_costs
-from eval.measures.figures import Column, Figures, best_models, figure_columns, format_figure, model_figures
+from eval.measures.costs import cost_conditions, measure_costs
+from eval.measures.figures import (
+    Column,
+    Figures,
+    best_models,
+    figure_columns,
+    figure_conditions,
+    format_figure,
+    model_figures,
+)
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.report import Report, model_colours, write_report
 from eval.towers.models import ClipModel, load_model
 from longclip_teacher.atomic_files import write_json
+from mobileclip_student import MobileCLIP, reparameterize
 from training.build import DATACOMPDR, frozen_teacher, validation_teacher
 from training.distributed import Runtime
 from training.record.curves import run_facts, training_curves
@@ -24,66 +35,68 @@ from training.settings.tree import TrainConfig, config_from_toml
 
 __all__ = ["report_run"]
 
+_FUSED = "reparameterized"
+
 
 def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None) -> None:
     """Evaluate, print, and write results.json and report.html into the run's folder; nothing if there are no tests.
 
     A named teacher that training did without, because its features were stored, is loaded now. So is the whole teacher
     of a run of one tower, whose figures are those of that tower with the teacher's other one, and which says so.
+
+    results.json gives the cost of the student as it was trained (`cost`) and with its branches merged
+    (`cost_reparameterized`). Table and page show the second: that is how a student is used. The percentages are the
+    same for both.
     """
     if not config.data.tests and config.data.zeroshot is None:
         return
-    whole_teacher = validation_teacher(config, runtime.device)
-    teacher = whole_teacher or teacher
-    stored_elsewhere = config.teacher.cache == DATACOMPDR  # by teachers that nobody has named
-    if teacher is None and config.distils and config.teacher.checkpoint is not None and not stored_elsewhere:
-        teacher = frozen_teacher(config).to(runtime.device)
-    out_dir = config.run.out_dir
+    out_dir, trained_as = config.run.out_dir, config.run.train
     best = out_dir / "best.safetensors"
-    trained = judged_model(load_model(out_dir, device=str(runtime.device)), config, whole_teacher)
-    models: dict[str, ClipModel] = {config.run.train: trained}
-    if teacher is not None:
+    whole_teacher = validation_teacher(config, runtime.device)
+    saved = load_model(out_dir, device=str(runtime.device))
+    models: dict[str, ClipModel] = {trained_as: judged_model(saved, config, whole_teacher)}
+    if (teacher := whole_teacher or teacher or _teacher_of_cache(config, runtime)) is not None:
         models["teacher"] = teacher
-    title = _trained_title(config)
     results = {name: evaluate_tests(model, config) for name, model in models.items()}
+    timed = dict(models)
+    if isinstance(saved, MobileCLIP):
+        timed[_FUSED] = judged_model(reparameterize(saved), config, whole_teacher)
     # the file of a run of one tower holds a whole student: its size is not that of what is judged
-    costs = measure_costs(models, {config.run.train: best} if config.run.stage == "both" else {})
+    costs = measure_costs(timed, dict.fromkeys((trained_as, _FUSED), best) if config.run.stage == "both" else {})
     content: dict[str, Any] = {name: {**results[name], "cost": costs[name]} for name in models}
+    if _FUSED in costs:
+        content[trained_as]["cost_reparameterized"] = costs[_FUSED]
+    title = _trained_title(config)
     write_json(
         out_dir / "results.json",
         {"weights": str(best), "steps": config.run.max_steps, "judged": title, "models": content},
     )
 
-    sets = test_sets(config)
-    columns = figure_columns(sets, zeroshot=config.data.zeroshot is not None)
+    conditions = [figure_conditions(results[trained_as]), f"ms: {cost_conditions(runtime.device)}"]
+    if _FUSED in costs:
+        conditions.append(f"{title}: parameters and ms with branches merged (reparameterized), as it is used")
+    shown = costs | {trained_as: costs.get(_FUSED, costs[trained_as])}
     figures: dict[str, Figures] = {
-        title if name == config.run.train else name: {**model_figures(results[name]), **costs[name]} for name in models
+        title if name == trained_as else name: {**model_figures(results[name]), **shown[name]} for name in models
     }
+    columns = figure_columns(test_sets(config), zeroshot=config.data.zeroshot is not None)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(_table(columns, figures, f"best weights of {out_dir}; costs at batch 1, the best of a row is bold"))
-
-    write_report(
-        out_dir / "report.html",
-        Report(
-            title=f"Run {out_dir.name}",
-            # a finished run may be judged on other sets than it was trained with
-            paragraphs=[_summary(config_from_toml(out_dir / "config.toml"), teacher is not None)],
-            columns=columns,
-            models=figures,
-            sections={"Training": training_curves({title: out_dir}, model_colours(figures))},
-            examples={
-                f"The {title} on {name}": retrieval_examples(encode_retrieval_set(trained, found))
-                for name, found in sets.items()
-            },
-            facts=run_facts(out_dir),
-        ),
-    )
+    console.print(_table(columns, figures, [f"Best weights of {out_dir}. The best of each row is bold.", *conditions]))
+    _write_page(config, models, figures, columns, conditions)
     console.print(f"Report: {out_dir / 'report.html'}", markup=False)
 
 
-def _table(columns: Sequence[Column], figures: Mapping[str, Figures], caption: str) -> Table:
-    """The figures as a table: a row for each, so that any number of tests fits a terminal, and a column per model."""
-    table = Table(box=box.SIMPLE_HEAD, caption=caption)
+def _teacher_of_cache(config: TrainConfig, runtime: Runtime) -> ClipModel | None:
+    """The named teacher whose stored features a run learnt from; None where nobody has named it."""
+    teacher = config.teacher
+    if not config.distils or teacher.checkpoint is None or teacher.cache == DATACOMPDR:
+        return None
+    return frozen_teacher(config).to(runtime.device)
+
+
+def _table(columns: Sequence[Column], figures: Mapping[str, Figures], caption: Sequence[str]) -> Table:
+    """A row per figure, so that any number of tests fits a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, caption=Text("\n".join(caption)), caption_justify="left")
     table.add_column("")
     for name in figures:
         table.add_column(name, justify="right")
@@ -91,8 +104,37 @@ def _table(columns: Sequence[Column], figures: Mapping[str, Figures], caption: s
         best_names = best_models(column, figures)
         cells = ((name, format_figure(values[column.key], column.unit)) for name, values in figures.items())
         marked = (f"[bold]{cell}[/bold]" if name in best_names else cell for name, cell in cells)
-        table.add_row(f"{column.title}, {column.unit}" if column.unit in ("%", "ms") else column.title, *marked)
+        title = f"{column.title}, {column.unit}" if column.unit in ("%", "ms") else column.title
+        table.add_row(escape(title), *marked)
     return table
+
+
+def _write_page(
+    config: TrainConfig,
+    models: Mapping[str, ClipModel],
+    figures: Mapping[str, Figures],
+    columns: Sequence[Column],
+    conditions: Sequence[str],
+) -> None:
+    out_dir, title = config.run.out_dir, _trained_title(config)
+    # a finished run may be judged on other sets than those it was trained with
+    summary = _summary(config_from_toml(out_dir / "config.toml"), "teacher" in models)
+    write_report(
+        out_dir / "report.html",
+        Report(
+            title=f"Run {out_dir.name}",
+            paragraphs=[summary],
+            columns=columns,
+            models=figures,
+            conditions=conditions,
+            sections={"Training": training_curves({title: out_dir}, model_colours(figures))},
+            examples={
+                f"The {title} on {name}": retrieval_examples(encode_retrieval_set(models[config.run.train], found))
+                for name, found in test_sets(config).items()
+            },
+            facts=run_facts(out_dir),
+        ),
+    )
 
 
 def _trained_title(config: TrainConfig) -> str:
