@@ -173,10 +173,12 @@ def _check_finite(losses: dict[str, Tensor], batch: Batch, state: TrainState, ou
 def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog) -> None:
     """Validate on rank 0, and keep the weights and state of the best value so far."""
     if runtime.is_main:
-        values = validate(state.judged_model, config, validation_teacher(config, runtime.device))
-        if values:
-            log.scalars(state.step, values, group="val")
-        score = values.get("score")
+        figures, encoded = validate(state.judged_model, config, validation_teacher(config, runtime.device))
+        if figures:
+            log.scalars(state.step, figures, group="val")
+        if encoded is not None:
+            log.examples(state.step, encoded)
+        score = figures.get("score")
         if state.best is None or score is None or score > state.best:
             state.best = score if score is not None else state.best
             save_weights(config.run.out_dir / "best.safetensors", state.judged_model)

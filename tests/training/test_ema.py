@@ -20,6 +20,7 @@ from training.data.samples import Batch
 from training.distributed import start
 from training.ema import ModelEma
 from training.optim import learning_rate
+from training.record.evaluate import Validation
 from training.settings.options import MixOptions
 from training.settings.tree import parse_config
 
@@ -143,10 +144,10 @@ def test_the_loop_mixes_scales_the_rates_and_judges_the_average(
             parameter.grad = torch.ones_like(parameter)
         return {"loss": torch.tensor(1.0)}
 
-    def validate(model: nn.Module, _config: object, teacher: object) -> dict[str, float]:
+    def validate(model: nn.Module, _config: object, teacher: object) -> Validation:
         assert teacher == "the teacher"
         judged.append(("val", snapshot(model)))
-        return {"score": float(len(judged))}
+        return Validation({"score": float(len(judged))}, None)
 
     monkeypatch.setattr(loop, "backward_step", backward_step)
     monkeypatch.setattr(loop, "validate", validate)

@@ -90,7 +90,7 @@ def test_one_tower_is_judged_beside_the_teachers_other(
     student: MobileCLIP, teacher: LongCLIP, data: Path, stage: str
 ) -> None:
     config = config_of(data, stage)
-    values = validate(student, config, teacher)
+    values = validate(student, config, teacher).figures
     image, text = (student, teacher) if stage == "image" else (teacher, student)
     pair = TowerPair(image, text, teacher.logit_scale)
     found = evaluate_retrieval(pair, load_retrieval_set("folder", data / "boards"))
@@ -111,17 +111,17 @@ def test_only_the_trained_tower_counts(teacher: LongCLIP, data: Path, stage: str
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.normal_()
-    values = validate(copy, config_of(data, stage), teacher)
+    values = validate(copy, config_of(data, stage), teacher).figures
     assert values.pop("agreement") == pytest.approx(100, abs=1e-4)
-    assert values == validate(teacher, config_of(data, "both"))
-    wrong_way = validate(copy, config_of(data, "text" if stage == "image" else "image"), teacher)
+    assert values == validate(teacher, config_of(data, "both")).figures
+    wrong_way = validate(copy, config_of(data, "text" if stage == "image" else "image"), teacher).figures
     assert wrong_way["agreement"] < 90
 
 
 def test_two_towers_are_judged_as_before(student: MobileCLIP, teacher: LongCLIP, data: Path) -> None:
     config = config_of(data, "both")
     assert judged_model(student, config, teacher) is student
-    assert set(validate(student, config)) == {"i2t_r1", "t2i_r1", "score", "zeroshot_top1"}
+    assert set(validate(student, config).figures) == {"i2t_r1", "t2i_r1", "score", "zeroshot_top1"}
 
 
 def test_what_cannot_be_judged_is_said(teacher: LongCLIP, data: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.benchmarks.class_prompts import read_classnames, read_templates
 from eval.benchmarks.named_sets import parse_sets
@@ -17,7 +17,16 @@ from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP
 from training.settings.tree import TrainConfig
 
-__all__ = ["check_sets", "evaluate_tests", "judged_model", "test_sets", "validate"]
+__all__ = ["Validation", "check_sets", "evaluate_tests", "judged_model", "test_sets", "validate"]
+
+
+class Validation(NamedTuple):
+    """The result of `validate`."""
+
+    figures: dict[str, float]
+    """Percentages by name."""
+    encoded: EncodedSet | None
+    """The validation set as the judged model encodes it, None without such a set."""
 
 
 def judged_model(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None) -> ClipModel:
@@ -34,7 +43,7 @@ def judged_model(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None
     return TowerPair(image, text, teacher.logit_scale)
 
 
-def validate(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None = None) -> dict[str, float]:
+def validate(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None = None) -> Validation:
     """Percentages on the validation set: i2t_r1, t2i_r1, their mean as `score`, and zeroshot_top1 where pictures are
     given.
 
@@ -44,6 +53,7 @@ def validate(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None = N
     """
     judged = judged_model(model, config, teacher)
     values: dict[str, float] = {}
+    encoded = None
     if config.data.val is not None:
         found = load_retrieval_set(config.data.val_protocol, config.data.val)
         encoded = encode_retrieval_set(judged, found, _encoding(config))
@@ -55,7 +65,7 @@ def validate(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None = N
             values["agreement"] = _agreement(encoded, teacher, config)
     if config.data.zeroshot is not None:
         values["zeroshot_top1"] = _zeroshot(judged, config)["top1"]
-    return values
+    return Validation(values, encoded)
 
 
 def _agreement(student: EncodedSet, teacher: LongCLIP, config: TrainConfig) -> float:

@@ -6,17 +6,24 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import indent
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from eval.base.environment import environment_record, uncommitted_changes
+from eval.measures.retrieval_examples import retrieval_examples
+from eval.measures.retrieval_set import EncodedSet
+from eval.pages.example_sheet import draw_examples
 from longclip_teacher.atomic_files import write_json, write_text
 from training.distributed import Runtime
 from training.settings.tree import TrainConfig, config_to_toml
 
 __all__ = ["RunLog", "read_metrics"]
+
+_NUM_EXAMPLES, _NUM_ANSWERS = 4, 3  # of the sheet of retrieval examples
 
 
 class RunLog:
@@ -37,6 +44,7 @@ class RunLog:
         _forget_after(self._metrics_path, step, is_validated_again=every > 0 and step % every == 0)
         self._metrics = self._metrics_path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
+        self._board.add_text("config", _code_block(config_to_toml(config)), step)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -76,6 +84,12 @@ class RunLog:
                 f"step {step}/{self.total_steps}  loss {loss}  {rate} samples/s  ETA {left:.0f} s", highlight=False
             )
 
+    def examples(self, step: int, encoded: EncodedSet) -> None:
+        """Draw a few pictures of an encoded set with the captions found for them, for TensorBoard."""
+        if self.enabled:
+            sheet = draw_examples(retrieval_examples(encoded, num_examples=_NUM_EXAMPLES, num_answers=_NUM_ANSWERS))
+            self._board.add_image("val/pictures and the captions found", np.asarray(sheet), step, dataformats="HWC")
+
     def say(self, message: str) -> None:
         """A line on the console."""
         self.console.print(message, highlight=False, markup=False)
@@ -100,6 +114,11 @@ def read_metrics(run_dir: Path, group: str = "train") -> list[dict[str, float]]:
         if row.pop("group", None) == group:
             rows.append(row)
     return rows
+
+
+def _code_block(text: str) -> str:
+    """Text as a code block of Markdown. Indented, because a fence would end at a fence within the text."""
+    return indent(text, "    ", lambda _: True)
 
 
 def _forget_after(path: Path, step: int, *, is_validated_again: bool) -> None:
