@@ -78,12 +78,8 @@ class Options:
         return [
             *("--data.shards", f"{self.data}/train/*.tar", "--data.val", f"{self.data}/val_twins"),
             *("--data.tests", f"twins=folder:{self.data}/twins", f"random=folder:{self.data}/random"),
-            *(
-                "--data.zeroshot",
-                f"{self.data}/digits/val",
-                "--data.zeroshot_templates",
-                f"{self.data}/digits/templates.txt",
-            ),
+            *("--data.zeroshot", f"{self.data}/digits/val"),
+            *("--data.zeroshot_templates", f"{self.data}/digits/templates.txt"),
             *("--data.zeroshot_classnames", f"{self.data}/digits/classnames.txt"),
             *("--run.device", "cpu", "--run.resume", "auto"),
         ]
@@ -100,14 +96,7 @@ if __name__ == "__main__":
 import torch
 
 from eval.measures.costs import Cost, cost_conditions, measure_costs
-from eval.measures.figures import (
-    Column,
-    best_models,
-    figure_columns,
-    figure_conditions,
-    format_figure,
-    model_figures,
-)
+from eval.measures.figures import Column, best_models, figure_columns, figure_conditions, format_figure, model_figures
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.report import Report, model_colours, write_report
