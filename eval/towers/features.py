@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
@@ -27,6 +26,7 @@ from eval.towers.feature_cache import FeatureCache
 from eval.towers.models import ClipModel
 from eval.towers.precision import Precision
 from longclip_teacher.errors import InputError
+from longclip_teacher.features import unit_features
 
 __all__ = [
     "MAX_UNREADABLE_SHARE",
@@ -200,7 +200,7 @@ def _encode_share_of_pictures(
             unreadable += batch.unreadable
             refuse_many_unreadable(unreadable, len(paths))
             if len(batch.images):
-                features.append(_unit(model.encode_image(batch.images)))
+                features.append(unit_features(model.encode_image(batch.images)))
                 rows += batch.targets.tolist()
     read = set(rows)
     return {
@@ -255,7 +255,7 @@ def _encode_share_of_captions(
     with evaluation_mode(model, encoding.precision):
         for batch in show_track(batches, "captions" if encoding.show_progress else None, len(batches)):
             tokens = model.tokenizer([ordered[row] for row in batch], model.context_length).to(model_device(model))
-            features.append(_unit(model.encode_text(tokens)))
+            features.append(unit_features(model.encode_text(tokens)))
     rows = [row for batch in batches for row in batch]
     return {"features": torch.cat(features), "rows": torch.tensor(rows, dtype=torch.int64)}
 
@@ -312,10 +312,6 @@ def _collate(items: Sequence[tuple[int, Tensor | Unreadable]]) -> ImageBatch:
 
 def _json_bytes(content: list[str]) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-
-
-def _unit(features: Tensor) -> Float[Tensor, "B D"]:
-    return F.normalize(features.float(), dim=-1)
 
 
 def _require_finite(features: Float[Tensor, "N D"], name: Any) -> None:

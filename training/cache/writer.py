@@ -18,13 +18,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 
 from eval.towers.features import evaluation_mode, model_device
 from eval.towers.precision import Precision
 from longclip_teacher import LongCLIP
 from longclip_teacher.errors import InputError
+from longclip_teacher.features import unit_features
 from longclip_teacher.text import caption_lengths, first_sentence
 from training.cache.manifest import (
     CacheSettings,
@@ -233,7 +233,7 @@ class SidecarWriter:
         with evaluation_mode(self.model, self.settings.precision):
             for batch in images.split(self.batch_size):
                 pixels = normalized(batch.to(device, non_blocking=True), mean, std)
-                features.append(_unit(self.model.encode_image(pixels)))
+                features.append(unit_features(self.model.encode_image(pixels)).half())
         return features if len(images) else []
 
     def _encode_captions(self, captions: list[str], shard: Path) -> CaptionRows:
@@ -248,7 +248,7 @@ class SidecarWriter:
                 size = max(8, self.batch_size * _TOKENS_PER_ROW // longest)
                 rows, order = order[:size], order[size:]
                 batch = tokens[rows, :longest].to(model_device(self.model))
-                parts.append((rows, _unit(self.model.encode_text(batch))))
+                parts.append((rows, unit_features(self.model.encode_text(batch)).half()))
         for rows, part in parts:
             features[rows.numpy()] = self._checked(part, shard)
         own = [row[:length].astype(np.uint16) for row, length in zip(tokens.numpy(), lengths.tolist(), strict=True)]
@@ -259,7 +259,3 @@ class SidecarWriter:
         if not np.isfinite(array).all():
             raise InputError(f"{shard}: the teacher's features are not finite: use --precision fp32 or bf16")
         return array
-
-
-def _unit(features: Tensor) -> Tensor:
-    return normalize(features.float(), dim=-1).half()
