@@ -1,7 +1,7 @@
-"""Checkpoints: written atomically, the whole state of a run, read without executing anything.
+"""Checkpoints hold the whole state of a run. They are written atomically and read without executing anything.
 
-The position in the data, the learning rate and every random number are functions of the step, so the step is the only
-state besides tensors: killed and resumed equals never killed.
+The position in the data, the learning rate and every random number are functions of the step. The step is therefore
+the only state besides tensors, and a run that was killed and resumed equals one that was never killed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ __all__ = ["TrainState", "find_checkpoint", "load_checkpoint", "save_checkpoint"
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds."""
+    """The state of a run, as a checkpoint holds it."""
 
     distiller: Distiller
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     inputs: RunInputs
-    """Length of the run, contents of its data and teachers, by which a continuation knows them."""
+    """Length of the run and contents of its data and teachers. A resumed run compares its own with them."""
     ema: ModelEma[MobileCLIP | LongCLIP] | None = None
-    """Average of the trained model's weights, None where the run keeps none."""
+    """Average of the trained model's weights, None if the run keeps no average."""
     step: int = 0
     """Steps done."""
     best: float | None = None
@@ -43,7 +43,7 @@ class TrainState:
 
     @property
     def judged_model(self) -> MobileCLIP | LongCLIP:
-        """The model that is evaluated and whose weights are the run's outcome: the average where there is one."""
+        """The model that is evaluated and saved as the run's result: the average if there is one."""
         return self.distiller.model if self.ema is None else self.ema.model
 
 
@@ -65,10 +65,10 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
 
 
 def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[str]:
-    """Restore `state` from `path`; returns what has changed since and changes no result, a line each.
+    """Restore `state` from `path`. Returns a line for each change since then that does not affect the result.
 
-    `state.inputs` must be those of the run that goes on. On another validation set the best weights are chosen anew.
-    Raises InputError if the file is damaged, or belongs to a run whose settings, data or teachers lead elsewhere.
+    `state.inputs` must be those of the resumed run. With another validation set the best weights are chosen anew.
+    Raises InputError if the file is damaged, or if settings, data or teachers differ in a way that affects the result.
     """
     content = torch_load(path)
     parts = {"distiller", "optimizer", "scaler", "ema", "step", "best", "config"}
@@ -92,7 +92,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, by `run.resume`; None to start afresh."""
+    """The checkpoint that `run.resume` selects, None to start a new run. Raises InputError if it does not exist."""
     last = config.run.out_dir / "checkpoints" / "last.pt"
     if config.run.resume == "auto":
         return last if last.exists() else None

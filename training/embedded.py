@@ -1,5 +1,7 @@
-"""The embedded inputs: digit scenes, a tiny teacher and what presets make of it, made when a run asks for them and they
-are not there."""
+"""The embedded inputs: digit scenes, a tiny teacher, its stored features and first stages.
+
+They are made when a run asks for them and they do not exist.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,10 @@ _CACHE_BATCH = 256
 
 
 def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
-    """Make what `config` names of the embedded inputs and is missing: the digit scenes and, by the same training loop,
-    the tiny teacher, its stored features, and the first stages of two_stage.
+    """Make the embedded inputs that `config` names and that are missing: the digit scenes, the tiny teacher, its stored
+    features, and the first stages of two_stage. Teacher and stages are trained by the same training loop.
 
-    Raises InputError where a first stage is missing and the run is on other data: that stage would learn from digits.
+    Raises InputError if a first stage is missing and the run has other data, because the stage would learn from digits.
     """
     if _names_embedded_data(config.data):
         if runtime.is_main:
@@ -88,7 +90,7 @@ def _is_finished(out_dir: Path) -> bool:
 
 
 def _write_cache(config: TrainConfig) -> None:
-    """One crop of every picture of the run's shards, by its teacher (scripts/cache_teacher.py does it for any data)."""
+    """Store the teacher's features of one crop per picture. For any data, scripts/cache_teacher.py does this."""
     logger.info("storing the teacher's features of the embedded pictures in %s", EMBEDDED_CACHE)
     folder, checkpoint = Path(EMBEDDED_CACHE), str(config.teacher.checkpoint)
     teacher = frozen_teacher(config)

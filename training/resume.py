@@ -1,6 +1,6 @@
-"""Going on with a run: whether what decides its result is as it was, and what may differ, told in a line each.
+"""Checks before a run is resumed: what decides its result must be unchanged; other changes are reported, a line each.
 
-Compared are the configuration, the contents of the training data and the weights of the frozen teachers.
+The checks compare the configuration, the contents of the training data and the weights of the frozen teachers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FREE_FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class RunInputs:
-    """What decides a run's result beside its configuration and its start."""
+    """What decides the result of a run besides its configuration and its initial weights."""
 
     total_steps: int
     world_size: int
@@ -47,7 +47,7 @@ class RunInputs:
 
     @classmethod
     def of_run(cls, config: TrainConfig, world_size: int, loader: ShardLoader) -> RunInputs:
-        """Those of a run that is about to train; reads the teachers' files once."""
+        """The inputs of a run that is about to train. Reads the teachers' weight files once."""
         run = config.run
         return cls(
             run.max_steps or max(1, round(run.epochs * loader.steps_per_epoch)),
@@ -70,12 +70,12 @@ class RunInputs:
 def changes_since(
     path: Path, step: int, saved: Mapping[str, Any], before: RunInputs | None, config: TrainConfig, now: RunInputs
 ) -> list[str]:
-    """What differs from the run whose checkpoint `path` was written at `step`, a line each.
+    """Compare a run with the one that wrote the checkpoint `path` at `step`. Returns a line for each harmless change.
 
     saved     the configuration of that run, as `TrainConfig.to_dict` gives it
     before    its inputs, None for a checkpoint of an earlier version, which does not hold them
 
-    Raises InputError for a difference that changes the result. A finished run may be made longer.
+    Raises InputError for a change that affects the result. A finished run may be extended.
     """
     speed = {name: value for name, value in saved.get("speed", {}).items() if name in _FREE_FIELDS["speed"]}
     notes = _changed_fields(path, without_removed({**saved, "speed": speed}, path), config)
@@ -98,8 +98,8 @@ def changes_since(
         )
     if before.world_size != now.world_size:
         notes.append(
-            f"resuming with {now.world_size} processes instead of {before.world_size}: BatchNorm statistics are each "
-            "process's own, so the result will differ a little"
+            f"resuming with another number of processes ({now.world_size}, it was {before.world_size}): each has "
+            "BatchNorm statistics of its own, so the result will differ a little"
         )
     return notes
 

@@ -1,4 +1,4 @@
-"""A report's training curves and facts, from what runs leave behind: metrics.jsonl and environment.json."""
+"""Training curves and facts for a report, from metrics.jsonl and environment.json of runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _WHAT_IS_COMPARED = {
 
 
 def _other_losses() -> dict[tuple[str, str], tuple[str, str]]:
-    """Every loss but the contrastive and the relational one, whose titles are their own."""
+    """Titles of every loss except the contrastive and the relational one, which have titles of their own."""
     kinds = [(_PAIR_LOSSES, ("long", "short")), (_TOWER_LOSSES, ("image", "text"))]
     curves = {
         ("train", f"{name}_{side}"): (f"{title}, {_WHAT_IS_COMPARED[side][0]}", _WHAT_IS_COMPARED[side][1])
@@ -62,8 +62,8 @@ def _other_losses() -> dict[tuple[str, str], tuple[str, str]]:
 _CURVES = {  # (group, key in metrics.jsonl): title, meaning; in the order of the page
     ("train", "loss"): (
         "Loss",
-        "What training makes small: the weighted sum of the terms below. Runs with different terms or weights cannot "
-        "be compared by it.",
+        "What training minimises: the weighted sum of the terms below. It does not compare runs with different terms "
+        "or weights.",
     ),
     ("train", "clip_long"): (
         "Contrastive, long captions",

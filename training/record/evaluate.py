@@ -1,4 +1,4 @@
-"""Judging a run: the validation measure while it trains, the tests and the report at its end."""
+"""Evaluation of a run: validation while it trains, tests at its end."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Validation(NamedTuple):
 
 
 def judged_model(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None) -> ClipModel:
-    """The model whose figures are a run's: `model` itself, or where one tower was trained that tower of `model` with
-    the teacher's other one. Raises InputError where the two have no common width."""
+    """The model that a run is evaluated by: `model` itself or, if one tower was trained, that tower with the teacher's
+    other one. Raises InputError if the two towers have different widths."""
     if config.run.stage == "both":
         return model
     if teacher is None:
@@ -44,11 +44,11 @@ def judged_model(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None
 
 
 def validate(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None = None) -> Validation:
-    """Percentages on the validation set: i2t_r1, t2i_r1, their mean as `score`, and zeroshot_top1 where pictures are
-    given.
+    """Percentages on the validation set: i2t_r1, t2i_r1, their mean as `score`, and zeroshot_top1 if data.zeroshot is
+    set.
 
-    Where one tower is trained they are those of `judged_model`, for which the whole `teacher` is needed, on the model's
-    device; `agreement` is then 100 times the mean cosine between that tower's features of the validation set's pictures
+    If one tower is trained, the figures are those of `judged_model`. It needs the whole `teacher`, on the model's
+    device. `agreement` is then 100 times the mean cosine between that tower's features of the validation set's pictures
     or captions and the teacher's features of the same.
     """
     judged = judged_model(model, config, teacher)
@@ -77,8 +77,8 @@ def _agreement(student: EncodedSet, teacher: LongCLIP, config: TrainConfig) -> f
 
 
 def evaluate_tests(model: ClipModel, config: TrainConfig) -> dict[str, Any]:
-    """The retrieval JSON of every test set by its name, and the zero-shot JSON as `zeroshot`; of a run of one tower,
-    `model` is its `judged_model`."""
+    """The retrieval JSON of every test set by its name, and the zero-shot JSON as `zeroshot`. For a run of one tower,
+    pass its `judged_model`."""
     results: dict[str, Any] = {
         name: evaluate_retrieval(model, found, _encoding(config)) for name, found in test_sets(config).items()
     }
@@ -93,7 +93,7 @@ def test_sets(config: TrainConfig) -> dict[str, RetrievalSet]:
 
 
 def check_sets(config: TrainConfig) -> None:
-    """Find every validation and test file before the training, not after it."""
+    """Raise InputError for missing validation and test files before training, not after it."""
     test_sets(config)
     if config.data.val is not None:
         load_retrieval_set(config.data.val_protocol, config.data.val)

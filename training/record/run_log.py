@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: config.toml, environment.json, metrics.jsonl, TensorBoard, the console."""
+"""The records of a run while it trains: config.toml, environment.json, metrics.jsonl, TensorBoard, console lines."""
 
 from __future__ import annotations
 
