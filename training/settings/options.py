@@ -45,7 +45,7 @@ class RunOptions:
     features from pictures without captions or captions without pictures. Only that tower of the teacher is loaded."""
     resume: str = "never"
     """never refuses an out_dir that holds a run, auto continues from its last checkpoint, and a file name continues
-    from that checkpoint."""
+    from that checkpoint. A finished run continues if max_steps is larger than before."""
     seed: int = 0
     """Seed of the initial weights, the sample order, the augmentations and drop path."""
     device: str = "auto"
@@ -94,7 +94,8 @@ class DataOptions:
     """With run.stage text: caption files, or patterns of them, to train on instead of shards. They are COCO captions or
     ShareGPT4V (.json), Conceptual Captions (.tsv), or text with one caption per line (.txt)."""
     val: Path | None = EMBEDDED_DATA / "val_twins"
-    """Retrieval set of the periodic evaluation. The best checkpoint has the highest mean of its I2T and T2I R@1."""
+    """Retrieval set of the periodic evaluation. The best checkpoint has the highest mean of its I2T and T2I R@1. With
+    training data of your own, this set, tests and zeroshot default to none."""
     val_protocol: str = "folder"
     """Protocol of data.val; `python eval/retrieval.py --protocol list` explains the protocols."""
     tests: tuple[str, ...] = (f"twins=folder:{EMBEDDED_DATA}/twins", f"random=folder:{EMBEDDED_DATA}/random")
@@ -121,7 +122,7 @@ class TeacherOptions:
 
     checkpoint: str | None = EMBEDDED_TEACHER
     """Frozen teacher to distil from: a weight file, run folder or hub name (longclip-b, longclip-l). None trains
-    without distillation."""
+    without distillation. With training data of your own it must be given."""
     activation: Literal["gelu", "quickgelu"] | None = None
     """Activation of a teacher whose weight file does not record it, such as one in open_clip's layout."""
     ensemble: tuple[str, ...] = ()
