@@ -55,6 +55,7 @@ def test_a_command_answers_before_its_slow_imports(command: str, answer: str) ->
     ("command", "arguments", "message"),
     [
         ("eval/cost.py", ["--repeat", "3"], "Unrecognized options: --repeat, 3; did you mean --repeats?"),
+        ("eval/retrieval.py", ["--batch-size", "x"], "error: --batch-size takes INT, got 'x'"),
         ("eval/cost.py", ["--precision", "fp8"], "'fp8' for argument '--precision'"),
         ("eval/cost.py", ["--checkpoint", "x", "--threads", "0"], "--threads 0: 1 or more"),
         ("eval/compare.py", ["x", "--num-workers", "-1", "--protocols", "a=folder:b"], "--num-workers -1"),

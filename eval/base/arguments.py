@@ -26,6 +26,11 @@ __all__ = ["answer_early", "errors_in_one_line", "read_options"]
 
 _FRAME = re.compile(r"[^\x20-\x7e]+")  # the box that tyro draws around its message
 
+_WRONG_VALUE = re.compile(
+    r"Error parsing (?P<option>\S+): .*?(?P<given>'[^']*')(?=\]?( Got|\. Got| Argument|\. Argument)).*"
+    r"Argument helptext: \S+ (?P<kind>\S+)"
+)
+
 
 class _Checked(Protocol):
     def check(self) -> None: ...
@@ -79,4 +84,7 @@ def errors_in_one_line(names: Sequence[str] = ()) -> Iterator[None]:
             message = message[unknown.start() :].partition(" Perhaps you meant")[0]
             near = difflib.get_close_matches(unknown[1].partition("=")[0], names, n=1)
             message += f"; did you mean {near[0]}?" if near else "; --help lists the options"
-        raise InputError(message) from None
+        elif value := _WRONG_VALUE.match(message):
+            kind = value["kind"].replace("{", "").replace("}", "")
+            message = f"{value['option']} takes {kind}, got {value['given']}"
+        raise InputError(message.partition(" Argument helptext")[0]) from None

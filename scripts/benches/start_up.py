@@ -6,11 +6,10 @@ that imports torch, which is what a command takes if it runs its imports before 
 
 from __future__ import annotations
 
-import os
+import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,16 @@ COMMANDS = [
 """The path of every command of the project."""
 ANSWERS = {"--help": "--help", "an unknown option": "--no-such-option"}
 _BASELINES = {"python alone": ("-c", "pass"), "importing torch": ("-c", "import torch")}
+
+# a process's peak memory counts that of the process that started it: a bare python starts it, not this one with torch
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+null = subprocess.DEVNULL
+process = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=null, stderr=null)
+usage = os.wait4(process.pid, 0)[2]
+print(json.dumps([time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
+"""
 
 
 @dataclass
@@ -66,12 +75,9 @@ def bench_start_up(options: BenchOptions) -> Iterator[Row]:
 
 def _run(arguments: tuple[str, ...]) -> _Run:
     """Run python to its end and discard its output."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    done = subprocess.run(
+        [sys.executable, "-c", _LAUNCHER, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
+    seconds, cpu_seconds, peak = json.loads(done.stdout)
     unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss in bytes
-    return _Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 1e9)
+    return _Run(seconds, cpu_seconds, peak * unit / 1e9)

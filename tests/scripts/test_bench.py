@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
-from benches import recall
-from benches.measure import Row, medians, peak_memory_gb
+from benches import recall, start_up
+from benches.measure import BenchOptions, Row, medians, peak_memory_gb
 from benches.recall import recall_case
 
 ROOT = Path(__file__).parents[2]
@@ -57,3 +58,15 @@ def test_bad_arguments_end_in_one_line(arguments: list[str], message: str) -> No
         [sys.executable, "scripts/bench.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2 and done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
+
+
+def test_start_up_measures_both_answers_against_both_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_up, "COMMANDS", ["scripts/make_digit_scenes.py"])
+    options = BenchOptions(full=False, rounds=1, device=torch.device("cpu"), precision="fp32")
+    rows = list(start_up.bench_start_up(options))
+    assert len({(row.case, row.unit) for row in rows}) == len(rows) == 8
+    for row in rows:
+        assert row.ratio == row.baseline / row.ours and row.max_abs_diff is None
+        assert 0 < row.peak_gb < 0.2
+        if row.unit == "CPU s":  # a command takes longer than python alone, and less than importing torch does
+            assert (row.ratio < 1) == row.case.endswith("against python alone")
