@@ -33,7 +33,7 @@ from typing import Any
 
 from eval.benchmarks.named_sets import is_plain_name
 from longclip_teacher.errors import InputError
-from training.build import check_config
+from training.settings.checks import check_config
 from training.settings.own_data import run_config
 from training.settings.tree import TrainConfig
 

@@ -25,138 +25,65 @@ from training.cache.reader import cache_facts, open_cache
 from training.data.index import ShardIndex, expand_patterns
 from training.data.loader import LoaderSettings, OpenStore, ShardLoader, build_loader
 from training.data.store import TeacherFacts, TeacherStore
-from training.distill import TOWERS, Distiller, Teachers
+from training.distillation import Distillation, assemble
 from training.distributed import Runtime
+from training.settings.needs import TOWERS, Needs
 from training.settings.options import SpeedOptions
 from training.settings.tree import TrainConfig
 from training.step import seed_everything
+from training.teachers import Teachers, views_of
 
 CLIP_CONTEXT_LENGTH = 77
-_SCALED_BY_TEACHER = {
-    f"{name}_{length}"
-    for name in ("crd", "affinity", "gd", "kd", "deit_soft", "deit_hard")
-    for length in ("long", "short")
-}
 DATACOMPDR = "datacompdr"  # as teacher.cache: the shards hold the features themselves
 
 __all__ = [
     "DATACOMPDR",
-    "build_distiller",
+    "build_distillation",
     "build_student",
     "build_training_loader",
-    "check_config",
     "frozen_teacher",
     "validation_teacher",
 ]
 
 
-def check_config(config: TrainConfig, world_size: int) -> None:
-    """Refuse, before any work, what the fields of a configuration cannot tell one by one."""
-    run, loss = config.run, config.loss
-    if run.global_batch_size % world_size:
-        raise InputError(f"--run.global_batch_size {run.global_batch_size} does not divide by {world_size} processes")
-    local = run.global_batch_size // world_size
-    if run.accumulation > local:
-        raise InputError(f"--run.accumulation {run.accumulation} is more than the {local} samples of a process")
-    compared = local if loss.pca_scope == "rank" else run.global_batch_size
-    if loss.uses_short and loss.pca_scope != "off" and compared <= loss.pca_rank:
-        raise InputError(
-            f"PCA of rank {loss.pca_rank} does nothing on {compared} samples: raise --run.global_batch_size above "
-            f"{loss.pca_rank} (better {2 * loss.pca_rank}), lower --loss.pca_rank, or set --loss.pca_scope off"
-        )
-    if not config.distils and max(loss.clip_long, loss.clip_short) == 0:
-        raise InputError(
-            "without a teacher nothing is left to learn from: raise --loss.clip_long, or give --teacher.checkpoint"
-        )
-    if run.train == "student" and config.teacher.init is not None:
-        raise InputError(
-            "--teacher.init belongs to --run.train teacher; a frozen teacher is given as --teacher.checkpoint"
-        )
-    _check_stage(config)
-    _check_teachers(config)
+def build_distillation(config: TrainConfig, runtime: Runtime) -> Distillation:
+    """The trained model, its objective and the frozen teachers, on the run's device; the same initial weights on every
+    process.
 
-
-_STAGE_PAIR_LOSSES = {"kd_long", "deit_soft_long", "deit_hard_long"}  # of the image stage, against class prompts
-
-
-def _check_stage(config: TrainConfig) -> None:
-    """Refuse what a run of one tower cannot do."""
-    run, data, mix = config.run, config.data, config.mix
-    for name, given, stage in (("images", data.images, "image"), ("captions", data.captions, "text")):
-        if given and run.stage != stage:
-            raise InputError(f"--data.{name} is read with --run.stage {stage} alone: give --data.shards")
-    if max(mix.mixup, mix.cutmix) > 0 and (run.stage != "image" or not config.runs_teacher):
-        raise InputError(
-            "mixup and cutmix need --run.stage image and a teacher that is run: mixed pictures have no caption, and "
-            "no stored features"
-        )
-    if run.stage == "both":
-        return
-    if not config.distils:
-        raise InputError(f"--run.stage {run.stage} learns from a teacher: give --teacher.checkpoint and a loss")
-    if config.teacher.cache is not None or config.teacher.short is not None or config.teacher.ensemble:
-        raise InputError(f"--run.stage {run.stage} runs one teacher: leave cache, short and ensemble out")
-    allowed = {name for name in config.loss.weights if name.endswith(f"_{run.stage}")}
-    if run.stage == "image":
-        allowed |= {"masked_fd"} | (_STAGE_PAIR_LOSSES if data.zeroshot is not None else set())
-    if wrong := sorted(config.loss.active - allowed):
-        raise InputError(
-            f"--run.stage {run.stage} has no pairs of pictures and captions: set --loss.{wrong[0]} 0 "
-            f"(it can use {', '.join(sorted(allowed))})"
-        )
-
-
-def _check_teachers(config: TrainConfig) -> None:
-    """Refuse what stored features, several teachers or chunks cannot give."""
-    teacher, loss = config.teacher, config.loss
-    layers = sorted(f"{name}_{tower}" for tower, names in loss.layer_losses.items() for name in names)
-    if not config.distils:
-        return
-    if teacher.cache is not None and (teacher.short is not None or teacher.ensemble):
-        raise InputError(
-            "--teacher.cache holds one teacher's features: leave --teacher.short and --teacher.ensemble out"
-        )
-    if layers and (not config.runs_teacher or teacher.ensemble):
-        raise InputError(
-            f"--loss.{layers[0]} looks into one teacher that is run: leave --teacher.cache and --teacher.ensemble out"
-        )
-    if layers and config.run.accumulation > 1:
-        raise InputError(f"--loss.{layers[0]} needs the whole batch at once: set --run.accumulation 1")
-
-
-def build_distiller(config: TrainConfig, runtime: Runtime) -> Distiller:
-    """The trained model and the frozen teachers on the run's device; the same initial weights on every process.
-
-    Where the teacher's features are stored it is not loaded; in a run of one tower, only that tower of it is kept.
+    Where the teacher's features are stored, no teacher is loaded. A run of one tower keeps only that tower of it.
+    Raises InputError where no loss reaches a part of the model that would be trained.
     """
-    teachers = _teachers(config)
+    needs = config.needs
+    teachers, prompts = _teachers(config, needs)
+    facts = {} if teachers is None else teachers.facts
     seed_everything(config.run.seed)
     if config.run.train == "teacher":
         model: MobileCLIP | LongCLIP = _teacher_to_train(config)
     else:
-        model = build_student(config, None if teachers is None else teachers.facts["long"].embed_dim)
+        model = build_student(config, facts["long"].embed_dim if facts else None)
     model.requires_grad_(True)
     model.train()
     if config.loss.init_logit_scale is not None:
         with torch.no_grad():
             model.logit_scale.fill_(config.loss.init_logit_scale).log_()
-    init = config.init
-    distiller = Distiller(
+    distillation = assemble(
         model,
         teachers,
         config.loss,
-        towers=TOWERS if config.run.stage == "both" else (config.run.stage,),
-        frozen=tuple(tower for tower in TOWERS if getattr(init, f"freeze_{tower}")),
+        stage=config.run.stage,
+        frozen=tuple(tower for tower in TOWERS if getattr(config.init, f"freeze_{tower}")),
+        prompts=None if prompts is None else prompts.to(runtime.device),
         streaming=config.speed.savings.streaming_losses,
     )
     _apply_speed(config.speed, model, [] if teachers is None else teachers.models)
     if config.run.sync_bn and runtime.world_size > 1:
         if runtime.device.type != "cuda":
             raise InputError("--run.sync_bn needs GPUs: torch has no synchronised BatchNorm on the CPU")
-        distiller = torch.nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+        distillation.distiller = torch.nn.SyncBatchNorm.convert_sync_batchnorm(distillation.distiller)
     if teachers is not None:
         teachers.to(runtime.device)
-    return distiller.to(runtime.device)
+    distillation.distiller.to(runtime.device)
+    return distillation
 
 
 def build_student(config: TrainConfig, teacher_width: int | None) -> MobileCLIP:
@@ -227,24 +154,25 @@ def _teacher_to_train(config: TrainConfig) -> LongCLIP:
     return load_teacher(options.init, activation=options.activation)
 
 
-def _teachers(config: TrainConfig) -> Teachers | None:
+def _teachers(config: TrainConfig, needs: Needs) -> tuple[Teachers | None, Tensor | None]:
+    """The frozen teachers, and the first one's features of class prompts where pictures are compared with those."""
     if not config.distils:
-        return None
+        return None, None
     if not config.runs_teacher:
-        return Teachers(stored=_stored_facts(config))
-    options, stage = config.teacher, config.run.stage
+        return Teachers(stored=_stored_facts(config)), None
+    options = config.teacher
     teacher = frozen_teacher(config)
-    prompts = _prompts(teacher, config) if stage == "image" and config.loss.active & _STAGE_PAIR_LOSSES else None
-    if stage == "image":
+    prompts = _prompts(teacher, config) if needs.compares_with_prompts else None
+    if needs.stage == "image":
         del teacher.text
-    elif stage == "text":
+    elif needs.stage == "text":
         del teacher.visual
     others = [_frozen(name, options.activation) for name in options.ensemble]
     short = None
-    if options.short is not None and config.loss.uses_short:
+    if options.short is not None and needs.reads_short:
         short = _frozen(options.short, options.activation, context_length=CLIP_CONTEXT_LENGTH)
     stored = None if options.cache is None else _stored_facts(config)
-    return Teachers([teacher, *others], short, stored, prompts)
+    return Teachers([teacher, *others], short, stored), prompts
 
 
 def _prompts(teacher: LongCLIP, config: TrainConfig) -> Tensor:
@@ -282,7 +210,8 @@ def _stored_facts(config: TrainConfig) -> TeacherFacts | None:
     if cache != DATACOMPDR:
         return cache_facts(Path(cache))
     facts = datacompdr_facts(expand_patterns(config.data.shards), config.teacher.stored_widths)
-    if facts.logit_scale is None and config.loss.teacher_scale is None and config.loss.active & _SCALED_BY_TEACHER:
+    scaled = any(term.loss.uses_teacher_scale for term in config.needs.terms)
+    if facts.logit_scale is None and config.loss.teacher_scale is None and scaled:
         raise InputError(
             "these shards do not tell their teachers' logit scale: give --loss.teacher_scale (DataCompDR: 100)"
         )
@@ -298,14 +227,15 @@ def _apply_speed(speed: SpeedOptions, model: MobileCLIP | LongCLIP, teachers: li
         compile_towers(compiled)
 
 
-def build_training_loader(config: TrainConfig, runtime: Runtime, distiller: Distiller) -> ShardLoader:
+def build_training_loader(config: TrainConfig, runtime: Runtime, distillation: Distillation) -> ShardLoader:
     """The loader of this process: the model's view of each picture, and the teachers' where they differ."""
     data, savings = config.data, config.speed.savings
-    facts = {} if distiller.teachers is None else distiller.teachers.facts
-    context_length = max(distiller.model.context_length, *(known.context_length for known in facts.values()), 0)
+    model, teachers = distillation.distiller.model, distillation.teachers
+    facts = {} if teachers is None else teachers.facts
+    context_length = max(model.context_length, *(known.context_length for known in facts.values()), 0)
     settings = LoaderSettings(
         data.shards,
-        views=distiller.views,
+        views=views_of(model, [] if teachers is None else teachers.models),
         augment=config.augment,
         tokenizer=CaptionTokenizer(context_length, fast=savings.fast_tokenizer),
         context_length=context_length,

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 from longclip_teacher.errors import InputError
-from training.build import build_distiller, build_training_loader, check_config, frozen_teacher
+from training.build import build_distillation, build_training_loader, frozen_teacher
 from training.cache.manifest import CACHE_MANIFEST, shard_facts, write_cache_manifest
 from training.cache.writer import SidecarWriter, cache_settings
 from training.data.digit_scenes import is_outdated, write_digit_scenes
 from training.data.index import ShardIndex, expand_patterns
 from training.distributed import Runtime
 from training.loop import train
+from training.settings.checks import check_config
 from training.settings.options import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER, DataOptions
 from training.settings.own_data import is_embedded, trains_on_embedded
 from training.settings.tree import TrainConfig, parse_config
@@ -81,8 +82,8 @@ def _run_first(preset: str, out_dir: Path, config: TrainConfig, runtime: Runtime
     first = parse_config([preset, "--run.device", config.run.device])
     check_config(first, runtime.world_size)
     prepare_embedded(first, runtime)
-    distiller = build_distiller(first, runtime)
-    train(first, runtime, distiller, build_training_loader(first, runtime, distiller))
+    distillation = build_distillation(first, runtime)
+    train(first, runtime, distillation, build_training_loader(first, runtime, distillation))
 
 
 def _is_finished(out_dir: Path) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,25 +21,29 @@ from longclip_teacher import LongCLIP
 from longclip_teacher.errors import InputError
 from longclip_teacher.trace import Trace
 from mobileclip_student import MobileCLIP
-from training.losses.intermediate import (
-    LossSum,
-    attention_cells,
-    relation_scores,
-    score_kl,
-    score_mse,
-    token_mse,
-)
-from training.settings.losses import LAYER_LOSSES, LossOptions
+from training.losses.intermediate import LossSum, attention_cells, relation_scores
+from training.losses.table import Loss
+from training.settings.losses import LossOptions
+from training.settings.needs import Tower
 
-__all__ = ["LayerLosses", "TowerShape", "layer_pairs", "student_shape", "sum_parts", "teacher_shape"]
-
-Tower = Literal["image", "text"]
-_SCORE_LOSSES = {"attention", "attention_probs", "value"}
+__all__ = [
+    "LayerMaps",
+    "LayerMatch",
+    "TowerShape",
+    "layer_losses",
+    "layer_pairs",
+    "layer_sums",
+    "match_layers",
+    "student_shape",
+    "sum_parts",
+    "teacher_shape",
+    "traced_tensors",
+]
 
 
 @dataclass(frozen=True)
 class TowerShape:
-    """What of a tower decides how its layers are matched."""
+    """The dimensions of a tower that decide how its layers are matched."""
 
     layers: int
     """Attention blocks; others, such as the RepMixer blocks of a hybrid text tower, are not counted."""
@@ -48,110 +53,208 @@ class TowerShape:
     """Attention heads of a block."""
 
 
-class LayerLosses(nn.Module):
-    """The active losses (`LossOptions.layer_losses`) between one tower of the student and the same of the teacher.
+@dataclass(frozen=True)
+class LayerMatch:
+    """Which layers of one tower are compared, and by which losses."""
 
-    Hidden states of all layers go through one learned linear map to the teacher's width, embeddings through another
-    (TinyBERT, section 3.1); where the widths agree there is none. A loss is the mean over the pairs of layers, so that
-    its weight means the same for any number of them.
+    tower: Tower
+    losses: tuple[Loss, ...]
+    """Rows of the table, of the family layer."""
+    pairs: tuple[tuple[int, int], ...]
+    """Layers of student and teacher, counted from 1."""
+    student: TowerShape
+    teacher: TowerShape
 
-    Raises InputError where the layer map does not fit the towers, or heads are to be compared one by one whose numbers
-    differ.
+    def reads(self, *values: str) -> bool:
+        """True if a loss reads any of these values."""
+        return any(loss.reads(*values) for loss in self.losses)
+
+
+def match_layers(
+    losses: Iterable[Loss], options: LossOptions, tower: Tower, student: TowerShape, teacher: TowerShape
+) -> LayerMatch:
+    """The match of two towers for the given layer losses.
+
+    Raises InputError where the layer map does not fit the towers, or where heads are to be compared one by one and
+    their numbers differ.
+    """
+    match = LayerMatch(
+        tower, tuple(losses), tuple(layer_pairs(options.layer_map, student.layers, teacher.layers)), student, teacher
+    )
+    if match.reads("cells") and options.head_match == "each" and student.heads != teacher.heads:
+        raise InputError(
+            f"the student's {tower} tower has {student.heads} heads and the teacher's {teacher.heads}: compare "
+            "their means with --loss.head_match mean, or give the student as many"
+        )
+    return match
+
+
+class LayerMaps(nn.Module):
+    """Learned linear maps of a student's hidden states and embeddings to the teacher's width.
+
+    All layers share one map of hidden states; embeddings have another (TinyBERT, section 3.1). Where the widths agree,
+    there is no map.
     """
 
-    def __init__(self, options: LossOptions, tower: Tower, student: TowerShape, teacher: TowerShape) -> None:
+    def __init__(self, match: LayerMatch) -> None:
         super().__init__()
-        self.options, self.tower = options, tower
-        self.active = options.layer_losses[tower]
-        self.pairs = layer_pairs(options.layer_map, student.layers, teacher.layers)
-        if self.active & _SCORE_LOSSES and options.head_match == "each" and student.heads != teacher.heads:
-            raise InputError(
-                f"the student's {tower} tower has {student.heads} heads and the teacher's {teacher.heads}: compare "
-                "their means with --loss.head_match mean, or give the student as many"
-            )
+        ours, theirs = match.student.width, match.teacher.width
+        self._layers = {layer - 1 for layer, _ in match.pairs}
         self.maps = nn.ModuleDict(
-            {
-                name: nn.Identity() if student.width == teacher.width else nn.Linear(student.width, teacher.width)
-                for name in ("hidden", "embedding")
-                if name in self.active
-            }
+            {name: nn.Linear(ours, theirs) for name in ("hidden", "embedding") if match.reads(name) and ours != theirs}
         )
 
-    def forward(self, student: Trace, teacher: Trace) -> dict[str, Float[Tensor, ""]]:
-        """Unweighted losses by their name in LossOptions (hidden_text, ...), from the traces of this process' batch.
+    def forward(self, trace: Trace) -> Trace:
+        """`trace` with what the losses read of it in the teacher's width."""
+        if "hidden" in self.maps:
+            map_hidden = self.maps["hidden"]
+            hidden = [map_hidden(x) if i in self._layers else x for i, x in enumerate(trace.hidden)]
+            trace = replace(trace, hidden=hidden)
+        if "embedding" in self.maps:
+            map_embedding = self.maps["embedding"]
+            trace = replace(trace, embedding=map_embedding(trace.embedding), tokens=map_embedding(trace.tokens))
+        return trace
 
-        Every process gets the value that one process would get from the joined batch, for the log as for the sum of
-        losses. The gradient is that of this process' part, times the number of processes: their mean, which DDP
-        takes, is the gradient of the joined batch. Pictures cut into different grids are an InputError.
-        """
-        parts = self.sums(student, teacher)
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return {name: part.total / part.terms.clamp(min=1) for name, part in parts.items()}
-        joined = sum_parts([parts])
-        losses = {}
-        for name, part in parts.items():
-            total, terms = (value.to(part.total) for value in joined[name])
-            share = dist.get_world_size() * part.total / terms.clamp(min=1)
-            losses[name] = share + (total / terms.clamp(min=1) - share).detach()
-        return losses
 
-    def sums(self, student: Trace, teacher: Trace) -> dict[str, LossSum]:
-        """The losses before their means are taken, of this process' batch or of a chunk of it; see `sum_parts`."""
-        student, teacher, valid = self._aligned(student, teacher)
-        cells = attention_cells(valid, causal=student.causal or teacher.causal)
-        parts: list[tuple[str, LossSum]] = []
-        if "embedding" in self.active:
-            ours, theirs = (
-                trace.embedding if self.options.embedding_positions else trace.tokens for trace in (student, teacher)
+def layer_losses(
+    match: LayerMatch, options: LossOptions, student: Trace, teacher: Trace
+) -> dict[str, Float[Tensor, ""]]:
+    """Unweighted losses by their name in LossOptions (hidden_text, ...), from the traces of this process's batch.
+
+    `student` comes from LayerMaps. A loss is the mean over the pairs of layers, so that its weight means the same for
+    any number of them. Every process gets the value that one process would get from the joined batch. The gradient is
+    that of this process's part, times the number of processes: their mean, which DDP takes, is the gradient of the
+    joined batch. Raises InputError for pictures cut into different grids.
+    """
+    parts = layer_sums(match, options, student, teacher)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return {name: part.total / part.terms.clamp(min=1) for name, part in parts.items()}
+    joined = sum_parts([parts])
+    losses = {}
+    for name, part in parts.items():
+        total, terms = (value.to(part.total) for value in joined[name])
+        share = dist.get_world_size() * part.total / terms.clamp(min=1)
+        losses[name] = share + (total / terms.clamp(min=1) - share).detach()
+    return losses
+
+
+def layer_sums(match: LayerMatch, options: LossOptions, student: Trace, teacher: Trace) -> dict[str, LossSum]:
+    """The losses before their means are taken, of this process's batch or of a chunk of it; see `sum_parts`."""
+    student, teacher, valid = _aligned(match.tower, student, teacher)
+    cells = attention_cells(valid, causal=student.causal or teacher.causal)
+    layers = [
+        _LayerValues((student, ours - 1), (teacher, theirs - 1), valid, cells, options.embedding_positions)
+        for ours, theirs in match.pairs
+    ]
+    sums = {}
+    for loss in match.losses:
+        compute = loss.resolve()
+        settings = {keyword: getattr(options, option) for keyword, option in loss.settings.items()}
+        compared = layers[:1] if loss.reads("embedding") else layers  # there is one embedding, whatever the layer
+        sums[loss.option(match.tower)] = _add(
+            compute(**{keyword: getattr(values, value) for keyword, value in loss.arguments.items()}, **settings)
+            for values in compared
+        )
+    return sums
+
+
+class _LayerValues:
+    """What the layer losses read of one pair of layers, by the names that the table uses; the teacher's is detached."""
+
+    def __init__(
+        self,
+        student: tuple[Trace, int],
+        teacher: tuple[Trace, int],
+        valid: Bool[Tensor, "B L"],
+        cells: Bool[Tensor, "B L L"],
+        embedding_positions: bool,
+    ) -> None:
+        self._student, self._teacher = student, teacher
+        self.valid, self.cells = valid, cells
+        self._embedding = "embedding" if embedding_positions else "tokens"
+
+    @property
+    def hidden(self) -> Tensor:
+        return _hidden(self._student)
+
+    @property
+    def teacher_hidden(self) -> Tensor:
+        return _hidden(self._teacher).detach()
+
+    @property
+    def embedding(self) -> Tensor:
+        return getattr(self._student[0], self._embedding)
+
+    @property
+    def teacher_embedding(self) -> Tensor:
+        return getattr(self._teacher[0], self._embedding).detach()
+
+    @cached_property
+    def attention_scores(self) -> Tensor:
+        return _attention(self._student)
+
+    @cached_property
+    def teacher_attention_scores(self) -> Tensor:
+        return _attention(self._teacher).detach()
+
+    @property
+    def value_scores(self) -> Tensor:
+        return _value(self._student)
+
+    @property
+    def teacher_value_scores(self) -> Tensor:
+        return _value(self._teacher).detach()
+
+
+def _hidden(layer: tuple[Trace, int]) -> Tensor:
+    trace, number = layer
+    return trace.hidden[number]
+
+
+def _attention(layer: tuple[Trace, int]) -> Tensor:
+    trace, number = layer
+    return relation_scores(trace.query[number], trace.key[number])
+
+
+def _value(layer: tuple[Trace, int]) -> Tensor:
+    trace, number = layer
+    return relation_scores(trace.value[number], trace.value[number])
+
+
+def traced_tensors(match: LayerMatch, trace: Trace, *, embedding_positions: bool) -> list[Tensor]:
+    """What the losses of `match` read of a student's trace: through these, and no others, a gradient reaches it."""
+    read: list[Tensor] = []
+    if match.reads("embedding"):
+        read.append(trace.embedding if embedding_positions else trace.tokens)
+    for layer, _ in match.pairs:
+        if match.reads("hidden"):
+            read.append(trace.hidden[layer - 1])
+        if match.reads("attention_scores"):
+            read += [trace.query[layer - 1], trace.key[layer - 1]]
+        if match.reads("value_scores"):
+            read.append(trace.value[layer - 1])
+    return read
+
+
+def _aligned(tower: Tower, student: Trace, teacher: Trace) -> tuple[Trace, Trace, Bool[Tensor, "B L"]]:
+    """Both traces cut to the tokens that they share, and which of these are real in both."""
+    if tower == "image":
+        if student.num_prefix_tokens != teacher.num_prefix_tokens:
+            student, teacher = (_cut(trace, slice(trace.num_prefix_tokens, None)) for trace in (student, teacher))
+        ours, theirs = (trace.valid.shape[1] - trace.num_prefix_tokens for trace in (student, teacher))
+        if ours != theirs:
+            raise InputError(
+                f"layer losses compare patch by patch, but the student cuts a picture into {ours} patches and the "
+                f"teacher into {theirs}: choose --student.image_size and --student.image_patch to match"
             )
-            parts.append(("embedding", token_mse(self.maps["embedding"](ours), theirs.detach(), valid)))
-        for pair in self.pairs:
-            layers = (student, pair[0] - 1), (teacher, pair[1] - 1)
-            if "hidden" in self.active:
-                ours, theirs = (trace.hidden[layer] for trace, layer in layers)
-                parts.append(("hidden", token_mse(self.maps["hidden"](ours), theirs.detach(), valid)))
-            if {"attention", "attention_probs"} & self.active:
-                scores = [relation_scores(trace.query[layer], trace.key[layer]) for trace, layer in layers]
-                parts += self._score_losses(scores, cells, {"attention": "mse", "attention_probs": "kl"})
-            if "value" in self.active:
-                scores = [relation_scores(trace.value[layer], trace.value[layer]) for trace, layer in layers]
-                parts += self._score_losses(scores, cells, {"value": self.options.value_kind})
-        return {
-            f"{name}_{self.tower}": _add(part for other, part in parts if other == name)
-            for name in LAYER_LOSSES
-            if name in self.active
-        }
-
-    def _score_losses(
-        self, scores: Sequence[Float[Tensor, "B H L L"]], cells: Bool[Tensor, "B L L"], kinds: dict[str, str]
-    ) -> list[tuple[str, LossSum]]:
-        student, teacher = scores[0], scores[1].detach()
-        losses = {"mse": score_mse, "kl": score_kl}
-        return [
-            (name, losses[kind](student, teacher, cells, head_match=self.options.head_match))
-            for name, kind in kinds.items()
-            if name in self.active
-        ]
-
-    def _aligned(self, student: Trace, teacher: Trace) -> tuple[Trace, Trace, Bool[Tensor, "B L"]]:
-        """Both traces cut to the tokens that they share, and which of these are real in both."""
-        if self.tower == "image":
-            if student.num_prefix_tokens != teacher.num_prefix_tokens:
-                student, teacher = (_cut(trace, slice(trace.num_prefix_tokens, None)) for trace in (student, teacher))
-            ours, theirs = (trace.valid.shape[1] - trace.num_prefix_tokens for trace in (student, teacher))
-            if ours != theirs:
-                raise InputError(
-                    f"layer losses compare patch by patch, but the student cuts a picture into {ours} patches and the "
-                    f"teacher into {theirs}: choose --student.image_size and --student.image_patch to match"
-                )
-            return student, teacher, student.valid & teacher.valid
-        lengths, teacher_lengths = student.valid.sum(dim=1), teacher.valid.sum(dim=1)  # [B]
-        shared = slice(min(student.valid.shape[1], teacher.valid.shape[1]))
-        student, teacher = _cut(student, shared), _cut(teacher, shared)
-        # a caption that one model has cut ends there in EOT, where the other has a word
-        compared = torch.minimum(lengths, teacher_lengths) - (lengths != teacher_lengths).long()
-        valid = torch.arange(student.valid.shape[1], device=lengths.device) < compared.unsqueeze(1)
-        return student, teacher, valid
+        return student, teacher, student.valid & teacher.valid
+    lengths, teacher_lengths = student.valid.sum(dim=1), teacher.valid.sum(dim=1)  # [B]
+    shared = slice(min(student.valid.shape[1], teacher.valid.shape[1]))
+    student, teacher = _cut(student, shared), _cut(teacher, shared)
+    # a caption that one model has cut ends there in EOT, where the other has a word
+    compared = torch.minimum(lengths, teacher_lengths) - (lengths != teacher_lengths).long()
+    valid = torch.arange(student.valid.shape[1], device=lengths.device) < compared.unsqueeze(1)
+    return student, teacher, valid
 
 
 def sum_parts(parts: Sequence[dict[str, LossSum]]) -> dict[str, LossSum]:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from training.checkpointing import TrainState, find_checkpoint, load_checkpoint,
 from training.data.loader import Batch, ShardLoader
 from training.data.mixing import mix
 from training.distill import MAX_LOG_SCALE, Distiller
+from training.distillation import Distillation
 from training.distributed import Runtime
 from training.ema import ModelEma
 from training.optim import build_optimizer, learning_rate
@@ -37,10 +39,10 @@ logger = logging.getLogger(__name__)
 _STARVED_SHARE = 0.05  # of the time spent waiting for data, above which the run says so
 
 
-def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: ShardLoader) -> TrainState:
-    """Train `distiller` as `config` says; returns the final state. Weights, log and checkpoints are in
+def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loader: ShardLoader) -> TrainState:
+    """Train the model of `distillation` as `config` says; returns the final state. Weights, log and checkpoints are in
     `run.out_dir`."""
-    run, out_dir = config.run, config.run.out_dir
+    run, out_dir, distiller = config.run, config.run.out_dir, distillation.distiller
     state = _initial_state(config, runtime, distiller, loader)
     steps_per_epoch, total_steps = loader.steps_per_epoch, state.inputs.total_steps
     checkpoint = _resume(config, state)
@@ -48,6 +50,7 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
         logger.info("%s is finished: all %d steps are done (a larger --run.max_steps extends it)", out_dir, total_steps)
         return state
     module = _parallel(distiller, runtime)
+    step = partial(backward_step, module, objective=distillation.objective, teachers=distillation.teachers)
     log = RunLog(config, runtime, step=state.step, total_steps=total_steps)
     how = "resuming" if checkpoint else "starting"
     log.say(f"{how} at step {state.step} of {total_steps}, {steps_per_epoch} steps an epoch -> {out_dir}")
@@ -73,9 +76,7 @@ def train(config: TrainConfig, runtime: Runtime, distiller: Distiller, loader: S
             rate = learning_rate(state.step, total_steps, config.optim)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate * group["lr_share"]
-            losses = backward_step(
-                module, batch, precision=run.precision, accumulation=run.accumulation, scaler=state.scaler, key=key
-            )
+            losses = step(batch, precision=run.precision, accumulation=run.accumulation, scaler=state.scaler, key=key)
             grad_norm = _apply(state, config)
             _check_finite(losses, batch, state, out_dir, runtime)
             state.step += 1

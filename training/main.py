@@ -15,12 +15,13 @@ def main() -> None:
         config, notes = run_config(sys.argv[1:])
     # --help and refused options end above: these imports take seconds
     from eval.base.memory import keep_freed_memory
-    from training.build import build_distiller, build_training_loader, check_config
+    from training.build import build_distillation, build_training_loader
     from training.distributed import start
     from training.embedded import prepare_embedded
     from training.loop import train
     from training.record.evaluate import check_sets
     from training.record.run_report import report_run
+    from training.settings.checks import check_config
 
     if config.speed.savings.keep_memory:
         keep_freed_memory()
@@ -33,11 +34,11 @@ def main() -> None:
             check_config(config, runtime.world_size)
             prepare_embedded(config, runtime)
             check_sets(config)
-            distiller = build_distiller(config, runtime)
-            loader = build_training_loader(config, runtime, distiller)
-        train(config, runtime, distiller, loader)
+            distillation = build_distillation(config, runtime)
+            loader = build_training_loader(config, runtime, distillation)
+        train(config, runtime, distillation, loader)
         if runtime.is_main:
-            report_run(config, runtime, distiller.teacher)
+            report_run(config, runtime, distillation.teacher)
         runtime.barrier()
 
 

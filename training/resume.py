@@ -113,7 +113,7 @@ def _teacher_hashes(config: TrainConfig, data: Mapping[str, Contents]) -> dict[s
         hashes["teacher.cache"] = cache_sha256(Path(teacher.cache), [Path(path).name for path in data])
     if config.runs_teacher:
         names = {"teacher.checkpoint": [teacher.checkpoint], "teacher.ensemble": teacher.ensemble}
-        if config.loss.uses_short:
+        if config.needs.reads_short:
             names["teacher.short"] = [teacher.short]
         for field, sources in names.items():
             if known := [teacher_sha256(source) for source in sources if source is not None]:
@@ -123,7 +123,7 @@ def _teacher_hashes(config: TrainConfig, data: Mapping[str, Contents]) -> dict[s
 
 def _changed_fields(path: Path, saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
     notes = []
-    prompts_teach = config.run.stage == "image" and any(name.endswith("_long") for name in config.loss.active)
+    prompts_teach = config.needs.compares_with_prompts
     for section, fields in config.to_dict().items():
         for name, value in fields.items():
             before = saved.get(section, {}).get(name)

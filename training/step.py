@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.data.samples import Batch
-from training.distill import Distiller, Outputs
-from training.objective import Features, caption_groups, compute_losses, gather_features
+from training.features import Features, Outputs, TeacherOutputs
+from training.objective import Objective
+from training.teachers import Teachers
 
 __all__ = ["backward_step", "seed_everything"]
 
@@ -33,6 +34,8 @@ def seed_everything(*key: int) -> None:
 def backward_step(
     module: nn.Module,
     batch: Batch,
+    objective: Objective,
+    teachers: Teachers | None,
     *,
     precision: str,
     accumulation: int,
@@ -44,69 +47,46 @@ def backward_step(
     `module` is the Distiller or DDP around it; `key` seeds drop path and dropout. Returns the unweighted losses by
     name and their weighted sum as `loss`, detached, on the device.
     """
-    distiller: Distiller = module.module if isinstance(module, DistributedDataParallel) else module  # type: ignore[assignment]
     dtype = _AUTOCAST.get(precision)
     autocast: Any = nullcontext() if dtype is None else torch.autocast(batch.images.device.type, dtype)
     chunks = _split(batch, accumulation)
 
     with autocast:
-        taught = [distiller.teacher_outputs(chunk) for chunk in chunks]
+        taught = None if teachers is None else _joined([teachers.outputs(chunk, objective.needs) for chunk in chunks])
         if accumulation == 1:
             seed_everything(*key)
-            outputs = module(batch.images, batch.long_tokens, batch.short_tokens, taught[0][1])
+            outputs = module(batch.shown, batch.long_tokens, batch.short_tokens)
         else:
-            outputs = _outputs_without_graph(distiller, chunks, key)
+            outputs = _outputs_without_graph(module, chunks, key)
 
-    losses = _weighted_losses(distiller, outputs, _join([features for features, _ in taught]), batch)
+    losses = objective(outputs, taught, batch.long_tokens, batch.short_tokens)
     scaler.scale(losses["loss"]).backward()
     if accumulation > 1:
         _replay(module, chunks, outputs, autocast, key)
     return {name: value.detach() for name, value in losses.items()}
 
 
-def _weighted_losses(
-    distiller: Distiller, outputs: Outputs, teacher: Features | None, batch: Batch
-) -> dict[str, Tensor]:
-    options, teachers = distiller.options, distiller.teachers
-    groups = None
-    if options.share_identical_captions:
-        groups = {"long": caption_groups(batch.long_tokens), "short": caption_groups(batch.short_tokens)}
-    facts = {} if teachers is None else teachers.facts
-    widths = facts["long"].widths if facts else None
-    losses = compute_losses(
-        gather_features(outputs.features, options),
-        outputs.parameters,
-        None if teacher is None else gather_features(teacher, options, widths),
-        facts,
-        options,
-        groups,
-        prompts=None if teachers is None else teachers.prompts,
-        streaming=distiller.streaming,
-    )
-    for name, value in outputs.layers.items():
-        losses[name] = value
-        losses["loss"] = losses["loss"] + getattr(options, name) * value
-    return losses
-
-
 @torch.no_grad()
-def _outputs_without_graph(distiller: Distiller, chunks: list[Batch], key: tuple[int, ...]) -> Outputs:
+def _outputs_without_graph(module: nn.Module, chunks: list[Batch], key: tuple[int, ...]) -> Outputs:
     """Features of all chunks and the losses' parameters as leaves that collect a gradient; buffers (BatchNorm
     statistics) are left as they were."""
+    distiller = module.module if isinstance(module, DistributedDataParallel) else module
     buffers = {name: value.clone() for name, value in distiller.named_buffers()}
-    parts = []
+    parts: list[Outputs] = []
     for number, chunk in enumerate(chunks):
         seed_everything(*key, number)
-        parts.append(distiller(chunk.images, chunk.long_tokens, chunk.short_tokens))
+        parts.append(distiller(chunk.shown, chunk.long_tokens, chunk.short_tokens))
     for name, value in distiller.named_buffers():
         value.copy_(buffers[name])
-    joined = _join([part.features for part in parts])
-    assert joined is not None
-    return Outputs(_leaves(joined), _leaves(parts[-1].parameters), {})
+    return Outputs(
+        Features.joined([part.features for part in parts]).map(_leaf),
+        Features.joined([part.mapped for part in parts]).map(_leaf),
+        parts[-1].parameters.map(_leaf),
+    )
 
 
-def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().requires_grad_() for name, value in tensors.items()}
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
 
 
 def _replay(module: nn.Module, chunks: list[Batch], first: Outputs, autocast: Any, key: tuple[int, ...]) -> None:
@@ -118,16 +98,22 @@ def _replay(module: nn.Module, chunks: list[Batch], first: Outputs, autocast: An
         with quiet:
             seed_everything(*key, number)
             with autocast:
-                again = module(chunk.images, chunk.long_tokens, chunk.short_tokens)
+                again = module(chunk.shown, chunk.long_tokens, chunk.short_tokens)
             rows = slice(start, start + len(chunk.keys))
-            grads = {name: leaf.grad[rows] for name, leaf in first.features.items() if leaf.grad is not None}
-            pairs = [(again.features[name], grad) for name, grad in grads.items()]
+            pairs = [*_with_gradient(again.features, first.features, rows)]
+            pairs += _with_gradient(again.mapped, first.mapped, rows)
             if last:
-                leaves = first.parameters.items()
-                pairs += [(again.parameters[name], leaf.grad) for name, leaf in leaves if leaf.grad is not None]
+                learned = zip(again.parameters.tensors(), first.parameters.tensors(), strict=True)
+                pairs += [(value, leaf.grad) for value, leaf in learned if leaf.grad is not None]
             live = [(value, grad) for value, grad in pairs if value.requires_grad]  # a frozen tower's do not
             torch.autograd.backward([value for value, _ in live], [grad for _, grad in live])
         start += len(chunk.keys)
+
+
+def _with_gradient(again: Features, first: Features, rows: slice) -> list[tuple[Tensor, Tensor]]:
+    """Features of a chunk, each with the gradient that its rows have collected."""
+    leaves = first.tensors().items()
+    return [(again[name], leaf.grad[rows]) for name, leaf in leaves if leaf.grad is not None]
 
 
 def _split(batch: Batch, accumulation: int) -> list[Batch]:
@@ -137,7 +123,7 @@ def _split(batch: Batch, accumulation: int) -> list[Batch]:
     return [batch.rows(slice(a, b)) for a, b in pairwise(bounds)]
 
 
-def _join(parts: list[Any]) -> Features | None:
-    if parts[0] is None:
-        return None
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def _joined(parts: list[TeacherOutputs]) -> TeacherOutputs:
+    if len(parts) == 1:
+        return parts[0]
+    return TeacherOutputs(Features.joined([part.features for part in parts]))  # layer losses refuse chunks

@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from benches.measure import BenchOptions, Row, in_own_process, peak_memory_gb
 from benches.step import Side, random_batch
-from longclip_teacher.trace import Trace
 from mobileclip_student import create_student
 from training.data.samples import Batch
 from training.data.store import TeacherFacts
-from training.distill import Distiller, Outputs, Teachers
+from training.distill import Distiller
+from training.distillation import assemble
+from training.features import Features, LossParameters, Outputs
 from training.settings.losses import LossOptions
+from training.teachers import Teachers
 
 __all__ = ["ChunkedDistiller", "bench_memory"]
 
@@ -29,29 +31,30 @@ CHUNK, HALF_CHUNK = 64, 32
 _CPU_CHUNKS = 2  # chunks that are run where all of them would take an hour
 
 
-class ChunkedDistiller(Distiller):
-    """Run the first `real_chunks` chunks of each pass and draw the features of the others at random.
+class ChunkedDistiller(nn.Module):
+    """Runs the first `real_chunks` chunks of each pass and draws the features of the others at random.
 
     Every chunk takes the same memory and frees it, so the peak is that of running all chunks.
     """
 
-    real_chunks: int
-    chunks_seen: dict[bool, int]
-    """Calls so far in the pass without a graph (False) and in the replay (True)."""
+    def __init__(self, distiller: Distiller, real_chunks: int) -> None:
+        super().__init__()
+        self.distiller, self.real_chunks = distiller, real_chunks
+        self.chunks_seen = {False: 0, True: 0}
+        """Calls so far, of the pass without a graph (False) and of the replay (True)."""
 
-    def forward(
-        self, images: Tensor, long_tokens: Tensor, short_tokens: Tensor, traces: dict[str, Trace] | None = None
-    ) -> Outputs:
-        """Return the features of one chunk and the linear logit scale."""
+    def forward(self, images: Tensor, long_tokens: Tensor, short_tokens: Tensor) -> Outputs:
+        """Features of one chunk and the linear logit scale."""
         replays = torch.is_grad_enabled()
         self.chunks_seen[replays] += 1
         if self.chunks_seen[replays] <= self.real_chunks:
-            return super().forward(images, long_tokens, short_tokens, traces)
-        scale = self.model.linear_logit_scale
-        shape = (len(images), self.model.embed_dim)
-        # adding zero times the scale gives a graph, so that the replay can push a gradient through it
+            return self.distiller(images, long_tokens, short_tokens)
+        model = self.distiller.model
+        scale = model.linear_logit_scale
+        shape = (len(images), model.embed_dim)
+        # plus nothing times the scale: a graph, so that the replay can push a gradient through it
         image, long, short = (normalize(torch.randn(shape, device=images.device), dim=-1) + 0 * scale for _ in range(3))
-        return Outputs({"image": image, "long": long, "short": short}, {"logit_scale": scale}, {})
+        return Outputs(Features(image, long, short), Features(), LossParameters(scale))
 
 
 @dataclass
@@ -125,10 +128,10 @@ def step_peak(
     batch = _stored(random_batch(batch_size, model.image_size)).to(device)
     facts = TeacherFacts((TEACHER_WIDTH,), 100.0, model.context_length)
     options_of_losses = LossOptions(pca_rank=min(32, batch_size // 2))
-    distiller = ChunkedDistiller(model, Teachers(stored=facts), options_of_losses, streaming=streaming)
-    distiller.real_chunks, distiller.chunks_seen = real_chunks, {False: 0, True: 0}
-    side = Side(distiller.to(device), batch, options.precision, fused=True)
-    for parameter in distiller.parameters():
+    distillation = assemble(model, Teachers(stored=facts), options_of_losses, streaming=streaming)
+    module = ChunkedDistiller(distillation.distiller, real_chunks).to(device)
+    side = Side(distillation, batch, options.precision, fused=True, module=module)
+    for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     side.optimizer.step()  # allocates the averages
     side.optimizer.zero_grad(set_to_none=True)

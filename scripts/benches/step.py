@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
 from eval.base.memory import keep_freed_memory
@@ -16,11 +16,12 @@ from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT, trim
 from mobileclip_student import create_student
 from training.data.samples import Batch
 from training.data.store import TeacherFacts
-from training.distill import Distiller, Teachers
+from training.distillation import Distillation, assemble
 from training.optim import build_optimizer
 from training.settings.losses import LossOptions
 from training.settings.options import OptimOptions
 from training.step import backward_step
+from training.teachers import Teachers
 
 __all__ = ["Side", "bench_step", "random_batch", "step_case"]
 
@@ -33,23 +34,29 @@ _KEY = (0, 0)  # key of drop path; the same in every step
 
 @dataclass
 class Side:
-    """A distiller with its optimiser, and the batch that each of its steps reads."""
+    """What is trained, with its optimiser, and the batch that every one of its steps reads."""
 
-    distiller: Distiller
+    distillation: Distillation
     batch: Batch
     precision: str
     fused: bool
+    module: nn.Module | None = None
+    """What is run in place of the Distiller."""
 
     def __post_init__(self) -> None:
-        self.optimizer = build_optimizer(self.distiller, OptimOptions(), fused=self.fused)
+        self.module = self.module or self.distillation.distiller
+        self.optimizer = build_optimizer(self.module, OptimOptions(), fused=self.fused)
         device = self.batch.images.device.type
         self.scaler = torch.amp.GradScaler(device, enabled=self.precision == "fp16")
 
     def step(self, accumulation: int = 1) -> Tensor:
-        """Run one step as the training loop does. Return the loss."""
+        """One step as the training loop makes it; returns the loss."""
+        assert self.module is not None
         losses = backward_step(
-            self.distiller,
+            self.module,
             self.batch,
+            self.distillation.objective,
+            self.distillation.teachers,
             precision=self.precision,
             accumulation=accumulation,
             scaler=self.scaler,
@@ -105,10 +112,11 @@ def _baseline(student: str, teacher: LongCLIP, losses: LossOptions, batch_size: 
     model = create_student(student).to(options.device).train()
     model.text_encoder.trim_captions = False
     model.image_encoder.channels_last = False
-    distiller = Distiller(model, Teachers([teacher]), losses, streaming=False).to(options.device)
+    distillation = assemble(model, Teachers([teacher]), losses, streaming=False)
+    distillation.distiller.to(options.device)
     batch = random_batch(batch_size, model.image_size, teacher.image_size).to(options.device)
     long, short = (F.pad(x, (0, CONTEXT_LENGTH - x.shape[1])) for x in (batch.long_tokens, batch.short_tokens))
-    return Side(distiller, replace(batch, long_tokens=long, short_tokens=short), options.precision, fused=False)
+    return Side(distillation, replace(batch, long_tokens=long, short_tokens=short), options.precision, fused=False)
 
 
 def _ours(student: str, teacher: LongCLIP, baseline: Side, precision: str) -> Side:
@@ -116,18 +124,20 @@ def _ours(student: str, teacher: LongCLIP, baseline: Side, precision: str) -> Si
     torch.manual_seed(1)
     device = baseline.batch.images.device
     model = create_student(student).to(device).train()
-    features, _ = baseline.distiller.teacher_outputs(baseline.batch)
-    assert features is not None
+    assert baseline.distillation.teachers is not None
+    objective = baseline.distillation.objective
+    features = baseline.distillation.teachers.outputs(baseline.batch, objective.needs).features
     batch = replace(
         baseline.batch,
         teacher_images=(),
         long_tokens=trim(baseline.batch.long_tokens).contiguous(),
         short_tokens=trim(baseline.batch.short_tokens).contiguous(),
-        teacher={name: value.half() for name, value in features.items()},
+        teacher={name: value.half() for name, value in features.tensors().items()},
     )
     facts = TeacherFacts((teacher.embed_dim,), float(teacher.linear_logit_scale), teacher.context_length)
-    distiller = Distiller(model, Teachers(stored=facts), baseline.distiller.options).to(device)
-    return Side(distiller, batch, precision, fused=True)
+    distillation = assemble(model, Teachers(stored=facts), objective.options)
+    distillation.distiller.to(device)
+    return Side(distillation, batch, precision, fused=True)
 
 
 def random_batch(batch_size: int, image_size: int, teacher_image_size: int | None = None) -> Batch:

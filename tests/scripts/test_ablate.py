@@ -19,7 +19,8 @@ from ablation_files import CRD, HEAD, ONE_SEED, STAGES, write_run
 from ablation_grid import Grid, check_jobs, make_jobs, read_grid
 from longclip_teacher.atomic_files import write_text
 from longclip_teacher.errors import InputError
-from training.settings.losses import FEATURE_LOSSES, PAIR_LOSSES, LossOptions
+from training.losses.table import LOSSES
+from training.settings.losses import LossOptions
 
 GRIDS = Path(__file__).resolve().parents[2] / "scripts" / "grids"
 
@@ -214,13 +215,12 @@ def test_the_stamp_grid_is_valid_and_covers_every_loss(checkout: Path, monkeypat
     monkeypatch.chdir(checkout)
     grid = read_grid(GRIDS / "stamps.toml", ["data.shards=a/*.tar"])
     losses = {name: losses_of(grid, name) for name in grid.variants}
-    assert losses["none"].active == {"clip_long", "clip_short"}
-    for name in set(PAIR_LOSSES) - {"clip", "affinity"}:  # affinity's gradient is crd's
-        assert losses[name].active - losses["none"].active == {f"{name}_long", f"{name}_short"}
-    for name in FEATURE_LOSSES:
-        assert losses[name].active - losses["none"].active == {f"{name}_image", f"{name}_text"}
-    for name in ("masked_fd", "hidden_text"):
-        assert losses[name].active - losses["none"].active == {name}
+    active = {name: {term.name for term in found.terms(with_teacher=True)} for name, found in losses.items()}
+    assert active["none"] == {"clip_long", "clip_short"}
+    for loss in LOSSES:
+        if loss.name != "clip" and loss.family != "layer":
+            assert active[loss.name] - active["none"] == {loss.option(part) for part in loss.parts}
+    assert active["hidden_text"] - active["none"] == {"hidden_text"}
 
     # two variants stand for all that change only the losses
     kinds = ("", "stages", "cache", "reading", "width")

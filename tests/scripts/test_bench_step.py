@@ -12,8 +12,9 @@ from benches.step import Side, random_batch, step_case
 from longclip_teacher.text import caption_lengths
 from mobileclip_student import create_student
 from training.data.store import TeacherFacts
-from training.distill import Teachers
+from training.distillation import assemble
 from training.settings.losses import LossOptions
+from training.teachers import Teachers
 
 OPTIONS = BenchOptions(full=False, rounds=1, device=torch.device("cpu"), precision="fp32")
 
@@ -38,22 +39,22 @@ def test_a_step_moves_the_weights() -> None:
     model = create_student("tiny", context_length=40).train()
     facts = TeacherFacts((memory.TEACHER_WIDTH,), 100.0, 248)
     batch = memory._stored(random_batch(12, 48))
-    side = Side(ChunkedDistiller(model, Teachers(stored=facts), LossOptions(pca_rank=4)), batch, "fp32", fused=True)
-    side.distiller.real_chunks, side.distiller.chunks_seen = 2, {False: 0, True: 0}
+    distillation = assemble(model, Teachers(stored=facts), LossOptions(pca_rank=4))
+    module = ChunkedDistiller(distillation.distiller, 2)
+    side = Side(distillation, batch, "fp32", fused=True, module=module)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     assert side.step(accumulation=3).isfinite()
-    assert side.distiller.chunks_seen == {False: 3, True: 3}
+    assert module.chunks_seen == {False: 3, True: 3}
     assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
 def test_a_drawn_chunk_trains_the_scale_alone() -> None:
     torch.manual_seed(0)
     model = create_student("tiny", context_length=40).train()
-    distiller = ChunkedDistiller(model, None, LossOptions(pca_rank=4))
-    distiller.real_chunks, distiller.chunks_seen = 0, {False: 0, True: 0}
+    distiller = ChunkedDistiller(assemble(model, None, LossOptions(pca_rank=4)).distiller, 0)
     batch = random_batch(6, 48)
     features = distiller(batch.images, batch.long_tokens, batch.short_tokens).features
-    sum(value.square().sum() for value in features.values()).backward()
+    sum(value.square().sum() for value in features.tensors().values()).backward()
     assert [name for name, value in model.named_parameters() if value.grad is not None] == ["logit_scale"]
     torch.testing.assert_close(features["image"].norm(dim=1), torch.ones(6))
 

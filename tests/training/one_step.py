@@ -15,11 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from longclip_teacher import create_teacher
 from mobileclip_student import create_student
-from training.data.loader import Batch
-from training.distill import Distiller, Teachers
+from training.data.samples import Batch
+from training.distillation import assemble
 from training.distributed import start
-from training.settings.losses import FEATURE_LOSSES, LAYER_LOSSES, PAIR_LOSSES, LossOptions
+from training.losses.table import LOSSES
+from training.settings.losses import LossOptions
 from training.step import backward_step
+from training.teachers import Teachers
 
 GLOBAL_BATCH = 24
 
@@ -52,10 +54,13 @@ def random_batch(rank: int, world_size: int) -> Batch:
 
 def options(pca_scope: str, layers: bool) -> LossOptions:
     """All losses at once."""
-    on = {f"{name}_{length}": 0.3 for name in PAIR_LOSSES for length in ("long", "short")}
+    weights = {"pair": 0.3, "across": 0.3, "feature": 0.7, "layer": 0.5}
+    on = {loss.option(part): weights[loss.family] for loss in LOSSES for part in loss.parts}
     on |= {"gd_long": 1e4, "gd_short": 1e4}
-    on |= {f"{name}_{tower}": 0.7 for name in FEATURE_LOSSES for tower in ("image", "text")}
-    on |= {f"{name}_text": 0.5 for name in LAYER_LOSSES if layers}
+    # masked pictures are drawn by each process, and the tiny student's image tower has no attention
+    off = ["masked_fd", *(loss.option("image") for loss in LOSSES if loss.family == "layer")]
+    off += [loss.option("text") for loss in LOSSES if loss.family == "layer" and not layers]
+    on |= dict.fromkeys(off, 0.0)
     return LossOptions(
         **on, pca_rank=4, pca_scope=pca_scope, share_identical_captions=True, teacher_scale=20.0, head_match="mean"
     )
@@ -68,12 +73,16 @@ def main() -> None:
         torch.manual_seed(0)
         student, teacher = create_student("tiny").double().eval(), create_teacher("tiny").double().eval()
         teachers = Teachers([teacher.requires_grad_(False)])
-        distiller = Distiller(student, teachers, options(pca_scope, layers), streaming=streaming).double()
+        distillation = assemble(student, teachers, options(pca_scope, layers), streaming=streaming)
+        distiller = distillation.distiller.double()
         assert distiller.project, "the widths differ, so that projections are under test"
         module = DistributedDataParallel(distiller) if runtime.world_size > 1 else distiller
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         batch = random_batch(runtime.rank, runtime.world_size)
-        losses = backward_step(module, batch, precision="fp32", accumulation=accumulation, scaler=scaler, key=(0, 0))
+        losses = backward_step(
+            module, batch, distillation.objective, teachers,
+            precision="fp32", accumulation=accumulation, scaler=scaler, key=(0, 0),
+        )  # fmt: skip
         if runtime.is_main:
             grads = {name: p.grad for name, p in distiller.named_parameters() if p.requires_grad}
             torch.save({"losses": losses, "grads": grads}, out)

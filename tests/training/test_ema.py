@@ -17,6 +17,7 @@ from training.checkpointing import TrainState
 from training.data.index import Contents
 from training.data.mixing import mix
 from training.data.samples import Batch
+from training.distillation import Distillation
 from training.distributed import start
 from training.ema import ModelEma
 from training.optim import learning_rate
@@ -137,7 +138,7 @@ def test_the_loop_mixes_scales_the_rates_and_judges_the_average(
     batches: list[Batch] = []
     judged: list[tuple[str, dict[str, Tensor]]] = []
 
-    def backward_step(module: nn.Module, batch: Batch, **_: Any) -> dict[str, Tensor]:
+    def backward_step(module: nn.Module, batch: Batch, *_: Any, **_options: Any) -> dict[str, Tensor]:
         history.append(snapshot(module.model))
         batches.append(batch)
         for parameter in module.parameters():
@@ -154,7 +155,8 @@ def test_the_loop_mixes_scales_the_rates_and_judges_the_average(
     monkeypatch.setattr(loop, "validation_teacher", lambda _config, _device: "the teacher")
     monkeypatch.setattr(loop, "save_weights", lambda path, model: judged.append((path.stem, snapshot(model))))
     with start("cpu") as runtime:
-        state: TrainState = loop.train(config, runtime, toy, Loader())  # type: ignore[arg-type]
+        distillation = Distillation(toy, None, None)  # type: ignore[arg-type]
+        state: TrainState = loop.train(config, runtime, distillation, Loader())  # type: ignore[arg-type]
     history.append(snapshot(toy.model))
 
     assert [name for name, _ in judged] == ["val", "best", "last"] * 3
@@ -166,8 +168,8 @@ def test_the_loop_mixes_scales_the_rates_and_judges_the_average(
     sources = [batch for epoch in (0, 1) for batch in Loader().batches(epoch, 0)]
     for step, (batch, source) in enumerate(zip(batches, sources, strict=False)):
         wanted = mix(source, MixOptions(erase=1.0), (7, step, 0))
-        assert torch.equal(batch.images, wanted.images) and not torch.equal(batch.images, source.images)
-        assert torch.equal(batch.teacher_images[0], source.images)
+        assert torch.equal(batch.shown, wanted.shown) and not torch.equal(batch.shown, source.images)
+        assert torch.equal(batch.images, source.images)
 
     for step in range(6):  # Adam moves by the rate while the gradient stays the same
         rate = learning_rate(step, 6, config.optim)

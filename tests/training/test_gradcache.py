@@ -14,11 +14,15 @@ from mobileclip_student import create_student
 from mobileclip_student.model import variant_config
 from training.data.samples import Batch
 from training.distill import Distiller
-from training.objective import compute_losses, gather_features
+from training.distillation import assemble
+from training.features import Features
+from training.objective import Objective
 from training.settings.losses import LossOptions
+from training.settings.needs import needs_of
 from training.step import backward_step, seed_everything
 
 OPTIONS = LossOptions(pca_rank=4, crd_long=0, crd_short=0)
+OBJECTIVE = Objective(OPTIONS, needs_of(OPTIONS, with_teacher=False))
 CHUNKS, BATCH_SIZE = 3, 24
 KEY = (7, 1)
 
@@ -48,12 +52,14 @@ def _distiller(drop_path: float) -> Distiller:
     torch.manual_seed(0)
     config = variant_config("tiny")
     student = create_student(replace(config, image=replace(config.image, drop_path=drop_path), context_length=40))
-    return Distiller(student, None, OPTIONS)
+    return assemble(student, None, OPTIONS).distiller
 
 
 def _step(distiller: Distiller, accumulation: int) -> dict[str, Tensor]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return backward_step(distiller, _batch(), precision="fp32", accumulation=accumulation, scaler=scaler, key=KEY)
+    return backward_step(
+        distiller, _batch(), OBJECTIVE, None, precision="fp32", accumulation=accumulation, scaler=scaler, key=KEY
+    )
 
 
 def _grads(distiller: Distiller) -> dict[str, Tensor]:
@@ -71,8 +77,8 @@ def _joined_by_hand(distiller: Distiller) -> dict[str, Tensor]:
         seed_everything(*KEY, number)
         outputs = distiller(chunk.images, chunk.long_tokens, chunk.short_tokens)
         parts.append(outputs.features)
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    losses = compute_losses(gather_features(joined, OPTIONS), outputs.parameters, None, {}, OPTIONS)
+    batch = _batch()
+    losses = OBJECTIVE(replace(outputs, features=Features.joined(parts)), None, batch.long_tokens, batch.short_tokens)
     losses["loss"].backward()
     return losses
 

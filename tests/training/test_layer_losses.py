@@ -1,15 +1,11 @@
-"""Losses between layers: plain formulas, what must not matter, and two processes against one.
+"""Losses between matched layers: the plain formulas, what is compared, and two processes against one.
 
 Run as a program (OUT, under torchrun's environment variables) it is one of the processes of that last test.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,45 +22,50 @@ from longclip_teacher.text import EOT
 from longclip_teacher.trace import Trace
 from mobileclip_student import create_student
 from mobileclip_student.text_encoder import TextConfig, TextTransformer
-from training.layer_losses import LayerLosses, TowerShape, layer_pairs, student_shape, sum_parts, teacher_shape
-from training.losses.intermediate import (
-    LossSum,
-    attention_cells,
-    relation_scores,
-    score_kl,
-    score_mse,
-    token_mse,
+from plain_layers import (
+    LENGTHS,
+    STUDENT,
+    TEACHER,
+    plain_score_kl,
+    plain_score_mse,
+    plain_scores,
+    plain_token_mse,
+    random_trace,
 )
-from training.settings.losses import LAYER_LOSSES, LossOptions
+from ranks import run_ranks
+from training.layer_losses import (
+    LayerMaps,
+    TowerShape,
+    layer_losses,
+    layer_pairs,
+    layer_sums,
+    match_layers,
+    student_shape,
+    sum_parts,
+    teacher_shape,
+)
+from training.losses.intermediate import LossSum
+from training.losses.table import LOSSES
+from training.settings.losses import LossOptions
+from training.settings.needs import needs_of
 
-LENGTHS = (5, 1, 7, 3)
-STUDENT, TEACHER = TowerShape(layers=2, width=8, heads=4), TowerShape(layers=4, width=12, heads=4)
+NAMES = [loss.name for loss in LOSSES if loss.family == "layer"]
 
 
-def random_trace(
-    shape: TowerShape, seed: int, *, lengths: tuple[int, ...] = LENGTHS, causal: bool = False, prefix: int = 0
-) -> Trace:
-    """Captions of `lengths` tokens; with `prefix`, pictures of 4 patches and so many class tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    batch, length = len(lengths), 4 + prefix if prefix else max(lengths)
+class LayerLosses(nn.Module):
+    """Matched layers and their maps, as the Distiller holds them, with the losses on top."""
 
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(batch, *sizes, generator=generator, dtype=torch.float64)
+    def __init__(self, options: LossOptions, tower: str, student: TowerShape, teacher: TowerShape) -> None:
+        super().__init__()
+        self.options = options
+        self.match = match_layers(needs_of(options).layer_losses[tower], options, tower, student, teacher)
+        self.map = LayerMaps(self.match)
 
-    def heads() -> list[Tensor]:
-        return [draw(shape.heads, length, shape.width // shape.heads) for _ in range(shape.layers)]
+    def forward(self, student: Trace, teacher: Trace) -> dict[str, Tensor]:
+        return layer_losses(self.match, self.options, self.map(student), teacher)
 
-    return Trace(
-        embedding=draw(length, shape.width),
-        tokens=draw(length, shape.width),
-        hidden=[draw(length, shape.width) for _ in range(shape.layers)],
-        query=heads(),
-        key=heads(),
-        value=heads(),
-        valid=torch.ones(batch, length).bool() if prefix else torch.arange(length) < torch.tensor(lengths)[:, None],
-        causal=causal,
-        num_prefix_tokens=prefix,
-    )
+    def sums(self, student: Trace, teacher: Trace) -> dict[str, LossSum]:
+        return layer_sums(self.match, self.options, self.map(student), teacher)
 
 
 def options(**settings: float | str | bool) -> LossOptions:
@@ -73,148 +74,7 @@ def options(**settings: float | str | bool) -> LossOptions:
 
 
 def all_on(tower: str = "text", **settings: float | str | bool) -> LossOptions:
-    return options(**{f"{name}_{tower}": 1.0 for name in LAYER_LOSSES}, **settings)
-
-
-# Plain formulas, one cell at a time
-
-
-def plain_token_mse(student: np.ndarray, teacher: np.ndarray, lengths: tuple[int, ...]) -> float:
-    cells = [np.mean((student[b, i] - teacher[b, i]) ** 2) for b, length in enumerate(lengths) for i in range(length)]
-    return float(np.mean(cells))
-
-
-def plain_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    return np.einsum("bhid,bhjd->bhij", left, right) / np.sqrt(left.shape[-1])
-
-
-def plain_score_mse(student: np.ndarray, teacher: np.ndarray, lengths: tuple[int, ...], causal: bool) -> float:
-    cells = [
-        (student[b, h, i, j] - teacher[b, h, i, j]) ** 2
-        for b, length in enumerate(lengths)
-        for h in range(student.shape[1])
-        for i in range(length)
-        for j in range(i + 1 if causal else length)
-    ]
-    return float(np.mean(cells))
-
-
-def plain_probs(scores: np.ndarray, count: int) -> np.ndarray:
-    powers = np.exp(scores[..., :count] - scores[..., :count].max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def plain_score_kl(
-    student: np.ndarray, teacher: np.ndarray, lengths: tuple[int, ...], causal: bool, mean: bool = False
-) -> float:
-    values = []
-    for b, length in enumerate(lengths):
-        for i in range(length):
-            p, q = (plain_probs(scores[b, :, i], i + 1 if causal else length) for scores in (teacher, student))
-            if mean:
-                p, q = p.mean(axis=0, keepdims=True), q.mean(axis=0, keepdims=True)
-            values += list((p * np.log(p / q)).sum(axis=1))
-    return float(np.mean(values))
-
-
-def mean_of(part: LossSum) -> float:
-    return float(part.total / part.terms)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_pure_losses_are_the_plain_formulas(causal: bool) -> None:
-    student, teacher = random_trace(STUDENT, 0), random_trace(replace(TEACHER, width=8), 1)
-    cells = attention_cells(student.valid, causal=causal)
-    ours, theirs = student.hidden[0], teacher.hidden[0]
-    value = mean_of(token_mse(ours, theirs, student.valid))
-    assert value == pytest.approx(plain_token_mse(ours.numpy(), theirs.numpy(), LENGTHS), rel=1e-12)
-    ours, theirs = (relation_scores(trace.query[0], trace.key[0]) for trace in (student, teacher))
-    for scores, trace in ((ours, student), (theirs, teacher)):
-        plain = plain_scores(trace.query[0].numpy(), trace.key[0].numpy())
-        np.testing.assert_allclose(scores.numpy(), plain, rtol=1e-12)
-    mse, kl = mean_of(score_mse(ours, theirs, cells)), mean_of(score_kl(ours, theirs, cells))
-    assert mse == pytest.approx(plain_score_mse(ours.numpy(), theirs.numpy(), LENGTHS, causal), rel=1e-12)
-    assert kl == pytest.approx(plain_score_kl(ours.numpy(), theirs.numpy(), LENGTHS, causal), rel=1e-12)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_means_over_heads_compare_any_numbers_of_them(causal: bool) -> None:
-    student, teacher = random_trace(replace(STUDENT, heads=2), 0), random_trace(TEACHER, 1)
-    cells = attention_cells(student.valid, causal=causal)
-    ours, theirs = (relation_scores(trace.query[0], trace.key[0]) for trace in (student, teacher))
-    mean = [scores.numpy().mean(axis=1, keepdims=True) for scores in (ours, theirs)]
-    mse = mean_of(score_mse(ours, theirs, cells, head_match="mean"))
-    assert mse == pytest.approx(plain_score_mse(mean[0], mean[1], LENGTHS, causal), rel=1e-12)
-    kl = mean_of(score_kl(ours, theirs, cells, head_match="mean"))
-    assert kl == pytest.approx(plain_score_kl(ours.numpy(), theirs.numpy(), LENGTHS, causal, mean=True), rel=1e-12)
-    for loss in (score_mse, score_kl):
-        with pytest.raises(ValueError, match="cannot be compared"):
-            loss(ours, theirs, cells)
-        with pytest.raises(ValueError, match="cannot be compared"):
-            loss(ours[:, :1], theirs, cells)  # would broadcast
-
-
-PURE: dict[str, Callable[[Tensor, Tensor, Tensor], LossSum]] = {
-    "tokens": lambda s, t, valid: token_mse(s.flatten(2), t.flatten(2), valid),
-    "scores": lambda s, t, valid: score_mse(_square(s), _square(t), attention_cells(valid, causal=True)),
-    "probs": lambda s, t, valid: score_kl(_square(s), _square(t), attention_cells(valid, causal=True)),
-    "mean scores": lambda s, t, valid: score_mse(
-        _square(s), _square(t), attention_cells(valid, causal=False), head_match="mean"
-    ),
-    "mean probs": lambda s, t, valid: score_kl(
-        _square(s), _square(t), attention_cells(valid, causal=False), head_match="mean"
-    ),
-}
-VALID = torch.arange(3) < torch.tensor([3, 1])[:, None]
-
-
-def _square(x: Tensor) -> Tensor:
-    """[B, L, H, D] to scores [B, H, L, L] of heads with themselves and, as they lie, the next."""
-    heads = x.transpose(1, 2)
-    return relation_scores(heads, heads.roll(1, dims=3))
-
-
-@pytest.mark.parametrize("name", PURE)
-def test_gradient_is_that_of_finite_differences_and_least_at_the_teacher(name: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher, step = (torch.randn(2, 3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
-    loss = PURE[name]
-    assert torch.autograd.gradcheck(lambda x: loss(x, teacher, VALID).total, student.requires_grad_())
-    same = teacher.clone().requires_grad_()
-    value = loss(same, teacher, VALID).total
-    value.backward()
-    assert value.abs() < 1e-14 and same.grad is not None and same.grad.abs().max() < 1e-14
-    near, far = (loss(teacher + size * step, teacher, VALID).total for size in (0.01, 0.1))
-    assert 0 < near < far
-
-
-@pytest.mark.parametrize("name", PURE)
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_finite_in_float32_with_short_captions_and_pads_without_a_part(name: str, scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (scale * torch.randn(3, 3, 2, 4, generator=generator) for _ in range(2))
-    valid = torch.arange(3) < torch.tensor([2, 1, 0])[:, None]
-    leaf = student.clone().requires_grad_()
-    total, terms = PURE[name](leaf, teacher, valid)
-    total.backward()
-    assert terms > 0 and total.isfinite() and leaf.grad is not None and leaf.grad.isfinite().all()
-    assert leaf.grad[0].abs().max() > 0 and (leaf.grad.flatten(2)[~valid] == 0).all()
-    other = torch.where(valid[:, :, None, None], student, 7.0), torch.where(valid[:, :, None, None], teacher, -3.0)
-    torch.testing.assert_close(PURE[name](*other, valid), (total.detach(), terms), rtol=1e-6, atol=0)
-
-
-def test_float32_under_autocast() -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(2, 3, 2, 4, generator=generator).bfloat16() for _ in range(2))
-    for loss in PURE.values():
-        expected = loss(student.float(), teacher.float(), VALID)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = loss(student, teacher, VALID)
-        assert found.total.dtype == torch.float32
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-# The module
+    return options(**{f"{name}_{tower}": 1.0 for name in NAMES}, **settings)
 
 
 @pytest.mark.parametrize("causal", [(True, False), (False, True), (False, False)], ids=str)
@@ -229,7 +89,7 @@ def test_module_against_the_plain_formulas(causal: tuple[bool, bool], value_kind
     pairs = [(0, 1), (1, 3)]
 
     def mapped(name: str, x: Tensor) -> np.ndarray:
-        layer = losses.maps[name]
+        layer = losses.map.maps[name]
         assert isinstance(layer, nn.Linear)
         return x.numpy() @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
 
@@ -256,9 +116,9 @@ def test_module_against_the_plain_formulas(causal: tuple[bool, bool], value_kind
 def test_only_what_is_on_is_computed_and_learned() -> None:
     student, teacher = random_trace(STUDENT, 0), random_trace(TEACHER, 1)
     losses = LayerLosses(options(hidden_text=1.0, attention_image=1.0), "text", STUDENT, TEACHER).double()
-    assert set(losses(student, teacher)) == {"hidden_text"} and set(losses.maps) == {"hidden"}
+    assert set(losses(student, teacher)) == {"hidden_text"} and set(losses.map.maps) == {"hidden"}
     same = LayerLosses(all_on(), "text", STUDENT, replace(TEACHER, width=STUDENT.width))
-    assert set(same.maps) == {"hidden", "embedding"} and not list(same.parameters())
+    assert not list(same.parameters())
 
 
 def test_embedding_with_and_without_positions() -> None:
@@ -386,7 +246,7 @@ def test_shapes_are_those_of_the_traces() -> None:
     assert all(value.isfinite() and value > 0 for value in found.values())
 
 
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_student_that_follows_one_loss_comes_close_to_its_teacher(name: str) -> None:
     torch.manual_seed(0)
     config = TextConfig(width=16, heads=2, layers=2, vocab_size=50)
@@ -472,18 +332,7 @@ def main() -> None:
 
 
 def test_two_processes_with_unequal_shares_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "out")],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    run_ranks([__file__, str(tmp_path / "out")], 2)
     tower = Tower()
     expected = losses_and_gradients(tower, tower, slice(0, 4))
     assert len(expected["gradients"]) == 5  # two maps and the gain

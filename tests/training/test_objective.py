@@ -9,10 +9,12 @@ import torch
 from torch.nn.functional import normalize
 
 from training.data.store import TeacherFacts
+from training.features import Features, LossParameters, Outputs, TeacherOutputs
 from training.losses import clip_loss, crd_loss, fd_loss, kl_loss
-from training.objective import Features, compute_losses, gather_features
+from training.objective import Objective
 from training.pca import pca_project
 from training.settings.losses import LossOptions
+from training.settings.needs import needs_of
 
 ROWS = 12
 SCALE, TEACHER_SCALE = torch.tensor(11.0, dtype=torch.float64), 23.0
@@ -25,17 +27,26 @@ def rows(seed: int, width: int) -> torch.Tensor:
     return normalize(torch.randn(ROWS, width, generator=generator, dtype=torch.float64), dim=1)
 
 
-STUDENT: Features = {"image": rows(0, 6), "long": rows(1, 6), "short": rows(2, 6)}
-TEACHER: Features = {"image": rows(3, 9), "long": rows(4, 9), "short": rows(5, 9)}
+STUDENT = Features(image=rows(0, 6), long=rows(1, 6), short=rows(2, 6))
+TEACHER = Features(image=rows(3, 9), long=rows(4, 9), short=rows(5, 9))
+TOKENS = torch.zeros(ROWS, 2, dtype=torch.long)
 
 
-def losses(options: LossOptions, student: Features = STUDENT, *, streaming: bool = True) -> dict[str, torch.Tensor]:
-    leaves = {name: value.clone().requires_grad_() for name, value in student.items()}
+NOT_MAPPED = Features()
+
+
+def losses(
+    options: LossOptions, student: Features = STUDENT, mapped: Features = NOT_MAPPED, *, streaming: bool = True
+) -> dict[str, torch.Tensor]:
+    """The losses and, as grad_NAME, their gradients."""
+    leaves = student.map(lambda value: value.clone().requires_grad_())
     scale = SCALE.clone().requires_grad_()
-    gathered = gather_features(leaves, options), gather_features(TEACHER, options)
-    found = compute_losses(gathered[0], {"logit_scale": scale}, gathered[1], FACTS, options, streaming=streaming)
+    objective = Objective(options, needs_of(options), FACTS, streaming=streaming)
+    outputs = Outputs(leaves, mapped, LossParameters(scale))
+    found = objective(outputs, TeacherOutputs(TEACHER), TOKENS, TOKENS)
     found["loss"].backward()
-    grads = {f"grad_{name}": leaf.grad for name, leaf in {**leaves, "scale": scale}.items() if leaf.grad is not None}
+    named = {**leaves.tensors(), "scale": scale}
+    grads = {f"grad_{name}": leaf.grad for name, leaf in named.items() if leaf.grad is not None}
     return {**found, **grads}
 
 
@@ -49,7 +60,7 @@ def test_terms_are_their_pure_functions(direction: str, temperature: float, pca_
     options = LossOptions(
         crd_temperature=temperature, crd_direction=direction, pca_side=pca_side, pca_rank=4, label_smoothing=0.05
     )
-    student = {**STUDENT, "distilled_image": rows(7, 6)} if has_token else STUDENT
+    student = replace(STUDENT, distilled_image=rows(7, 6)) if has_token else STUDENT
     found = losses(options, student)
 
     def reduced(features: torch.Tensor, side: str) -> torch.Tensor:
@@ -60,7 +71,7 @@ def test_terms_are_their_pure_functions(direction: str, temperature: float, pca_
         change = reduced if length == "short" else lambda features, _: features
         text, teacher = change(student[length], "text"), change(TEACHER[length], "text")
         pairs = change(student["image"], "image"), text
-        answers = change(student.get("distilled_image", student["image"]), "image"), text
+        answers = change(student[student.answering], "image"), text
         theirs = change(TEACHER["image"], "image"), teacher
         expected[f"clip_{length}"] = clip_loss(*pairs, SCALE, label_smoothing=0.05)
         kinds = {"temperature": temperature, "direction": direction}
@@ -78,10 +89,9 @@ def test_terms_are_their_pure_functions(direction: str, temperature: float, pca_
 
 
 def test_text_terms_are_means_over_long_and_short_captions() -> None:
-    student = {**STUDENT, **{f"projected_{name}": rows(10 + i, 9) for i, name in enumerate(STUDENT)}}
+    ours = Features(image=rows(10, 9), long=rows(11, 9), short=rows(12, 9))
     options = replace(OFF, fd_text=1.0, kl_text=1.0, kl_temperature=2.0, kl_scale=7.0, fd_image=0.5, crd_short=1e-9)
-    found = losses(options, student)
-    ours = {name: student[f"projected_{name}"] for name in STUDENT}
+    found = losses(options, mapped=ours)
     fd = (fd_loss(ours["long"], TEACHER["long"]) + fd_loss(ours["short"], TEACHER["short"])) / 2
     kl = sum(kl_loss(ours[name], TEACHER[name], temperature=2.0) for name in ("long", "short")) / 2
     torch.testing.assert_close(found["fd_text"].detach(), fd)

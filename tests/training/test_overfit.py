@@ -17,7 +17,6 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from training.losses import (
     afd_loss,
-    affinity_loss,
     clip_loss,
     contrastive_targets,
     cos_loss,
@@ -135,7 +134,6 @@ CASES = {
     "crd": Case(lambda p: crd_loss(*p.features, SCALE, SCALE), overlap, 0.95),
     "crd reverse": Case(lambda p: crd_loss(*p.features, SCALE, SCALE, direction="reverse"), overlap, 0.85),
     "crd symmetric": Case(lambda p: crd_loss(*p.features, SCALE, SCALE, direction="symmetric"), overlap, 0.95),
-    "affinity": Case(lambda p: affinity_loss(*p.features, SCALE, SCALE), overlap, 0.95),
     "icl": Case(lambda p: icl_loss(*p.features, SCALE), recall, 0.9),
     "gd": Case(lambda p: 1e4 * gd_loss(*p.features, SCALE, SCALE), pull, 0.7),
     "afd": Case(lambda p: afd_loss(*p.features, *p.maps, SCALE), recall, 0.5),

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from training.settings.losses import FEATURE_LOSSES, LAYER_LOSSES, PAIR_LOSSES
+from ranks import run_ranks
+from training.losses.table import LOSSES
 
-ALL_LOSSES = {f"{name}_{length}" for name in PAIR_LOSSES for length in ("long", "short")}
-ALL_LOSSES |= {f"{name}_{tower}" for name in FEATURE_LOSSES for tower in ("image", "text")} | {"loss"}
+ALL_LOSSES = {loss.option(part) for loss in LOSSES if loss.family != "layer" for part in loss.parts}
+ALL_LOSSES |= {"loss"}
+ALL_LOSSES -= {"masked_fd"}
 SCRIPT = Path(__file__).with_name("one_step.py")
 
 
@@ -27,18 +25,7 @@ def run(
     losses: str = "streaming",
     layers: str = "none",
 ) -> dict[str, dict[str, torch.Tensor]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(out), str(accumulation), pca_scope, losses, layers],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
-        )
-        for rank in range(world_size)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0] * world_size
+    run_ranks([str(SCRIPT), str(out), str(accumulation), pca_scope, losses, layers], world_size)
     return torch.load(out, weights_only=True)
 
 
@@ -68,7 +55,7 @@ def test_two_processes_equal_one(one_process: dict, tmp_path: Path) -> None:
 def test_losses_between_layers_on_two_processes(tmp_path: Path) -> None:
     """Processes with captions of other lengths weigh their tokens, not themselves."""
     one, two = (run(tmp_path / f"{n}.pt", world_size=n, layers="layers") for n in (1, 2))
-    assert {f"{name}_text" for name in LAYER_LOSSES} <= set(one["losses"])
+    assert {loss.option("text") for loss in LOSSES if loss.family == "layer"} <= set(one["losses"])
     assert_equal(two, one)
 
 

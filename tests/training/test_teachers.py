@@ -14,17 +14,23 @@ from longclip_teacher.config import TEACHERS
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import EOT, SOT
 from mobileclip_student import create_student, load_student, save_student
-from training.build import build_distiller, build_student, check_config
+from training.build import build_distillation, build_student
 from training.data.samples import Batch
-from training.distill import Distiller, Teachers, _masked
+from training.distill import Mask, masked
+from training.distillation import Distillation, assemble
 from training.distributed import start
+from training.features import Features
 from training.losses import crd_loss
+from training.losses.table import LOSSES
 from training.pca import pca_project
-from training.settings.losses import PAIR_LOSSES, LossOptions
+from training.settings.checks import check_config
+from training.settings.losses import LossOptions
 from training.settings.tree import TrainConfig, parse_config
 from training.step import backward_step
+from training.teachers import Teachers, views_of
 
 BATCH = 8
+OTHER_HEAD = {"clip_long": "crd_long", "crd_long": "clip_long"}
 OFF = {"clip_long": 0.0, "clip_short": 0.0, "crd_long": 0.0, "crd_short": 0.0}
 
 
@@ -38,8 +44,9 @@ def teacher_of(seed: int, **changes: int) -> LongCLIP:
     return create_teacher(config).double().eval().requires_grad_(False)
 
 
-def batch_for(distiller: Distiller) -> Batch:
-    """Random captions, and pictures in each of the views that the distiller asks for."""
+def batch_for(distillation: Distillation) -> Batch:
+    """Random captions, and pictures in each of the views that the models ask for."""
+    teachers = [] if distillation.teachers is None else distillation.teachers.models
     generator = torch.Generator().manual_seed(1)
 
     def captions(length: int) -> Tensor:
@@ -49,25 +56,36 @@ def batch_for(distiller: Distiller) -> Batch:
 
     first, *others = [
         torch.randint(0, 256, (BATCH, 3, view.image_size, view.image_size), generator=generator, dtype=torch.uint8)
-        for view in distiller.views
+        for view in views_of(distillation.distiller.model, teachers)
     ]
     return Batch(first, tuple(others), captions(20), captions(7), [str(i) for i in range(BATCH)], {})
 
 
-def distiller_of(teachers: Teachers | None, options: LossOptions, variant: str = "tiny") -> Distiller:
+def distillation_by(teachers: Teachers | None, options: LossOptions, variant: str = "tiny") -> Distillation:
     torch.manual_seed(3)
-    return Distiller(create_student(variant).double().eval(), teachers, options).double()
+    found = assemble(create_student(variant).double().eval(), teachers, options)
+    found.distiller.double()
+    return found
 
 
-def step(distiller: Distiller, batch: Batch | None = None) -> dict[str, Tensor]:
+def step(found: Distillation, batch: Batch | None = None) -> dict[str, Tensor]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    batch = batch or batch_for(distiller)
-    return backward_step(distiller, batch, precision="fp32", accumulation=1, scaler=scaler, key=(0, 0))
+    batch = batch or batch_for(found)
+    return backward_step(
+        found.distiller, batch, found.objective, found.teachers,
+        precision="fp32", accumulation=1, scaler=scaler, key=(0, 0),
+    )  # fmt: skip
+
+
+def teacher_features(found: Distillation, batch: Batch) -> Features:
+    assert found.teachers is not None
+    return found.teachers.outputs(batch, found.objective.needs).features
 
 
 class TestSeveralTeachers:
     everything = LossOptions(
-        **{f"{name}_{length}": 1.0 for name in PAIR_LOSSES if name != "afd" for length in ("long", "short")},
+        **{loss.option(part): 1.0 for loss in LOSSES if loss.family in ("pair", "across") and loss.name != "afd"
+           for part in loss.parts},
         fd_image=1.0, cos_text=1.0, pca_rank=4,
     )  # fmt: skip
 
@@ -76,43 +94,43 @@ class TestSeveralTeachers:
         teacher = teacher_of(0)
         mapped = {f"{name}_{length}": 0.0 for name in ("icl", "gd", "vrd", "xrd") for length in ("long", "short")}
         options = replace(self.everything, **mapped, fd_image=0, cos_text=0)
-        one = step(distiller_of(Teachers([teacher]), options))
-        two = step(distiller_of(Teachers([teacher, teacher]), options))
+        one = step(distillation_by(Teachers([teacher]), options))
+        two = step(distillation_by(Teachers([teacher, teacher]), options))
         assert set(one) == set(two) >= {"crd_long", "kd_short", "deit_hard_long"}
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, rtol=1e-9, atol=0)
 
     def test_teachers_of_any_width_and_size_stand_side_by_side(self) -> None:
         first, second = teacher_of(0), teacher_of(1, size=64, embed_dim=80)
-        distiller = distiller_of(Teachers([first, second]), self.everything)
-        assert [view.image_size for view in distiller.views] == [48, 48, 64]
-        assert distiller.teachers is not None and distiller.teachers.facts["long"].widths == (128, 80)
-        batch = batch_for(distiller)
-        features, _ = distiller.teacher_outputs(batch)
-        assert features is not None and features["image"].shape == (BATCH, 208)
-        alone, _ = distiller_of(Teachers([second]), self.everything).teacher_outputs(
-            replace(batch, teacher_images=(batch.teacher_images[1],))
+        distillation = distillation_by(Teachers([first, second]), self.everything)
+        assert distillation.teachers is not None and distillation.teachers.facts["long"].widths == (128, 80)
+        assert [view.image_size for view in distillation.teachers.views] == [48, 48, 64]
+        batch = batch_for(distillation)
+        features = teacher_features(distillation, batch)
+        assert features["image"].shape == (BATCH, 208)
+        alone = teacher_features(
+            distillation_by(Teachers([second]), self.everything),
+            replace(batch, teacher_images=(batch.teacher_images[1],)),
         )
-        assert alone is not None
         torch.testing.assert_close(features["image"][:, 128:], alone["image"])
         torch.testing.assert_close(features["short"][:, 128:], alone["short"])
-        losses = step(distiller, batch)
+        losses = step(distillation, batch)
         assert all(value.isfinite() for value in losses.values())
-        assert distiller.project["image"].weight.shape == (208, 96)
+        assert distillation.distiller.project["image"].weight.shape == (208, 96)
 
     def test_each_teacher_keeps_its_scale(self) -> None:
         first, second = teacher_of(0), teacher_of(1)
         second.logit_scale.add_(1.0)
         options = LossOptions(**{**OFF, "crd_long": 1.0})
-        values = [step(distiller_of(Teachers(group), options))["crd_long"] for group in ([first], [second])]
-        both = step(distiller_of(Teachers([first, second]), options))["crd_long"]
+        values = [step(distillation_by(Teachers(group), options))["crd_long"] for group in ([first], [second])]
+        both = step(distillation_by(Teachers([first, second]), options))["crd_long"]
         torch.testing.assert_close(both, torch.stack(values).mean(), rtol=1e-9, atol=0)
 
     def test_short_captions_may_have_a_teacher_of_their_own(self) -> None:
         long, short = teacher_of(0), teacher_of(1, embed_dim=80)
         options = LossOptions(**{**OFF, "crd_long": 1.0, "crd_short": 1.0, "fd_text": 1.0}, pca_scope="off")
-        found = step(distiller_of(Teachers([long], short), options))
-        of_long, of_short = (step(distiller_of(Teachers([teacher]), options)) for teacher in (long, short))
+        found = step(distillation_by(Teachers([long], short), options))
+        of_long, of_short = (step(distillation_by(Teachers([teacher]), options)) for teacher in (long, short))
         torch.testing.assert_close(found["crd_long"], of_long["crd_long"])
         torch.testing.assert_close(found["crd_short"], of_short["crd_short"])
         assert (of_long["crd_short"] - of_short["crd_short"]).abs() > 1e-3
@@ -121,13 +139,12 @@ class TestSeveralTeachers:
         """It has not learnt to match short captions with PCA'd pictures."""
         long, short = teacher_of(0), teacher_of(1)
         options = LossOptions(**{**OFF, "crd_short": 1.0}, pca_rank=4)
-        distiller = distiller_of(Teachers([long], short), options)
-        batch = batch_for(distiller)
-        found = step(distiller, batch)["crd_short"]
-        theirs, _ = distiller.teacher_outputs(batch)
-        ours = distiller(batch.images, batch.long_tokens, batch.short_tokens).features
-        assert theirs is not None
-        scales = distiller.model.linear_logit_scale, short.linear_logit_scale
+        distillation = distillation_by(Teachers([long], short), options)
+        batch = batch_for(distillation)
+        found = step(distillation, batch)["crd_short"]
+        theirs = teacher_features(distillation, batch)
+        ours = distillation.distiller(batch.images, batch.long_tokens, batch.short_tokens).features
+        scales = distillation.distiller.model.linear_logit_scale, short.linear_logit_scale
         reduced, whole = pca_project(ours["image"], 4), theirs["short_image"]
         expected = crd_loss(reduced, ours["short"], whole, theirs["short"], *scales)
         torch.testing.assert_close(found, expected.detach())
@@ -142,12 +159,12 @@ class TestDistillationToken:
         student = build_student(config, teacher_width=128).double().eval()
         trunk = student.image_encoder.trunk
         for loss, own, other in (("clip_long", "cls_token", "dist_token"), ("crd_long", "dist_token", "cls_token")):
-            distiller = Distiller(student, Teachers([teacher_of(0)]), LossOptions(**{**OFF, loss: 1.0}))
-            step(distiller)
+            options = LossOptions(**{**OFF, loss: 1.0, OTHER_HEAD[loss]: 1e-30})
+            step(assemble(student, Teachers([teacher_of(0)]), options))
             grads = {name: getattr(trunk, name).grad for name in ("cls_token", "dist_token")}
             heads = {"cls_token": trunk.head.weight.grad, "dist_token": trunk.head_dist.weight.grad}
             assert grads[own].norm() > 0 and heads[own].norm() > 0
-            assert heads[other] is None or heads[other].norm() == 0
+            assert heads[other].norm() < 1e-20 * heads[own].norm()
             student.zero_grad()
 
 
@@ -155,8 +172,7 @@ class TestMaskedPictures:
     @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
     def test_that_share_of_the_squares_is_hidden(self, ratio: float) -> None:
         torch.manual_seed(0)
-        options = LossOptions(masked_fd=1.0, mask_ratio=ratio, mask_patch=8)
-        hidden = _masked(torch.ones(5, 3, 48, 48), options) == 0
+        hidden = masked(torch.ones(5, 3, 48, 48), Mask(ratio, 8)) == 0
         assert hidden.double().mean() == ratio
         squares = hidden.unflatten(3, (6, 8)).unflatten(2, (6, 8))  # [B, 3, 6, 8, 6, 8]
         assert (squares.all(dim=5).all(dim=3) == squares.any(dim=5).any(dim=3)).all(), "whole squares"
@@ -166,18 +182,20 @@ class TestMaskedPictures:
     def test_the_teacher_sees_all_of_the_picture(self) -> None:
         teachers = Teachers([teacher_of(0)])
         masked, whole = (LossOptions(**OFF, **{name: 1.0}) for name in ("masked_fd", "fd_image"))
-        nothing_hidden = step(distiller_of(teachers, replace(masked, mask_ratio=0.0)))["masked_fd"]
-        torch.testing.assert_close(nothing_hidden, step(distiller_of(teachers, whole))["fd_image"])
-        assert (step(distiller_of(teachers, masked))["masked_fd"] - nothing_hidden).abs() > 1e-6
+        nothing_hidden = step(distillation_by(teachers, replace(masked, mask_ratio=0.0)))["masked_fd"]
+        torch.testing.assert_close(nothing_hidden, step(distillation_by(teachers, whole))["fd_image"])
+        assert (step(distillation_by(teachers, masked))["masked_fd"] - nothing_hidden).abs() > 1e-6
 
     @pytest.mark.parametrize("others", [{}, {"fd_image": 1.0}])
     def test_running_statistics_are_those_of_whole_pictures(self, others: dict[str, float]) -> None:
         teachers = Teachers([teacher_of(0)])
         runs = [LossOptions(**{**OFF, "fd_image": 1.0}), LossOptions(**{**OFF, "masked_fd": 1.0, **others})]
-        distillers = [distiller_of(teachers, options) for options in runs]
+        found = [distillation_by(teachers, options) for options in runs]
+        distillers = [distillation.distiller for distillation in found]
         before = {name: value.clone() for name, value in distillers[0].named_buffers()}
-        for distiller in distillers:
-            step(distiller.train())
+        for distillation in found:
+            distillation.distiller.train()
+            step(distillation)
         whole, masked = ({name: value for name, value in d.named_buffers() if "running" in name} for d in distillers)
         assert any((whole[name] - before[name]).abs().max() > 1e-3 for name in whole)
         for name, value in whole.items():
@@ -188,16 +206,15 @@ class TestMaskedPictures:
         student = build_student(parse_config(["deit_image"]), teacher_width=128).double().eval()
         seen: list[Tensor] = []
         student.image_encoder.trunk.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        distiller = Distiller(student, Teachers([teacher_of(0)]), LossOptions(**{**OFF, "masked_fd": 1.0}))
-        step(distiller)
+        step(assemble(student, Teachers([teacher_of(0)]), LossOptions(**{**OFF, "masked_fd": 1.0})))
         assert [bool((pictures == 0).all(dim=1).any()) for pictures in seen] == [True]
 
 
-def built(checkout: Path, *args: str) -> tuple[TrainConfig, Distiller]:
+def built(checkout: Path, *args: str) -> tuple[TrainConfig, Distillation]:
     config = parse_config(list(args))
     check_config(config, 1)
     with start("cpu") as runtime:
-        return config, build_distiller(config, runtime)
+        return config, build_distillation(config, runtime)
 
 
 class TestOneTower:
@@ -207,21 +224,21 @@ class TestOneTower:
 
     @pytest.mark.parametrize("stage", ["image", "text"])
     def test_only_that_tower_is_kept_run_and_trained(self, checkout: Path, stage: str) -> None:
-        _, distiller = built(checkout, f"two_stage_{stage}")
-        assert distiller.teachers is not None
-        (teacher,) = distiller.teachers.long
+        _, distillation = built(checkout, f"two_stage_{stage}")
+        assert distillation.teachers is not None
+        (teacher,) = distillation.teachers.long
+        distiller = distillation.distiller
         assert hasattr(teacher, "visual") == (stage == "image") and hasattr(teacher, "text") == (stage == "text")
         assert distiller.model.embed_dim == teacher.embed_dim and not distiller.project
-        losses = step(distiller)
+        losses = step(distillation)
         assert set(losses) == {f"fd_{stage}", "loss"}
         trained = {name.split(".")[1] for name, value in distiller.named_parameters() if value.grad is not None}
         assert trained == {f"{stage}_encoder"}
 
     def test_class_prompts_stand_for_captions(self, checkout: Path) -> None:
-        _, distiller = built(checkout, "deit_image")
-        assert distiller.teachers is not None and distiller.teachers.prompts is not None
-        assert distiller.teachers.prompts.shape == (10, 128)
-        assert set(step(distiller)) == {"deit_hard_long", "cos_image", "loss"}
+        _, distillation = built(checkout, "deit_image")
+        assert distillation.objective.prompts is not None and distillation.objective.prompts.shape == (10, 128)
+        assert set(step(distillation)) == {"deit_hard_long", "cos_image", "loss"}
 
     def test_two_towers_are_joined_in_the_teachers_space(self, checkout: Path, tmp_path: Path) -> None:
         torch.manual_seed(5)
@@ -229,7 +246,7 @@ class TestOneTower:
             config = parse_config([f"two_stage_{name}"])
             save_student(build_student(config, 128), tmp_path / f"{name}.safetensors")
         sources = [f"--init.{name}={tmp_path / name}.safetensors" for name in ("image", "text")]
-        _, distiller = built(checkout, "two_stage", *sources)
+        distiller = built(checkout, "two_stage", *sources)[1].distiller
         assert distiller.model.embed_dim == 128
         image, text = (load_student(tmp_path / f"{name}.safetensors") for name in ("image", "text"))
         ours = distiller.model.state_dict()
@@ -239,14 +256,14 @@ class TestOneTower:
                     assert torch.equal(ours[name], value), name
 
     def test_a_frozen_tower_stays_bitwise(self, checkout: Path) -> None:
-        _, distiller = built(
+        _, distillation = built(
             checkout, "longclip_text_tower", "--init.freeze_image", "True", "--init.freeze_text", "False"
         )
-        distiller.train()
+        distiller = distillation.distiller.train()
         before = {name: value.clone() for name, value in distiller.model.image_encoder.state_dict().items()}
         optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.1)
         text_before = distiller.model.text_encoder.projection.detach().clone()
-        step(distiller)
+        step(distillation)
         optimizer.step()
         for name, value in distiller.model.image_encoder.state_dict().items():
             assert torch.equal(value, before[name]), name
@@ -273,8 +290,8 @@ class TestOneTower:
         file = str(tmp_path / "student.safetensors")
         save_student(create_student("tiny"), file)
         for same in ("None", "96"):
-            _, distiller = built(checkout, "--student.init", file, "--student.embed_dim", same)
-            assert distiller.model.embed_dim == 96
+            _, distillation = built(checkout, "--student.init", file, "--student.embed_dim", same)
+            assert distillation.distiller.model.embed_dim == 96
         with pytest.raises(InputError, match="has another embed_dim than 128"):
             built(checkout, "--student.init", file)
         with pytest.raises(InputError, match="brings both towers"):

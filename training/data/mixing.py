@@ -33,15 +33,13 @@ def mix(batch: Batch, options: MixOptions, key: tuple[int, ...]) -> Batch:
     nothing about a mixture.
 
     Erasing: with probability `erase` a rectangle of a picture is replaced with noise, uniform in each pixel and
-    channel. Only `images`, which the student sees, are erased. The pictures before erasing then lead `teacher_images`,
-    which otherwise start with the second view, so that teachers reading the first view see complete pictures.
+    channel. The result is `erased`, which the student sees; `images` stay complete for the teachers that read them.
     """
     generator = sample_generator(*key, _STREAM)
     if options.mixup > 0 or options.cutmix > 0:
         batch = _mixed(batch, options, generator)
     if options.erase > 0:
-        erased = _erased(batch.images, options.erase, generator)
-        batch = replace(batch, images=erased, teacher_images=(batch.images, *batch.teacher_images))
+        batch = replace(batch, erased=_erased(batch.images, options.erase, generator))
     return batch
 
 

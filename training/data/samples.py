@@ -65,6 +65,12 @@ class Batch:
     keys: list[str]
     skipped: dict[str, int]  # samples that could not be decoded and were replaced, by cause
     teacher: dict[str, Tensor] | None = None  # stored features by name, as far as the stage uses them, [B, D]
+    erased: Tensor | None = None  # uint8 [B, 3, S, S]: `images` with rectangles erased, for the trained model alone
+
+    @property
+    def shown(self) -> Tensor:
+        """The pictures as the trained model sees them; `images` and `teacher_images` are always complete."""
+        return self.images if self.erased is None else self.erased
 
     def to(self, device: str | torch.device) -> Batch:
         """Return the same batch with its tensors on `device`."""
@@ -86,6 +92,7 @@ class Batch:
             long_tokens=function(self.long_tokens),
             short_tokens=function(self.short_tokens),
             teacher=None if self.teacher is None else {name: function(value) for name, value in self.teacher.items()},
+            erased=None if self.erased is None else function(self.erased),
         )
 
 

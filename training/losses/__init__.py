@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from training.losses.contrastive import clip_loss, contrastive_targets, similarity_logits
     from training.losses.feature import cos_loss, fd_loss, kl_loss, l1_loss
     from training.losses.logits import Direction, deit_hard_loss, deit_soft_loss, kd_loss, softmax_kl
-    from training.losses.relational import afd_loss, affinity_loss, crd_loss, gd_loss, icl_loss, vrd_loss, xrd_loss
+    from training.losses.relational import afd_loss, crd_loss, gd_loss, icl_loss, vrd_loss, xrd_loss
     from training.losses.streaming import PairedLosses, full_matrix_losses, paired_losses
     from training.losses.tiles import Factors
 
@@ -23,7 +23,6 @@ __all__ = [
     "Factors",
     "PairedLosses",
     "afd_loss",
-    "affinity_loss",
     "clip_loss",
     "contrastive_targets",
     "cos_loss",
@@ -49,7 +48,6 @@ _MODULE_OF = {
     "Factors": "tiles",
     "PairedLosses": "streaming",
     "afd_loss": "relational",
-    "affinity_loss": "relational",
     "clip_loss": "contrastive",
     "contrastive_targets": "contrastive",
     "cos_loss": "feature",

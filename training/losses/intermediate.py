@@ -18,7 +18,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-__all__ = ["HeadMatch", "LossSum", "attention_cells", "relation_scores", "score_kl", "score_mse", "token_mse"]
+__all__ = [
+    "HeadMatch",
+    "LossSum",
+    "attention_cells",
+    "relation_scores",
+    "score_kl",
+    "score_mse",
+    "token_mse",
+    "value_loss",
+]
 
 HeadMatch = Literal["each", "mean"]
 """each: head by head, as many in both models. mean: the means over the heads, whatever their numbers."""
@@ -91,6 +100,19 @@ def score_kl(
         terms = teacher.exp() * (teacher - student)
         queries = cells.any(dim=2).sum() * student.shape[1]
         return LossSum(terms.masked_fill(~cells.unsqueeze(1), 0).sum(), queries.to(student.dtype))
+
+
+def value_loss(
+    student: Float[Tensor, "B H L L"],
+    teacher: Float[Tensor, "B H L L"],
+    cells: Bool[Tensor, "B L L"],
+    *,
+    kind: Literal["kl", "mse"] = "kl",
+    head_match: HeadMatch = "each",
+) -> LossSum:
+    """The difference of value relations: `score_kl` of their softmaxes (MiniLM, equation 3), or `score_mse`."""
+    compute = score_kl if kind == "kl" else score_mse
+    return compute(student, teacher, cells, head_match=head_match)
 
 
 def _log_probs(

@@ -18,7 +18,6 @@ from training.losses.logits import Direction, softmax_kl
 
 __all__ = [
     "afd_loss",
-    "affinity_loss",
     "crd_loss",
     "gd_loss",
     "icl_loss",
@@ -49,6 +48,9 @@ def crd_loss(
     Several teachers lie side by side in the rows, as wide as `teacher_widths` says; `teacher_scale` is theirs all or
     one for each. Their KLs are averaged, as in MobileCLIP: the gradient of the forward KL is that of the KL to their
     mean distribution, the value is larger by how much they disagree among themselves.
+
+    Affinity mimicking (TinyCLIP, Wu et al. 2023) is the cross-entropy with the same targets. It differs from the
+    forward KL by the teacher's entropy alone, so it has this gradient.
     """
     student = similarity_logits(student_image, student_text, student_scale)  # [G, G]
     losses = []
@@ -59,30 +61,6 @@ def crd_loss(
             for s, t in ((student, teacher), (student.T, teacher.T))
         ]
     return torch.stack(losses).mean()
-
-
-def affinity_loss(
-    student_image: Float[Tensor, "G Ds"],
-    student_text: Float[Tensor, "G Ds"],
-    teacher_image: Float[Tensor, "G Dt"],
-    teacher_text: Float[Tensor, "G Dt"],
-    student_scale: Tensor | float,
-    teacher_scale: Tensor | float | Sequence[float],
-    *,
-    teacher_widths: Sequence[int] | None = None,
-    temperature: float = 1.0,
-) -> Float[Tensor, ""]:
-    """Affinity mimicking (TinyCLIP, Wu et al. 2023): cross-entropy with the teacher's distributions as targets.
-
-    Arguments and averages are those of `crd_loss`, whose gradient it has; the value is larger by `temperature`^2 times
-    the entropy of the teacher's distributions.
-    """
-    student = similarity_logits(student_image, student_text, student_scale) / temperature  # [G, G]
-    losses = []
-    for image, text, scale in split_teachers(teacher_image, teacher_text, teacher_scale, teacher_widths):
-        teacher = similarity_logits(image, text, scale).detach() / temperature
-        losses += [cross_entropy(s, t.softmax(dim=1)) for s, t in ((student, teacher), (student.T, teacher.T))]
-    return temperature**2 * torch.stack(losses).mean()
 
 
 def icl_loss(

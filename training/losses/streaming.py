@@ -110,36 +110,31 @@ def paired_losses(
     `teacher_widths` and `teacher_scale` are those of `crd_loss`. Factors of PCA'd images (`teacher_factors` one pair
     for each teacher) must multiply to the images given and only save time: logits are then products of width R.
 
-    `share` = (rank, number of processes): every process of the default group brings the same features, takes its share
-    of the rows, and ends with the whole losses and the whole gradient. Backward communicates nothing. `tile` is the
-    number of rows and columns of a tile.
+    `share` = (rank, number of processes): every process brings the same features, takes its share of the rows, and ends
+    with the complete losses and gradient. Backward communicates nothing. `tile`: rows and columns of a tile.
 
     Raises ValueError where a weight is negative or both are 0, or the KL lacks a teacher.
     """
-    if min(clip_weight, crd_weight) < 0 or max(clip_weight, crd_weight) == 0:
-        raise ValueError(f"loss weights must not be negative nor both 0, got {clip_weight} and {crd_weight}")
-    if crd_weight and (teacher_image is None or teacher_text is None):
-        raise ValueError("the KL to the teacher needs the teacher's features")
+    _check_weights(clip_weight, crd_weight, has_teacher=teacher_image is not None and teacher_text is not None)
     with torch.autocast(student_image.device.type, enabled=False):
         wide = torch.float64 if student_image.dtype == torch.float64 else torch.float32
         image, text = student_image.to(wide), student_text.to(wide)
         scale = torch.as_tensor(student_scale, device=image.device).to(wide)
-        needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale))
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale))
         with torch.no_grad():
             tiles = Tiles(image, share, tile)
             student = TiledLogits(image, text, scale, student_factors, tiles)
             teachers = []
             if crd_weight and teacher_image is not None and teacher_text is not None:
                 sides = split_teachers(teacher_image.to(wide), teacher_text.to(wide), teacher_scale, teacher_widths)
-                factors = [None] * len(sides) if teacher_factors is None else teacher_factors
-                teachers = [TiledLogits(*side, f, tiles) for side, f in zip(sides, factors, strict=True)]
+                teachers = _tiled_teachers(sides, teacher_factors, tiles)
             target = _Target(image, text, label_smoothing, caption_groups) if clip_weight else None
             share_of_crd = crd_weight / (clip_weight + crd_weight)
-            gap, products = _second_pass(tiles, student, teachers, text if needs_gradient else None, share_of_crd)
+            gap, products = _second_pass(tiles, student, teachers, text if learns else None, share_of_crd)
             clip = None if target is None else (student.mean_log_sum - scale * target.similarity).to(wide)
             crd = None if gap is None else (student.mean_log_sum + gap).to(wide)
-            parts = ((clip_weight, clip), (crd_weight, crd))
-            total = torch.stack([weight * value for weight, value in parts if value is not None]).sum()
+            weighted = [(clip_weight, clip), (crd_weight, crd)]
+            total = torch.stack([weight * value for weight, value in weighted if value is not None]).sum()
             gradient = None
             if products is not None:
                 basis = None if student_factors is None else student_factors[1].to(wide)
@@ -149,6 +144,20 @@ def paired_losses(
         if gradient is not None:
             total = _WithGradient.apply(total, gradient, image, text, scale)
     return PairedLosses(total, clip, crd)
+
+
+def _check_weights(clip_weight: float, crd_weight: float, *, has_teacher: bool) -> None:
+    if min(clip_weight, crd_weight) < 0 or max(clip_weight, crd_weight) == 0:
+        raise ValueError(f"loss weights must not be negative nor both 0, got {clip_weight} and {crd_weight}")
+    if crd_weight and not has_teacher:
+        raise ValueError("the KL to the teacher needs the teacher's features")
+
+
+def _tiled_teachers(
+    sides: Sequence[tuple[Tensor, Tensor, Tensor | float]], factors: Sequence[Factors] | None, tiles: Tiles
+) -> list[TiledLogits]:
+    known = [None] * len(sides) if factors is None else factors
+    return [TiledLogits(*side, f, tiles) for side, f in zip(sides, known, strict=True)]
 
 
 class _Target:

@@ -10,32 +10,11 @@ from pathlib import Path
 from eval.base.environment import environment_facts
 from eval.pages.charts import Points, line_chart
 from eval.pages.report import Chart
+from training.losses.table import LOSSES
 from training.record.run_log import read_metrics
 
 __all__ = ["run_facts", "training_curves"]
 
-_PAIR_LOSSES = {
-    "affinity": "Affinity with the teacher's distributions",
-    "icl": "Interactive contrastive",
-    "gd": "Distance of the contrastive gradients",
-    "afd": "Contrastive, fused features",
-    "vrd": "Vertical relations",
-    "xrd": "Cross relations",
-    "kd": "Logit distillation",
-    "deit_soft": "DeiT, soft targets",
-    "deit_hard": "DeiT, hard targets",
-}
-_TOWER_LOSSES = {
-    "fd": "Squared distance to the teacher's features",
-    "l1": "L1 distance to the teacher's features",
-    "cos": "One minus cosine with the teacher's features",
-    "kl": "KL between the channels of the teacher's features and the student's",
-    "hidden": "Squared distance of hidden states",
-    "attention": "Squared distance of attention scores",
-    "attention_probs": "KL between attention probabilities",
-    "value": "Difference of value relations",
-    "embedding": "Squared distance of embeddings",
-}
 _WHAT_IS_COMPARED = {
     "long": ("long captions", "The student with the teacher on pictures and their long captions."),
     "short": ("short captions", "The student with the teacher on pictures and their short captions."),
@@ -44,18 +23,17 @@ _WHAT_IS_COMPARED = {
 }
 
 
-def _other_losses() -> dict[tuple[str, str], tuple[str, str]]:
-    """Titles of every loss except the contrastive and the relational one, which have titles of their own."""
-    kinds = [(_PAIR_LOSSES, ("long", "short")), (_TOWER_LOSSES, ("image", "text"))]
-    curves = {
-        ("train", f"{name}_{side}"): (f"{title}, {_WHAT_IS_COMPARED[side][0]}", _WHAT_IS_COMPARED[side][1])
-        for titles, sides in kinds
-        for name, title in titles.items()
-        for side in sides
-    }
-    masked = "Squared distance to the teacher's features, masked pictures"
-    return curves | {
-        ("train", "masked_fd"): (masked, "The student sees a part of each picture, the teacher all of it.")
+def _losses() -> dict[tuple[str, str], tuple[str, str]]:
+    """A curve for each loss of the table; the contrastive and the relational one have meanings of their own below."""
+    return {
+        ("train", loss.option(part)): (
+            (f"{loss.title}, {_WHAT_IS_COMPARED[part][0]}", _WHAT_IS_COMPARED[part][1])
+            if len(loss.parts) > 1
+            else (loss.title, "The student sees a part of each picture, the teacher all of it.")
+        )
+        for loss in LOSSES
+        if loss.name not in ("clip", "crd")
+        for part in loss.parts
     }
 
 
@@ -78,7 +56,7 @@ _CURVES = {  # (group, key in metrics.jsonl): title, meaning; in the order of th
         "How far the student's view of which captions fit which pictures is from the teacher's (KL divergence).",
     ),
     ("train", "crd_short"): ("Distillation, short captions", "The same with short captions."),
-    **_other_losses(),
+    **_losses(),
     ("val", "i2t_r1"): ("Validation: picture → caption", "Percent of pictures whose caption is ranked first."),
     ("val", "t2i_r1"): ("Validation: caption → picture", "Percent of captions whose picture is ranked first."),
     ("val", "agreement"): (

@@ -1,17 +1,32 @@
-"""The losses of a run: a weight for each, and their settings."""
+"""The losses of a run: a weight for each, and their settings.
+
+The weights are typed out for the sake of editors, the type checker and `--help`; tests/training/settings/test_losses.py
+compares them with the table of losses (training/losses/table.py).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
 
+from training.losses.table import LOSSES, Loss, Part, Stage
 from training.settings.options import require
 
-__all__ = ["FEATURE_LOSSES", "LAYER_LOSSES", "PAIR_LOSSES", "LossOptions"]
+__all__ = ["LossOptions", "Term"]
 
-PAIR_LOSSES = ("clip", "crd", "affinity", "icl", "gd", "afd", "vrd", "xrd", "kd", "deit_soft", "deit_hard")
-FEATURE_LOSSES = ("fd", "l1", "cos", "kl")
-LAYER_LOSSES = ("hidden", "attention", "attention_probs", "value", "embedding")
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One summand of the objective: a loss, what it belongs to, and its weight."""
+
+    loss: Loss
+    part: Part
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """Its name in LossOptions, in metrics.jsonl and in TensorBoard."""
+        return self.loss.option(self.part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +42,6 @@ class LossOptions:
     """KL between the teacher's and the student's image-text distributions, long captions (CLIP-KD, MobileCLIP)."""
     crd_short: float = 0.5
     """The same with short captions; both sides' image features PCA'd on the same batch."""
-    affinity_long: float = 0.0
-    """Cross-entropy of the student's image-text distributions with the teacher's as soft targets (TinyCLIP)."""
-    affinity_short: float = 0.0
-    """The same with short captions."""
     icl_long: float = 0.0
     """Interactive contrastive: student images against teacher texts and the reverse, own learned scale (CLIP-KD)."""
     icl_short: float = 0.0
@@ -118,7 +129,7 @@ class LossOptions:
     init_logit_scale: float | None = None
     """Linear logit scale at the start; None: the model's (1 / 0.07 from scratch)."""
     crd_temperature: float = 1.0
-    """T of crd and affinity: both sides' logits are divided by it and the loss multiplied by T^2."""
+    """T of crd: both sides' logits are divided by it, and the loss is multiplied by T^2."""
     crd_direction: Literal["forward", "reverse", "symmetric"] = "forward"
     """forward: KL(teacher || student). reverse: KL(student || teacher). symmetric: their mean."""
     kd_temperature: float = 2.0
@@ -131,8 +142,6 @@ class LossOptions:
     """Weight of the teacher in deit_soft."""
     deit_temperature: float = 3.0
     """T of deit_soft."""
-    fd_scale: float = 1.0
-    """Factor of the values of fd and masked_fd."""
     l1_scale: float = 1.0
     """Factor of the values of l1."""
     cos_scale: float = 1.0
@@ -169,29 +178,29 @@ class LossOptions:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of every loss by its name, those that are off included."""
-        names = [f"{name}_{length}" for name in PAIR_LOSSES for length in ("long", "short")]
-        names += [f"{name}_{tower}" for name in (*FEATURE_LOSSES, *LAYER_LOSSES) for tower in ("image", "text")]
-        return {name: getattr(self, name) for name in (*names, "masked_fd")}
+        """Weight of every loss by its name, including those that are off."""
+        return {loss.option(part): getattr(self, loss.option(part)) for loss in LOSSES for part in loss.parts}
 
-    @property
-    def active(self) -> set[str]:
-        """Names of the losses of positive weight."""
-        return {name for name, weight in self.weights.items() if weight > 0}
+    def terms(self, *, with_teacher: bool) -> tuple[Term, ...]:
+        """The losses of positive weight in the order of the table; without a teacher, those that need none."""
+        all_terms = (
+            Term(loss, part, getattr(self, loss.option(part)))
+            for loss in LOSSES
+            if with_teacher or not loss.needs_teacher
+            for part in loss.parts
+        )
+        return tuple(term for term in all_terms if term.weight > 0)
+
+    def allowed_in(self, stage: Stage, *, with_prompts: bool) -> set[str]:
+        """Names of the losses that a run of `stage` can use. `with_prompts` says that there are class prompts."""
+        return {
+            loss.option(part)
+            for loss in LOSSES
+            for part in loss.parts
+            if loss.allowed_in(stage, part) and (with_prompts or stage == "both" or part == stage)
+        }
 
     @property
     def distils(self) -> bool:
         """True if any loss needs a teacher."""
-        return bool(self.active - {"clip_long", "clip_short"})
-
-    @property
-    def uses_short(self) -> bool:
-        """True if short captions are encoded at all."""
-        return any(name.endswith("_short") for name in self.active)
-
-    @property
-    def layer_losses(self) -> dict[str, set[str]]:
-        """Names of the active layer losses by tower (image, text)."""
-        return {
-            tower: {name for name in LAYER_LOSSES if f"{name}_{tower}" in self.active} for tower in ("image", "text")
-        }
+        return any(term.loss.needs_teacher for term in self.terms(with_teacher=True))

@@ -120,7 +120,7 @@ def _with_teacher_of_cache(config: TrainConfig, named: Collection[str], notes: l
 
 def _refuse_embedded_teacher(config: TrainConfig, named: Collection[str], source: str) -> None:
     used = ["teacher.checkpoint"] if config.distils else []
-    used += ["teacher.short"] if config.distils and config.loss.uses_short else []
+    used += ["teacher.short"] if config.distils and config.needs.reads_short else []
     used += ["teacher.cache"] if config.distils else []
     used += ["init.text"] if config.run.train == "student" else []
     for field in used:

@@ -23,6 +23,7 @@ from longclip_teacher.errors import InputError
 from training.settings.augment import AugmentConfig
 from training.settings.help_page import help_page
 from training.settings.losses import LossOptions
+from training.settings.needs import Needs, needs_of
 from training.settings.options import (
     DataOptions,
     InitOptions,
@@ -87,6 +88,12 @@ class TrainConfig:
     def runs_teacher(self) -> bool:
         """True if the frozen teacher itself is run in the training step."""
         return self.distils and not (self.teacher.cache is not None and self.teacher.stored_features)
+
+    @property
+    def needs(self) -> Needs:
+        """What the losses of this run need from its models."""
+        short_teacher = self.distils and self.teacher.short is not None
+        return needs_of(self.loss, stage=self.run.stage, with_teacher=self.distils, short_teacher=short_teacher)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain values by section and field, paths as strings."""

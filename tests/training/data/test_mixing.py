@@ -46,11 +46,11 @@ def test_the_key_alone_decides(options: MixOptions) -> None:
     first = mix(batch_of(pictures), options, (3, 5, 0))
     torch.rand(7)  # the global generator is not read
     again = mix(batch_of(pictures), options, (3, 5, 0))
-    assert torch.equal(pictures, before) and not torch.equal(first.images, before)
-    assert torch.equal(first.images, again.images)
+    assert torch.equal(pictures, before) and not torch.equal(first.shown, before)
+    assert torch.equal(first.shown, again.shown)
     for key in ((3, 6, 0), (3, 5, 1), (4, 5, 0)):  # step, rank, seed
-        assert not torch.equal(mix(batch_of(pictures), options, key).images, first.images), key
-    assert first.images.dtype == torch.uint8 and first.images.shape == pictures.shape
+        assert not torch.equal(mix(batch_of(pictures), options, key).shown, first.shown), key
+    assert first.shown.dtype == torch.uint8 and first.shown.shape == pictures.shape
     assert (first.keys, first.skipped) == (["0", "1", "2", "3", "4", "5"], {"broken": 1})
 
 
@@ -120,9 +120,10 @@ def test_erasing_replaces_rectangles_with_noise_and_only_for_the_student() -> No
     count, size = 600, 40
     pictures, second = torch.full((count, 3, size, size), 77, dtype=torch.uint8), noise_pictures(count, 8)
     batch = mix(batch_of(pictures, second), MixOptions(erase=0.3), (0, 0))
-    assert batch.teacher_images[0] is pictures and batch.teacher_images[1] is second
+    assert batch.images is pictures and batch.teacher_images[0] is second and batch.shown is batch.erased
     assert (pictures == 77).all()
-    changed = (batch.images != pictures).any(dim=1).numpy()  # B H W; noise equals 77 three times in 1 of 17 million
+    assert batch.erased is not None
+    changed = (batch.erased != pictures).any(dim=1).numpy()  # B H W; noise that hits 77 three times: 1 in 17 million
     erased = [mask for mask in changed if mask.any()]
     assert len(erased) / count == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / count))
     boxes = np.array([box_of(mask) for mask in erased])
@@ -134,22 +135,22 @@ def test_erasing_replaces_rectangles_with_noise_and_only_for_the_student() -> No
     aspects = np.log(heights[big] / widths[big])
     assert np.abs(aspects).max() < np.log(1 / 0.3) + 0.15
     assert aspects.mean() == pytest.approx(0, abs=0.25) and aspects.std() == pytest.approx(1.2 / 3**0.5, abs=0.12)
-    assert boxes[:, 0].std() > 0.1 and boxes[:, 1].std() > 0.1, "rectangles must be everywhere"
-    noise = batch.images.permute(0, 2, 3, 1)[torch.from_numpy(changed)].double()  # pixels, 3
+    assert boxes[:, 0].std() > 0.1 and boxes[:, 1].std() > 0.1, "rectangles are everywhere"
+    noise = batch.erased.permute(0, 2, 3, 1)[torch.from_numpy(changed)].double()  # pixels, 3
     assert (noise.min(), noise.max()) == (0, 255)
     assert noise.mean() == pytest.approx(127.5, abs=4) and noise.std() == pytest.approx(256 / 12**0.5, abs=3)
     assert torch.corrcoef(noise.T).fill_diagonal_(0).abs().max() < 0.1, "each channel has its own"
 
 
-def test_the_teacher_sees_the_mixture_whole() -> None:
+def test_the_teacher_sees_the_complete_mixture() -> None:
     pictures = noise_pictures(4)
     mixed = mix(batch_of(pictures), MixOptions(mixup=1.0), (0, 1))
     both = mix(batch_of(pictures), MixOptions(mixup=1.0, erase=1.0), (0, 1))
-    assert mixed.teacher_images == ()
-    assert torch.equal(both.teacher_images[0], mixed.images)
-    assert not torch.equal(both.images, mixed.images)
+    assert mixed.erased is None and mixed.shown is mixed.images
+    assert torch.equal(both.images, mixed.images)
+    assert both.erased is not None and not torch.equal(both.erased, mixed.images)
 
 
 def test_batches_without_pictures_pass() -> None:
     empty = torch.empty(3, 3, 0, 0, dtype=torch.uint8)
-    assert mix(batch_of(empty), MixOptions(erase=1.0, cutmix=1.0), (0, 0)).images.shape == empty.shape
+    assert mix(batch_of(empty), MixOptions(erase=1.0, cutmix=1.0), (0, 0)).shown.shape == empty.shape

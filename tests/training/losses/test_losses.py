@@ -17,7 +17,6 @@ from torch.nn.functional import normalize
 
 from training.losses import (
     afd_loss,
-    affinity_loss,
     clip_loss,
     contrastive_targets,
     cos_loss,
@@ -60,7 +59,6 @@ LOSSES: dict[str, Loss] = {
     "crd": lambda si, st, ti, tt, s: crd_loss(si, st, ti, tt, s, TEACHER_SCALE),
     "crd reverse": lambda *x: crd_loss(*x, TEACHER_SCALE, temperature=2.0, direction="reverse"),
     "crd symmetric": lambda *x: crd_loss(*x, TEACHER_SCALE, temperature=0.5, direction="symmetric"),
-    "affinity": lambda *x: affinity_loss(*x, TEACHER_SCALE, temperature=2.0),
     "icl": lambda *x: icl_loss(*x, label_smoothing=0.1),
     "gd": lambda *x: gd_loss(*x, TEACHER_SCALE),
     "afd": fused,

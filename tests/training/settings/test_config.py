@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longclip_teacher.errors import InputError
-from training.build import check_config
+from training.settings.checks import check_config
 from training.settings.tree import PRESETS, REMOVED, TrainConfig, config_from_toml, config_to_toml, parse_config
 
 
@@ -86,7 +86,7 @@ def test_bad_preset_files_are_one_line(text: str, message: str, tmp_path: Path) 
         (["--run.global_batch_size", "30"], 4, "does not divide by 4 processes"),
         (["--run.global_batch_size", "32"], 1, "PCA of rank 32 does nothing on 32 samples"),
         (["--run.global_batch_size", "64", "--loss.pca_scope", "rank"], 2, "PCA of rank 32 does nothing on 32 samples"),
-        (["--run.accumulation", "64"], 4, "more than the 32 samples of a process"),
+        (["--run.accumulation", "64"], 4, "more than the 32 samples per process"),
         (
             ["--teacher.checkpoint", "None", "--loss.clip_long", "0", "--loss.clip_short", "0"],
             1,

@@ -39,7 +39,7 @@ def trained(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         folder = tmp_path_factory.mktemp(name)
         arguments = [name, *SHORT, "--run.out_dir", str(folder)]
         config = config_from_toml(PRESETS / f"{name}.toml")
-        if not (config.run.stage == "image" and any(loss.endswith("_long") for loss in config.loss.active)):
+        if not config.needs.compares_with_prompts:
             arguments += ["--data.zeroshot", "None"]  # else its class prompts stand for captions
         for tower, start in (("image", config.init.image), ("text", config.init.text)):
             if start is not None and Path(start).name in STAGES:
@@ -59,7 +59,7 @@ def test_a_preset_trains_on_the_embedded_data(name: str, trained: Callable[[str]
     config = config_from_toml(folder / "config.toml")
     rows = read_metrics(folder)
     assert [row["step"] for row in rows] == [10, 20]
-    terms = config.loss.active if config.distils else config.loss.active & {"clip_long", "clip_short"}
+    terms = {term.name for term in config.needs.terms}
     for row in rows:
         assert terms <= row.keys()
         assert row["loss"] > 0 and row["grad_norm"] > 0

@@ -1,0 +1,38 @@
+"""Processes that know of each other as under torchrun, for the tests that compare two with one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["run_ranks"]
+
+
+def run_ranks(command: list[str], world_size: int, *, timeout: float = 120) -> None:
+    """Run a Python program in `world_size` processes, each with one thread; all of them must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    search = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]  # the programs import helpers from here
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in search if path),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        assert [process.wait(timeout=timeout) for process in processes] == [0] * world_size
+    finally:
+        for process in processes:
+            process.kill()

@@ -1,0 +1,78 @@
+"""What a run trains and by what, put together from its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from longclip_teacher import LongCLIP
+from mobileclip_student import MobileCLIP
+from training.distill import Distiller, Mask
+from training.layer_losses import match_layers, student_shape, teacher_shape
+from training.losses.table import Stage
+from training.objective import Objective
+from training.settings.losses import LossOptions
+from training.settings.needs import Tower, needs_of
+from training.teachers import Teachers, views_of
+from training.unreached import check_heads, freeze_unreached
+
+__all__ = ["Distillation", "assemble"]
+
+
+@dataclass
+class Distillation:
+    """The trained model, the losses, and the frozen teachers if there are any."""
+
+    distiller: Distiller
+    objective: Objective
+    teachers: Teachers | None
+
+    @property
+    def teacher(self) -> LongCLIP | None:
+        """The first teacher, where one is run with both towers."""
+        if self.teachers is None or not self.teachers.long or self.objective.needs.stage != "both":
+            return None
+        return self.teachers.long[0]
+
+
+def assemble(
+    model: MobileCLIP | LongCLIP,
+    teachers: Teachers | None,
+    options: LossOptions,
+    *,
+    stage: Stage = "both",
+    frozen: tuple[Tower, ...] = (),
+    prompts: Tensor | None = None,
+    streaming: bool = True,
+) -> Distillation:
+    """The distillation of `model` by `teachers` (None: it learns from the pairs alone) with the losses of `options`.
+
+    `frozen` towers stay as they are. `prompts` are the teacher's features of class prompts. `streaming` computes
+    image-text losses in tiles.
+
+    Raises InputError where layers cannot be matched, or where no loss reaches a part of the model.
+    """
+    short = None if teachers is None else teachers.short
+    needs = needs_of(options, stage=stage, with_teacher=teachers is not None, short_teacher=short is not None)
+    facts = {} if teachers is None else teachers.facts
+    layers = {}
+    if teachers is not None and isinstance(model, MobileCLIP):
+        for tower, losses in needs.layer_losses.items():
+            if losses:
+                shapes = student_shape(model, tower), teacher_shape(teachers.long[0], tower)
+                layers[tower] = match_layers(losses, options, tower, *shapes)
+    distiller = Distiller(
+        model,
+        needs,
+        teacher_width=facts["long"].embed_dim if facts else None,
+        short_teacher_width=None if short is None else short.embed_dim,
+        layers=layers,
+        mask=Mask(options.mask_ratio, options.mask_patch) if "masked_image" in needs.features else None,
+        frozen=frozen,
+    )
+    check_heads(distiller)
+    freeze_unreached(distiller, layers, embedding_positions=options.embedding_positions)
+    if teachers is not None:
+        teachers.views = views_of(model, teachers.models)
+    return Distillation(distiller, Objective(options, needs, facts, prompts, layers, streaming), teachers)

@@ -1,0 +1,97 @@
+"""What a run's configuration must be as a whole, checked before any work is done.
+
+The sections check their own fields; here are the conditions between fields, each with a line that says what to do.
+"""
+
+from __future__ import annotations
+
+from longclip_teacher.errors import InputError
+from training.settings.needs import Needs, Tower
+from training.settings.tree import TrainConfig
+
+__all__ = ["check_config"]
+
+
+def check_config(config: TrainConfig, world_size: int) -> None:
+    """Raise InputError for a configuration that cannot run on `world_size` processes."""
+    run, loss, needs = config.run, config.loss, config.needs
+    if run.global_batch_size % world_size:
+        raise InputError(f"--run.global_batch_size {run.global_batch_size} does not divide by {world_size} processes")
+    local = run.global_batch_size // world_size
+    if run.accumulation > local:
+        raise InputError(f"--run.accumulation {run.accumulation} is more than the {local} samples per process")
+    compared = local if loss.pca_scope == "rank" else run.global_batch_size
+    if needs.reads_short and loss.pca_scope != "off" and compared <= loss.pca_rank:
+        raise InputError(
+            f"PCA of rank {loss.pca_rank} does nothing on {compared} samples: raise --run.global_batch_size above "
+            f"{loss.pca_rank} (better {2 * loss.pca_rank}), lower --loss.pca_rank, or set --loss.pca_scope off"
+        )
+    if not needs.terms:
+        raise InputError(
+            "without a teacher nothing is left to learn from: raise --loss.clip_long, or give --teacher.checkpoint"
+        )
+    if run.train == "student" and config.teacher.init is not None:
+        raise InputError(
+            "--teacher.init belongs to --run.train teacher; a frozen teacher is given as --teacher.checkpoint"
+        )
+    _check_stage(config)
+    _check_teachers(config)
+    _check_towers(config, needs)
+
+
+def _check_stage(config: TrainConfig) -> None:
+    """Refuse what a run of one tower cannot do."""
+    run, data, mix = config.run, config.data, config.mix
+    for name, given, stage in (("images", data.images, "image"), ("captions", data.captions, "text")):
+        if given and run.stage != stage:
+            raise InputError(f"--data.{name} is read with --run.stage {stage} alone: give --data.shards")
+    if max(mix.mixup, mix.cutmix) > 0 and (run.stage != "image" or not config.runs_teacher):
+        raise InputError(
+            "mixup and cutmix need --run.stage image and a teacher that is run: mixed pictures have no caption, and "
+            "no stored features"
+        )
+    if run.stage == "both":
+        return
+    if not config.distils:
+        raise InputError(f"--run.stage {run.stage} learns from a teacher: give --teacher.checkpoint and a loss")
+    if config.teacher.cache is not None or config.teacher.short is not None or config.teacher.ensemble:
+        raise InputError(f"--run.stage {run.stage} runs one teacher: leave cache, short and ensemble out")
+    allowed = config.loss.allowed_in(run.stage, with_prompts=data.zeroshot is not None)
+    if wrong := sorted(term.name for term in config.needs.terms if term.name not in allowed):
+        raise InputError(
+            f"--run.stage {run.stage} has no pairs of pictures and captions: set --loss.{wrong[0]} 0 "
+            f"(it can use {', '.join(sorted(allowed))})"
+        )
+
+
+def _check_teachers(config: TrainConfig) -> None:
+    """Refuse what stored features, several teachers or chunks cannot give."""
+    teacher = config.teacher
+    if not config.distils:
+        return
+    if teacher.cache is not None and (teacher.short is not None or teacher.ensemble):
+        raise InputError(
+            "--teacher.cache holds one teacher's features: leave --teacher.short and --teacher.ensemble out"
+        )
+    layers = sorted(term.name for term in config.needs.terms if term.loss.family == "layer")
+    if layers and (not config.runs_teacher or teacher.ensemble):
+        raise InputError(
+            f"--loss.{layers[0]} looks into one teacher that is run: leave --teacher.cache and --teacher.ensemble out"
+        )
+    if layers and config.run.accumulation > 1:
+        raise InputError(f"--loss.{layers[0]} needs the whole batch at once: set --run.accumulation 1")
+
+
+def _check_towers(config: TrainConfig, needs: Needs) -> None:
+    """Refuse a tower that would be trained by no loss: alone it would only decay, and under DDP the run would fail."""
+    other: dict[Tower, Tower] = {"image": "text", "text": "image"}
+    trained = [tower for tower in needs.towers if not getattr(config.init, f"freeze_{tower}")]
+    for tower in trained:
+        if not needs.reaches(tower):
+            raise InputError(
+                f"no loss reaches the {tower} tower (only {', '.join(term.name for term in needs.terms)}): set "
+                f"--run.stage {other[tower]} to train the {other[tower]} tower alone, --init.freeze_{tower} True to "
+                f"leave the {tower} tower as it starts, or a loss that reads it, such as --loss.clip_long 1"
+            )
+    if not trained and not (needs.logit_scale or needs.scales or needs.mixture or needs.maps):
+        raise InputError("every tower is frozen and no loss learns anything: set --init.freeze_image or _text False")

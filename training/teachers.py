@@ -1,0 +1,118 @@
+"""The frozen teachers of a run: models that are run, or what is known of those whose features are stored.
+
+They are kept out of every module tree: no state_dict, optimiser, DDP or `.train()` sees them.
+
+Shapes: B samples of this process, D width of the teachers' features side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from longclip_teacher import LongCLIP
+from longclip_teacher.features import unit_features
+from longclip_teacher.trace import Trace
+from mobileclip_student import MobileCLIP
+from training.data.samples import Batch
+from training.data.store import TeacherFacts
+from training.data.transforms import ViewSpec
+from training.features import Features, TeacherOutputs, normalized_for, view_of
+from training.settings.needs import Needs, Tower
+
+__all__ = ["Teachers", "views_of"]
+
+
+@dataclass
+class Teachers:
+    """The frozen teachers of a run."""
+
+    long: list[LongCLIP] = field(default_factory=list)
+    """Those of the pictures and the long captions, an ensemble if several; empty where their features are stored."""
+    short: LongCLIP | None = None
+    """The one that reads the short captions, where another than the first does."""
+    stored: TeacherFacts | None = None
+    """Those whose features are stored."""
+    views: tuple[ViewSpec, ...] = ()
+    """What a batch shows of each picture, the trained model's view first; see `views_of`."""
+
+    @cached_property
+    def facts(self) -> dict[str, TeacherFacts]:
+        """What the losses of long and of short captions must know of their teachers: read once, since reading a scale
+        waits for the GPU."""
+        long = self.stored or _facts(self.long)
+        return {"long": long, "short": long if self.short is None else _facts([self.short])}
+
+    @property
+    def models(self) -> list[LongCLIP]:
+        """All that are run."""
+        return [*self.long, *([] if self.short is None else [self.short])]
+
+    def to(self, device: torch.device) -> None:
+        """Move the models to `device`."""
+        for model in self.models:
+            model.to(device)
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch, needs: Needs) -> TeacherOutputs:
+        """The features that `needs` asks for, stored with the batch or computed now, and traces for layer losses.
+
+        Unit-norm rows; of several teachers side by side, each part has unit norm.
+        """
+        if batch.teacher is not None:
+            widths = self.facts["long"].widths
+            names = ("image", *needs.lengths)
+            return TeacherOutputs(Features.of({name: _unit_parts(batch.teacher[name], widths) for name in names}))
+        traces: dict[Tower, Trace] = {}
+        rows: dict[str, list[Tensor]] = {}
+        for number, teacher in enumerate(self.long):
+            if "image" in needs.towers:
+                pictures = self._pictures_for(teacher, batch)
+                if number == 0 and needs.layer_losses["image"]:
+                    features, traces["image"] = teacher.trace_image(pictures)
+                else:
+                    features = teacher.encode_image(pictures)
+                rows.setdefault("image", []).append(features)
+            for length in needs.lengths:
+                if length == "short" and self.short is not None:
+                    continue
+                tokens = batch.long_tokens if length == "long" else batch.short_tokens
+                if number == 0 and length == "long" and needs.layer_losses["text"]:
+                    features, traces["text"] = teacher.trace_text(tokens)
+                else:
+                    features = teacher.encode_text(tokens)
+                rows.setdefault(length, []).append(features)
+        if self.short is not None and needs.reads_short:
+            rows["short"] = [self.short.encode_text(batch.short_tokens)]
+            rows["short_image"] = [self.short.encode_image(self._pictures_for(self.short, batch))]
+        joined = {name: torch.cat([unit_features(part) for part in parts], dim=1) for name, parts in rows.items()}
+        return TeacherOutputs(Features.of(joined), traces)
+
+    def _pictures_for(self, teacher: LongCLIP, batch: Batch) -> Float[Tensor, "B 3 R R"]:
+        """The complete pictures of `batch` as `teacher` wants them."""
+        shown = (batch.images, *batch.teacher_images)
+        return normalized_for(teacher, shown[self.views.index(view_of(teacher))])
+
+
+def views_of(model: MobileCLIP | LongCLIP, teachers: Iterable[LongCLIP]) -> tuple[ViewSpec, ...]:
+    """The distinct views of the trained model and of the teachers that are run, in this order."""
+    return tuple(dict.fromkeys(view_of(found) for found in (model, *teachers)))
+
+
+def _facts(models: list[LongCLIP]) -> TeacherFacts:
+    scales = tuple(float(model.linear_logit_scale) for model in models)
+    return TeacherFacts(
+        widths=tuple(model.embed_dim for model in models),
+        logit_scale=scales if len(scales) > 1 else scales[0],
+        context_length=max(model.context_length for model in models),
+    )
+
+
+def _unit_parts(features: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Unit rows of each teacher's part, which float16 has rounded."""
+    return torch.cat([unit_features(part) for part in features.split(widths, dim=-1)], dim=-1)
