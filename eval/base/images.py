@@ -1,19 +1,43 @@
-"""Pictures from untrusted files: known formats, bounded size, one kind of error, RGB out."""
+"""Pictures from untrusted files: known formats, bounded size, one kind of error, upright RGB out.
+
+Brightness of more than 8 bits becomes 0..255 by the range of its values:
+
+    16-bit grey, 16-bit PPM        0..65535 (a TIFF of 9 to 15 bits: its own range)
+    32-bit integers and floats     the narrowest of 0..1 (floats alone), 0..255 and 0..65535 that holds all values, else
+                                   from the smallest value to the largest
+    16 bits per colour             Pillow keeps the upper 8
+"""
 
 from __future__ import annotations
 
 import io
+import stat
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from longclip_teacher.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_IMAGE_PIXELS", "is_picture", "open_image"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_IMAGE_PIXELS", "TURNS", "is_picture", "open_image", "orientation"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS, because Pillow would start Ghostscript for it
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow warns of a decompression bomb from here on; for us it is an error
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation. 1 is upright."""
+_FULL_16_BITS = 65535
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1  # values of the second and the third
 
 
 def is_picture(path: Path) -> bool:
@@ -22,34 +46,98 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def open_image(source: str | Path | bytes) -> Image.Image:
-    """Decode a picture, given as a path or as the bytes of a file, to RGB (transparent pixels on white).
+def open_image(source: str | Path | bytes, most_pixels: int | None = None) -> Image.Image:
+    """Decode a picture, given as a path or as the bytes of a file, to RGB: transparent pixels on white, turned upright
+    as its EXIF data say.
 
-    Raise InputError, naming the path if there is one, for a missing, truncated, oversized or foreign file.
+    Raise InputError, naming the path if there is one, for a missing, truncated or foreign file, for one that is not a
+    plain file, and for a picture of more than `most_pixels` (default and upper limit: MAX_IMAGE_PIXELS).
     """
     name = "picture" if isinstance(source, bytes) else str(source)
+    most_pixels = MAX_IMAGE_PIXELS if most_pixels is None else min(most_pixels, MAX_IMAGE_PIXELS)
     try:
+        if not (len(source) if isinstance(source, bytes) else _plain_file_size(source)):
+            raise InputError(f"{name}: empty file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:  # only the header has been read so far
+            if image.width * image.height > most_pixels:  # only the header has been read so far
                 raise Image.DecompressionBombError
-            return _to_rgb(image)
+            image.load()
+            turn = TURNS.get(orientation(image))
+            rgb = _to_rgb(image)
+            return rgb if turn is None else rgb.transpose(turn)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"no picture at {name}") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name}: not a picture") from None
+        raise InputError(f"{name}: not a picture ({', '.join(_FORMATS)})") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{name}: more than {MAX_IMAGE_PIXELS} pixels") from None
+        raise InputError(f"{name}: more than {most_pixels} pixels") from None
     except Exception as error:  # a decoder may raise anything on damaged bytes: OSError, SyntaxError, struct.error, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise InputError(f"{name}: damaged picture ({reason.splitlines()[0]})") from None
 
 
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened picture, 1 to 8. Damaged EXIF data count as 1. Pillow itself turns
+    TIFFs when it loads them; they have 1 from then on."""
+    try:
+        found = image.getexif().get(Base.Orientation, 1)
+    except Exception:  # the data are as untrusted as the picture, and no picture is lost for them
+        return 1
+    return found if found in TURNS else 1
+
+
+def _plain_file_size(path: str | Path) -> int:
+    """Return the size of a file. To open a pipe or a device could wait for ever."""
+    status = Path(path).stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a folder fails when it is opened
+        raise InputError(f"{path}: not a plain file")
+    return status.st_size or int(stat.S_ISDIR(status.st_mode))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits to 8 and give a white picture
-        return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip to 255 and give a white picture
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, (255, 255, 255))
         canvas.paste(image, mask=image.getchannel("A"))
         return canvas
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Return grey levels of more than 8 bits as uint8 [H, W], by the ranges above."""
+    values = np.asarray(image)
+    if image.mode == "I" and _tiff_tag(image, _SAMPLE_FORMAT, 0) == _UNSIGNED:
+        values = values.view(np.uint32)  # Pillow reads all 32-bit integers as signed ones
+    values = values.astype(np.float64)
+    low, high = _range(image, values)
+    grey = np.rint((np.clip(values, low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    if _tiff_tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
+    return grey
+
+
+def _range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
+    """Return the values that stand for black and for white."""
+    if image.mode.startswith("I;16"):
+        bits = _tiff_tag(image, _BITS_PER_SAMPLE, 16)
+        return 0, 2**bits - 1 if bits < 16 else _FULL_16_BITS
+    if image.mode == "I" and image.format == "PPM":
+        return 0, _FULL_16_BITS  # Pillow scales every depth of a PPM to it
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(high - low):
+        raise ValueError("values that are not finite")
+    for most in (1, 255, _FULL_16_BITS) if image.mode == "F" else (255, _FULL_16_BITS):
+        if low >= 0 and high <= most:
+            return 0, most
+    return low, high if high > low else low + 1
+
+
+def _tiff_tag(image: Image.Image, tag: int, default: int) -> int:
+    found = getattr(image, "tag_v2", {}).get(tag, default)
+    return int(found[0] if isinstance(found, tuple) else found)

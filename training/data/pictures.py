@@ -1,8 +1,8 @@
 """Pictures of training samples: decoding, cropping and resizing, with torchvision and torch or with PIL alone.
 
 The fast form is a uint8 tensor [3, H, W]: torchvision's libjpeg-turbo decodes JPEGs, PIL decodes all other files, and
-torch resizes the bytes. The slow form is a PIL image. Both refuse the same files, ignore EXIF rotation, antialias, and
-crop before they resize, so that no pixel outside the crop is read.
+torch resizes the bytes. The slow form is a PIL image. Both refuse the same files, turn pictures upright as their EXIF
+data say, antialias, and crop before they resize, so that no pixel outside the crop is read.
 
 Tolerance of fast against slow, in levels of 0 to 255: decoding is equal to the bit if both libraries use libjpeg-turbo,
 as their wheels do. Resizing rounds differently, by at most 1 with bilinear and at most 2 with bicubic interpolation,
@@ -28,6 +28,7 @@ from eval.base import images
 from longclip_teacher.errors import InputError
 
 __all__ = [
+    "MAX_TRAINING_PIXELS",
     "Interpolation",
     "Picture",
     "normalized",
@@ -41,6 +42,8 @@ Picture: TypeAlias = Image.Image | Tensor
 """A decoded RGB picture: a PIL image, or uint8 [3, H, W] in any memory format."""
 Interpolation = Literal["bicubic", "bilinear"]
 
+MAX_TRAINING_PIXELS = 40_000_000
+"""Pictures of more pixels are refused: decoded, they take 120 MB in each worker, and no view needs so many."""
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Deprecated since torchvision 0.29 in favour of a package that needs FFmpeg. If torchvision lacks it, PIL reads JPEGs.
 _decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
@@ -49,12 +52,13 @@ _decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
 def open_picture(data: bytes, fast: bool) -> Picture:
     """Decode the bytes of a picture's file to RGB: to a tensor if `fast`, else to a PIL image.
 
-    Raise InputError for what eval.base.images.open_image refuses, with the same message.
+    Raise InputError for what eval.base.images.open_image refuses, with the same message, and for a picture of more than
+    MAX_TRAINING_PIXELS, before it is decoded.
     """
     if not fast:
-        return images.open_image(data)
+        return images.open_image(data, MAX_TRAINING_PIXELS)
     pixels = _jpeg_pixels(data)
-    return pixels_of_pil(images.open_image(data)) if pixels is None else pixels
+    return pixels_of_pil(images.open_image(data, MAX_TRAINING_PIXELS)) if pixels is None else pixels
 
 
 def picture_size(picture: Picture) -> tuple[int, int]:
@@ -114,10 +118,19 @@ def _jpeg_pixels(data: bytes) -> Tensor | None:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:  # reads no pixels
             width, height = header.size
             plain = header.format == "JPEG" and header.mode in ("RGB", "L")  # not CMYK, not several pictures in one
-        if not plain or width * height > images.MAX_IMAGE_PIXELS:
+            turn = images.orientation(header)
+        if not plain or width * height > min(MAX_TRAINING_PIXELS, images.MAX_IMAGE_PIXELS):
             return None
         file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         pixels: Tensor = _decode_jpeg(file, torchvision.io.ImageReadMode.RGB)
     except Exception:  # a decoder may raise anything on damaged bytes; PIL reports the fault, or is more lenient
         return None
-    return pixels if pixels.shape == (3, height, width) else None
+    return _upright(pixels, turn) if pixels.shape == (3, height, width) else None
+
+
+def _upright(pixels: Tensor, orientation: int) -> Tensor:
+    """Turn pixels [3, H, W] as PIL's transpose does by images.TURNS. The orientations 5 to 8 swap height and width."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 2)
+    mirrored = [dim for dim, those in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in those]
+    return pixels.flip(mirrored) if mirrored else pixels

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 import eval.base.images
 from benches.data import photograph
@@ -27,7 +27,7 @@ JPEGS: dict[str, dict[str, Any]] = {
     "progressive": {"quality": 90, "progressive": True},
     "restarts": {"quality": 90, "restart_marker_blocks": 3},
     "rgb": {"quality": 90, "keep_rgb": True},
-    "exif_rotated": {"quality": 90, "exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"},
+    "exif_damaged": {"quality": 90, "exif": b"Exif\0\0II*\0\xff\xff\xff\xff"},
 }
 
 
@@ -53,6 +53,39 @@ def test_jpegs_decode_to_the_same_pixels(options: dict[str, Any], mode: str) -> 
         assert pictures._jpeg_pixels(data) is not None  # not left to PIL
         assert picture_size(open_picture(data, True)) == picture_size(open_picture(data, False)) == size
         assert torch.equal(levels(data, True), levels(data, False))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_both_forms_are_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = photograph(3, (250, 187))
+    data = encoded(stored, quality=90, exif=exif.tobytes())
+    as_stored = pixels_of_pil(open_image(encoded(stored, quality=90)))
+    turned = {
+        1: as_stored, 2: as_stored.flip(2), 3: as_stored.flip(1, 2), 4: as_stored.flip(1),
+        5: as_stored.mT, 6: as_stored.mT.flip(2), 7: as_stored.mT.flip(1, 2), 8: as_stored.mT.flip(1),
+    }  # fmt: skip
+    assert pictures._jpeg_pixels(data) is not None  # not left to PIL
+    assert torch.equal(levels(data, True), levels(data, False))
+    assert torch.equal(levels(data, True), turned[orientation].int())
+    views: list[Any] = [(64, "bilinear")]
+    fast, slow = (resized_crops(open_picture(data, form), (3, 5, 180, 170), views)[0] for form in (True, False))
+    assert isinstance(fast, torch.Tensor) and isinstance(slow, Image.Image)
+    assert (fast.int() - pixels_of_pil(slow)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_training_has_a_bound_of_its_own(fast: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (10, 10)), kind)
+    monkeypatch.setattr(pictures, "MAX_TRAINING_PIXELS", 100)
+    assert picture_size(open_picture(data, fast)) == (10, 10)
+    monkeypatch.setattr(pictures, "MAX_TRAINING_PIXELS", 99)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(pictures, "_decode_jpeg", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(InputError, match="more than 99 pixels"):
+        open_picture(data, fast)
 
 
 @pytest.mark.parametrize(("interpolation", "most"), [("bilinear", 1), ("bicubic", 2)])
@@ -179,7 +212,7 @@ def test_truncated_and_altered_files_are_refused_alike(options: dict[str, Any]) 
 
 
 def test_oversized_and_foreign_files_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    for data in (b"plain text", b"", b"\xff\xd8", encoded(Image.new("RGB", (4, 4)), "EPS")):
+    for data in (b"plain text", b"\xff\xd8", encoded(Image.new("RGB", (4, 4)), "EPS")):
         with pytest.raises(InputError, match="not a picture"):
             open_picture(data, True)
     monkeypatch.setattr(eval.base.images, "MAX_IMAGE_PIXELS", 99)
