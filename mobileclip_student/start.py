@@ -42,7 +42,7 @@ _INITIAL_STD = 0.02
 
 @dataclass(frozen=True)
 class LongCLIPText:
-    """The text tower of a Long-CLIP, with the facts that its tensors do not show."""
+    """The text tower of a Long-CLIP, with the settings that its tensors do not show."""
 
     tensors: Mapping[str, Tensor]
     """its state dict (`LongCLIP.text.state_dict()`)"""
@@ -196,9 +196,9 @@ def _timm_tower(image: ImageConfig) -> tuple[dict[str, Tensor], ImageConfig]:
             f"cannot get timm's weights of {name} ({type(error).__name__}: {lines[0][:160] if lines else ''}): "
             "fetch them where there is a network, or start the image tower from a student's file"
         ) from None
-    facts = model.pretrained_cfg
-    logger.info("timm's %s.%s, licence %s", name, facts.get("tag"), facts.get("license"))
-    return model.state_dict(), replace(image, mean=tuple(facts["mean"]), std=tuple(facts["std"]))
+    pretrained = model.pretrained_cfg
+    logger.info("timm's %s.%s, licence %s", name, pretrained.get("tag"), pretrained.get("license"))
+    return model.state_dict(), replace(image, mean=tuple(pretrained["mean"]), std=tuple(pretrained["std"]))
 
 
 def _resampled(positions: Tensor, ours: ImageConfig, theirs: ImageConfig) -> Tensor:

@@ -72,7 +72,7 @@ if __name__ == "__main__":
     answer_early(Options)  # --help and refused options end here: the imports below take seconds
 
 from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
-from ablation_runs import RECORD, comparison_facts, config_differences, gather
+from ablation_runs import RECORD, comparison_conditions, config_differences, gather
 from ablation_table import write_table
 from longclip_teacher.atomic_files import write_json, write_text
 from training.record.run_log import read_metrics
@@ -232,7 +232,10 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> list[Job]:
 
 
 def is_finished(job: Job) -> bool:
-    """Return whether the run has its results, and record its facts if so. Raise InputError if its settings differ."""
+    """Return whether the run has its results, and record its conditions if so.
+
+    Raise InputError if its settings differ from the grid's.
+    """
     if not (job.folder / "results.json").exists():
         return False
     if changed := config_differences(job):
@@ -241,7 +244,7 @@ def is_finished(job: Job) -> bool:
             f"{job.folder} is a finished run with {key} = {there}, but {here} in the grid: change --out or remove it"
         )
     if not (job.folder / RECORD).exists():
-        write_json(job.folder / RECORD, {"facts": comparison_facts(job.config)})
+        write_json(job.folder / RECORD, {"facts": comparison_conditions(job.config)})
     return True
 
 

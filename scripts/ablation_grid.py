@@ -42,10 +42,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["FACTS", "Grid", "Job", "Variant", "check_jobs", "make_jobs", "read_grid"]
+__all__ = ["COMPARED_FIELDS", "Grid", "Job", "Variant", "check_jobs", "make_jobs", "read_grid"]
 
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "training" / "main.py"
-FACTS = (
+COMPARED_FIELDS = (
     *("data.shards", "data.images", "data.captions", "data.epoch_samples", "data.val", "data.tests", "data.zeroshot"),
     *("run.max_steps", "run.global_batch_size", "run.stage"),
 )
@@ -180,8 +180,8 @@ def _variant(table: _Table, preset: str, common: Overrides) -> Variant:
     if not is_plain_name(name):
         raise InputError(f"{table.where}: write letters, digits, . _ + and -, because it names a folder")
     differs = tuple(table.take("differs", list, []))
-    if unknown := [field for field in differs if field not in FACTS]:
-        raise InputError(f"{table.where}: differs may name {', '.join(FACTS)}, not {unknown[0]}")
+    if unknown := [field for field in differs if field not in COMPARED_FIELDS]:
+        raise InputError(f"{table.where}: differs may name {', '.join(COMPARED_FIELDS)}, not {unknown[0]}")
     variant = Variant(
         name=name,
         group=table.text("group", ""),

@@ -17,7 +17,7 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from ablation_grid import FACTS, Grid, Job, Variant
+from ablation_grid import COMPARED_FIELDS, Grid, Job, Variant
 from eval.benchmarks.named_sets import parse_sets, set_digest
 from eval.benchmarks.protocols import load_retrieval_set
 from eval.measures.figures import model_figures
@@ -36,13 +36,13 @@ __all__ = [
     "Difference",
     "Row",
     "Run",
-    "comparison_facts",
+    "comparison_conditions",
     "config_differences",
     "gather",
     "paired_difference",
 ]
 
-RECORD = "ablation.json"  # in a run's folder: its facts
+RECORD = "ablation.json"  # in a run's folder: its conditions
 _ELSEWHERE = (  # settings that decide where and how a run is executed, not its results
     *("run.out_dir", "run.resume", "run.device", "run.seed", "run.log_every", "run.save_every", "run.keep_every"),
     "data.num_workers",
@@ -59,8 +59,8 @@ class Run:
     """Percentages by column; `score` is the mean of both directions of the first test."""
     minutes: float
     """Training time, including its stages."""
-    facts: dict[str, Any]
-    """The values that must equal those of the runs it is compared with, by field (FACTS)."""
+    conditions: dict[str, Any]
+    """The values that must equal those of the runs it is compared with, by field (COMPARED_FIELDS)."""
     settings: dict[str, Any]
     """The configuration by section.field, without settings that do not affect the results."""
 
@@ -84,7 +84,7 @@ class Row:
     settings: str
     """How its configuration differs from the baseline's."""
     apart: str
-    """The declared facts in which it differs from the baseline."""
+    """The declared conditions in which it differs from the baseline."""
     differences: dict[str, Difference]
 
     def values(self, key: str) -> list[float]:
@@ -94,10 +94,10 @@ class Row:
         return [run.figures[key] for run in self.runs if key in run.figures]
 
 
-# --- facts -----------------------------------------------------------------------------------------------------------
+# --- conditions ------------------------------------------------------------------------------------------------------
 
 
-def comparison_facts(config: TrainConfig) -> dict[str, Any]:
+def comparison_conditions(config: TrainConfig) -> dict[str, Any]:
     """Return what decides whether another run can be compared with this one, by field, as plain data for JSON.
 
     Shards are identified by the hashes of their manifests, test and validation sets by their content. The number of
@@ -189,17 +189,17 @@ def _read_run(job: Job) -> Run:
         seed=job.seed,
         figures={"score": mean(first), **figures},
         minutes=sum(_seconds(folder) for folder in folders) / 60,
-        facts=_joined_facts(folders),
+        conditions=_joined_conditions(folders),
         settings=settings,
     )
 
 
-def _joined_facts(folders: Sequence[Path]) -> dict[str, Any]:
-    """Combine the facts of a run and its stages: add their steps, join their data, keep the tests of the last."""
-    facts = [_read_json(folder / RECORD)["facts"] for folder in folders]
-    joined = dict(facts[-1])
+def _joined_conditions(folders: Sequence[Path]) -> dict[str, Any]:
+    """Combine the conditions of a run and its stages: add their steps, join their data, keep the tests of the last."""
+    conditions = [_read_json(folder / RECORD)["facts"] for folder in folders]
+    joined = dict(conditions[-1])
     for field in ("data.shards", "data.images", "data.captions", "data.epoch_samples", "run.global_batch_size"):
-        used = [fact[field] for fact in facts if fact[field] is not None]
+        used = [part[field] for part in conditions if part[field] is not None]
         distinct = [value for number, value in enumerate(used) if value not in used[:number]]
         joined[field] = distinct[0] if len(distinct) == 1 else distinct or None
     return {**joined, "run.max_steps": sum(int(read_metrics(folder)[-1]["step"]) for folder in folders)}
@@ -241,12 +241,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_comparable(variant: Variant, runs: Sequence[Run], baseline: Run) -> None:
     """Compare every run with the baseline's, or with the variant's first run in the fields that `differs` names."""
     for run in runs:
-        for field in FACTS:
+        for field in COMPARED_FIELDS:
             other = runs[0] if field in variant.differs else baseline
-            if run.facts[field] != other.facts[field]:
+            own, others = run.conditions[field], other.conditions[field]
+            if own != others:
                 raise InputError(
-                    f"{run.folder} and {other.folder} cannot be compared: {field} is {run.facts[field]} in the first, "
-                    f'{other.facts[field]} in the second; if intended, write differs = ["{field}"] in the variant'
+                    f"{run.folder} and {other.folder} cannot be compared: {field} is {own} in the first, "
+                    f'{others} in the second; if intended, write differs = ["{field}"] in the variant'
                 )
 
 
@@ -256,9 +257,9 @@ def _row(variant: Variant, runs: tuple[Run, ...], baseline: Sequence[Run]) -> Ro
     reference = baseline[0] if baseline else first
     changed = [key for key, value in first.settings.items() if value != reference.settings.get(key)]
     apart = [
-        f"{field} {first.facts[field]} against {reference.facts[field]}"
+        f"{field} {first.conditions[field]} against {reference.conditions[field]}"
         for field in variant.differs
-        if first.facts[field] != reference.facts[field]
+        if first.conditions[field] != reference.conditions[field]
     ]
     differences = {}
     for key in first.figures if first is not reference else ():

@@ -129,7 +129,7 @@ def _json(grid: Grid, rows: Sequence[Row]) -> dict[str, Any]:
                 for key, found in row.differences.items()
             },
             "seeds": {str(run.seed): {**run.figures, "minutes": run.minutes} for run in row.runs},
-            "facts": row.runs[0].facts,
+            "facts": row.runs[0].conditions,
         }
     return {"baseline": grid.baseline, "intervals": INTERVAL, "variants": variants}
 

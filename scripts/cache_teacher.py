@@ -95,13 +95,13 @@ from longclip_teacher import LongCLIP
 from training.cache.manifest import (
     CACHE_MANIFEST,
     CacheSettings,
-    ShardFacts,
+    ShardIdentity,
     SidecarRecord,
     changes,
     read_cache,
     read_records,
     refuse_same_names,
-    shard_facts,
+    shard_identities,
     sidecar_path,
     write_cache_manifest,
 )
@@ -119,7 +119,7 @@ class Work:
     """The work of one process."""
 
     writer: SidecarWriter
-    facts: list[ShardFacts]
+    identities: list[ShardIdentity]
     is_done: list[bool]
 
 
@@ -146,10 +146,12 @@ def prepare(options: Options, device: torch.device) -> Work:
     )
     if (folder / CACHE_MANIFEST).is_file():
         _refuse_other_settings(folder, settings)
-    facts = shard_facts(index)
+    identities = shard_identities(index)
     records = read_records(folder)
-    is_done = [_is_finished(folder, shard, records.get(shard.shard)) for shard in facts]
-    return Work(SidecarWriter(model, settings, index, folder, options.batch_size, options.num_workers), facts, is_done)
+    is_done = [_is_finished(folder, shard, records.get(shard.shard)) for shard in identities]
+    return Work(
+        SidecarWriter(model, settings, index, folder, options.batch_size, options.num_workers), identities, is_done
+    )
 
 
 def _folder(options: Options, paths: Sequence[Path]) -> Path:
@@ -186,10 +188,13 @@ def _other(folder: Path, name: str, old: object, new: object) -> InputError:
     )
 
 
-def _is_finished(folder: Path, facts: ShardFacts, record: SidecarRecord | None) -> bool:
-    path = sidecar_path(folder, facts.shard)
+def _is_finished(folder: Path, identity: ShardIdentity, record: SidecarRecord | None) -> bool:
+    path = sidecar_path(folder, identity.shard)
     return (
-        record is not None and not changes(record, facts) and path.is_file() and path.stat().st_size == record.num_bytes
+        record is not None
+        and not changes(record, identity)
+        and path.is_file()
+        and path.stat().st_size == record.num_bytes
     )
 
 
@@ -220,10 +225,10 @@ def samples_bar(runtime: Runtime, total: int) -> Iterator[Any]:
 
 def make(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Tensor]:
     """Cache this process's share of the remaining shards and return its counts."""
-    left = [(place, facts) for place, facts in enumerate(work.facts) if not is_done[place]]
+    left = [(place, identity) for place, identity in enumerate(work.identities) if not is_done[place]]
     mine = left[runtime.rank :: runtime.world_size]
     counts = torch.zeros(2, dtype=torch.int64)  # samples, shards
-    with samples_bar(runtime, sum(facts.num_samples for _, facts in mine)) as advance:
+    with samples_bar(runtime, sum(identity.num_samples for _, identity in mine)) as advance:
         for number, record in enumerate(work.writer.write(mine, advance), start=1):
             counts += torch.tensor([record.num_samples, 1])
             if not _STDERR.is_terminal:
@@ -252,7 +257,7 @@ def cache(options: Options, runtime: Runtime) -> None:
         return
     folder = work.writer.folder
     records = write_cache_manifest(folder, work.writer.settings)
-    own = [records[facts.shard] for facts in work.facts]
+    own = [records[identity.shard] for identity in work.identities]
     num_samples, num_shards = counts.tolist()
     num_unreadable = sum(record.num_unreadable for record in own)
     print(

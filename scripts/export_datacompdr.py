@@ -52,8 +52,8 @@ import torch
 
 from longclip_teacher.text import CaptionTokenizer, first_sentence
 from training.cache.datacompdr import write_datacompdr_sample
-from training.cache.manifest import CacheSettings, read_cache, shard_facts, sidecar_path
-from training.cache.reader import cache_facts, open_cache
+from training.cache.manifest import CacheSettings, read_cache, shard_identities, sidecar_path
+from training.cache.reader import cached_teacher_info, open_cache
 from training.cache.sidecar import Sidecar, StoredView
 from training.data.index import (
     MANIFEST_NAME,
@@ -65,7 +65,7 @@ from training.data.index import (
     read_manifest,
 )
 from training.data.samples import BadSample, read_captions
-from training.data.store import TeacherFacts
+from training.data.store import TeacherInfo
 from training.data.writer import write_manifest, write_shard
 
 _STDERR = Console(stderr=True)
@@ -78,7 +78,7 @@ class _Source:
     index: ShardIndex
     samples: range
     sidecar: Sidecar
-    facts: TeacherFacts
+    teacher_info: TeacherInfo
     tokenizer: CaptionTokenizer
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -99,7 +99,7 @@ class _Source:
             captions=long,
             ground_truth=short,
             augmentations=[view.augmentation for view in views],
-            facts=self.facts,
+            teacher_info=self.teacher_info,
         )
 
     def _captions(self, raw: RawSample, stored: StoredView) -> tuple[list[str], str, list[int]]:
@@ -127,7 +127,7 @@ class _Source:
 
 def export(options: Options) -> tuple[int, int]:
     """Write the new shards. Return how many samples they hold and how many the old ones hold."""
-    (settings, _), facts = read_cache(options.cache), cache_facts(options.cache)
+    (settings, _), teacher_info = read_cache(options.cache), cached_teacher_info(options.cache)
     paths = expand_patterns(options.shards)
     if is_remote(paths[0]):
         raise InputError(f"{paths[0]}: a teacher cache belongs to local shards; copy them to a disk first")
@@ -139,7 +139,7 @@ def export(options: Options) -> tuple[int, int]:
     tokenizer = CaptionTokenizer(settings.context_length)
     inputs = {
         path.name: _digest(settings, sidecar_path(options.cache, path), shard.keys_sha256)
-        for path, shard in zip(index.paths, shard_facts(index), strict=True)
+        for path, shard in zip(index.paths, shard_identities(index), strict=True)
     }
     records = {
         name: record
@@ -151,7 +151,7 @@ def export(options: Options) -> tuple[int, int]:
     for path, start, stop in track(shards, description="writing shards", console=_STDERR, transient=True):
         if path.name not in records:
             sidecar = Sidecar(sidecar_path(options.cache, path))
-            source = _Source(index, range(start, stop), sidecar, facts, tokenizer)
+            source = _Source(index, range(start, stop), sidecar, teacher_info, tokenizer)
             record = write_shard(options.out / path.name, source)
             records[path.name] = dataclasses.replace(record, inputs=inputs[path.name])
             write_manifest(options.out, list(records.values()), {"teacher_cache": dataclasses.asdict(settings)})

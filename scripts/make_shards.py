@@ -211,8 +211,8 @@ def fingerprint(pairs: Sequence[Pair], resize: int | None) -> str:
     digest = hashlib.sha256(f"1 {resize}".encode())
     for pair in pairs:
         status = pair.path.stat()
-        facts = [pair.key, pair.name, status.st_size, status.st_mtime_ns, pair.caption_long, pair.caption_short]
-        digest.update(json.dumps(facts).encode())
+        identity = [pair.key, pair.name, status.st_size, status.st_mtime_ns, pair.caption_long, pair.caption_short]
+        digest.update(json.dumps(identity).encode())
     return digest.hexdigest()
 
 

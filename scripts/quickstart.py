@@ -104,7 +104,7 @@ from eval.towers.models import ClipModel, load_model
 from longclip_teacher.atomic_files import write_json
 from mobileclip_student import MobileCLIP, reparameterize, save_student
 from training.data.digit_scenes import is_outdated, write_digit_scenes
-from training.record.curves import run_facts, training_curves
+from training.record.curves import run_provenance, training_curves
 from training.record.evaluate import evaluate_tests, test_sets
 
 STUDENTS = {  # what distinguishes each student; data, steps, seed and optimiser are the same
@@ -365,8 +365,8 @@ def report(
     distilled = load_model(options.run_dir("distilled", seed))
     sets = test_sets(student_config(options))
     runs = {name: options.run_dir(name, seed) for name in STUDENTS}
-    facts = run_facts(runs["distilled"])
-    facts["command"] = shlex.join(["python", *sys.argv])
+    provenance = run_provenance(runs["distilled"])
+    provenance["command"] = shlex.join(["python", *sys.argv])
     write_report(
         options.out / "report.html",
         Report(
@@ -386,7 +386,7 @@ def report(
                 f"The distilled student on the {name} test": retrieval_examples(encode_retrieval_set(distilled, found))
                 for name, found in sets.items()
             },
-            facts=facts,
+            provenance=provenance,
         ),
     )
 

@@ -21,7 +21,7 @@ from longclip_teacher.config import TEACHERS
 from mobileclip_student import MobileCLIP, create_student
 from mobileclip_student.model import override, variant_config
 from training.data.samples import Batch
-from training.data.store import TeacherFacts
+from training.data.store import TeacherInfo
 from training.distillation import assemble
 from training.distributed import Runtime, start
 from training.losses.table import LOSSES, Loss, Part, Stage
@@ -177,7 +177,7 @@ def two_steps(case: Case, runtime: Runtime, accumulation: int) -> dict[str, Tens
     found = assemble(student, teachers, options_of(case), **given)
     if case.stored:
         rows = teachers.outputs(batch, found.objective.needs).features.tensors()
-        stored = TeacherFacts((TEACHER_WIDTH,), float(teacher.linear_logit_scale), 16)
+        stored = TeacherInfo((TEACHER_WIDTH,), float(teacher.linear_logit_scale), 16)
         found = assemble(student, Teachers(stored=stored), options_of(case), **given)
         batch = replace(batch, teacher={name: value.half().double() for name, value in rows.items()})
     distiller = found.distiller.double().eval()

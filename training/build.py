@@ -20,11 +20,11 @@ from mobileclip_student import MobileCLIP, create_student, load_student
 from mobileclip_student.inference import compile_towers
 from mobileclip_student.model import override, variant_config
 from mobileclip_student.start import TIMM, LongCLIPText, load_image_tower, load_text_tower, truncated_normal_
-from training.cache.datacompdr import DataCompDRStore, datacompdr_facts
-from training.cache.reader import cache_facts, open_cache
+from training.cache.datacompdr import DataCompDRStore, datacompdr_teacher_info
+from training.cache.reader import cached_teacher_info, open_cache
 from training.data.index import ShardIndex, expand_patterns
 from training.data.loader import LoaderSettings, OpenStore, ShardLoader, build_loader
-from training.data.store import TeacherFacts, TeacherStore
+from training.data.store import TeacherInfo, TeacherStore
 from training.distillation import Distillation, assemble
 from training.distributed import Runtime
 from training.settings.needs import TOWERS, Needs
@@ -55,12 +55,12 @@ def build_distillation(config: TrainConfig, runtime: Runtime) -> Distillation:
     """
     needs = config.needs
     teachers, prompts = _teachers(config, needs)
-    facts = {} if teachers is None else teachers.facts
+    teacher_info = {} if teachers is None else teachers.info
     seed_everything(config.run.seed)
     if config.run.train == "teacher":
         model: MobileCLIP | LongCLIP = _teacher_to_train(config)
     else:
-        model = build_student(config, facts["long"].embed_dim if facts else None)
+        model = build_student(config, teacher_info["long"].embed_dim if teacher_info else None)
     model.requires_grad_(True)
     model.train()
     if config.loss.init_logit_scale is not None:
@@ -159,7 +159,7 @@ def _teachers(config: TrainConfig, needs: Needs) -> tuple[Teachers | None, Tenso
     if not config.distils:
         return None, None
     if not config.runs_teacher:
-        return Teachers(stored=_stored_facts(config)), None
+        return Teachers(stored=_stored_teacher_info(config)), None
     options = config.teacher
     teacher = frozen_teacher(config)
     prompts = _prompts(teacher, config) if needs.compares_with_prompts else None
@@ -171,7 +171,7 @@ def _teachers(config: TrainConfig, needs: Needs) -> tuple[Teachers | None, Tenso
     short = None
     if options.short is not None and needs.reads_short:
         short = _frozen(options.short, options.activation, context_length=CLIP_CONTEXT_LENGTH)
-    stored = None if options.cache is None else _stored_facts(config)
+    stored = None if options.cache is None else _stored_teacher_info(config)
     return Teachers([teacher, *others], short, stored), prompts
 
 
@@ -202,20 +202,20 @@ def validation_teacher(config: TrainConfig, device: torch.device) -> LongCLIP | 
     return None if config.run.stage == "both" else frozen_teacher(config).to(device)
 
 
-def _stored_facts(config: TrainConfig) -> TeacherFacts | None:
+def _stored_teacher_info(config: TrainConfig) -> TeacherInfo | None:
     """What the stored features say of their teacher; None without a store."""
     cache = config.teacher.cache
     if not config.distils or cache is None:
         return None
     if cache != DATACOMPDR:
-        return cache_facts(Path(cache))
-    facts = datacompdr_facts(expand_patterns(config.data.shards), config.teacher.stored_widths)
+        return cached_teacher_info(Path(cache))
+    teacher_info = datacompdr_teacher_info(expand_patterns(config.data.shards), config.teacher.stored_widths)
     scaled = any(term.loss.uses_teacher_scale for term in config.needs.terms)
-    if facts.logit_scale is None and config.loss.teacher_scale is None and scaled:
+    if teacher_info.logit_scale is None and config.loss.teacher_scale is None and scaled:
         raise InputError(
             "these shards do not tell their teachers' logit scale: give --loss.teacher_scale (DataCompDR: 100)"
         )
-    return facts
+    return teacher_info
 
 
 def _apply_speed(speed: SpeedOptions, model: MobileCLIP | LongCLIP, teachers: list[LongCLIP]) -> None:
@@ -231,8 +231,8 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distillation: D
     """The loader of this process: the model's view of each picture, and the teachers' where they differ."""
     data, savings = config.data, config.speed.savings
     model, teachers = distillation.distiller.model, distillation.teachers
-    facts = {} if teachers is None else teachers.facts
-    context_length = max(model.context_length, *(known.context_length for known in facts.values()), 0)
+    teacher_info = {} if teachers is None else teachers.info
+    context_length = max(model.context_length, *(known.context_length for known in teacher_info.values()), 0)
     settings = LoaderSettings(
         data.shards,
         views=views_of(model, [] if teachers is None else teachers.models),
@@ -247,7 +247,7 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distillation: D
         max_bad_share=data.max_bad_share,
         shuffle_shards=data.shuffle_shards,
         epoch_samples=data.epoch_samples,
-        open_store=_store_opener(config, facts.get("long")),
+        open_store=_store_opener(config, teacher_info.get("long")),
         stored_features=config.teacher.stored_features,
         stage=config.run.stage,
         images=data.images,
@@ -265,15 +265,15 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distillation: D
     return loader
 
 
-def _store_opener(config: TrainConfig, facts: TeacherFacts | None) -> OpenStore | None:
+def _store_opener(config: TrainConfig, teacher_info: TeacherInfo | None) -> OpenStore | None:
     cache, teacher = config.teacher.cache, config.teacher
     if not config.distils or cache is None:
         return None
 
     def open_store(index: ShardIndex | None) -> TeacherStore:
         if cache == DATACOMPDR:
-            assert facts is not None
-            return DataCompDRStore(facts)
+            assert teacher_info is not None
+            return DataCompDRStore(teacher_info)
         if index is None:
             raise InputError("streamed shards have no sidecars: copy them to a disk, or leave --teacher.cache out")
         return open_cache(Path(cache), index, config.augment, teacher.checkpoint, config.speed.savings.fast_decode)

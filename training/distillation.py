@@ -55,7 +55,7 @@ def assemble(
     """
     short = None if teachers is None else teachers.short
     needs = needs_of(options, stage=stage, with_teacher=teachers is not None, short_teacher=short is not None)
-    facts = {} if teachers is None else teachers.facts
+    teacher_info = {} if teachers is None else teachers.info
     layers = {}
     if teachers is not None and isinstance(model, MobileCLIP):
         for tower, losses in needs.layer_losses.items():
@@ -65,7 +65,7 @@ def assemble(
     distiller = Distiller(
         model,
         needs,
-        teacher_width=facts["long"].embed_dim if facts else None,
+        teacher_width=teacher_info["long"].embed_dim if teacher_info else None,
         short_teacher_width=None if short is None else short.embed_dim,
         layers=layers,
         mask=Mask(options.mask_ratio, options.mask_patch) if "masked_image" in needs.features else None,
@@ -75,4 +75,4 @@ def assemble(
     freeze_unreached(distiller, layers, embedding_positions=options.embedding_positions)
     if teachers is not None:
         teachers.views = views_of(model, teachers.models)
-    return Distillation(distiller, Objective(options, needs, facts, prompts, layers, streaming), teachers)
+    return Distillation(distiller, Objective(options, needs, teacher_info, prompts, layers, streaming), teachers)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from longclip_teacher.errors import InputError
 from training.build import build_distillation, build_training_loader, frozen_teacher
-from training.cache.manifest import CACHE_MANIFEST, shard_facts, write_cache_manifest
+from training.cache.manifest import CACHE_MANIFEST, shard_identities, write_cache_manifest
 from training.cache.writer import SidecarWriter, cache_settings
 from training.data.digit_scenes import is_outdated, write_digit_scenes
 from training.data.index import ShardIndex, expand_patterns
@@ -99,6 +99,6 @@ def _write_cache(config: TrainConfig) -> None:
     settings = cache_settings(checkpoint, teacher, views=1, augment=config.augment)
     folder.mkdir(parents=True, exist_ok=True)
     writer = SidecarWriter(teacher, settings, index, folder, _CACHE_BATCH, config.data.num_workers)
-    for _ in writer.write(list(enumerate(shard_facts(index))), lambda _: None):
+    for _ in writer.write(list(enumerate(shard_identities(index))), lambda _: None):
         pass
     write_cache_manifest(folder, settings)

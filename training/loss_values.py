@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from training.data.store import TeacherFacts
+from training.data.store import TeacherInfo
 from training.features import Features, LossParameters
 from training.losses.contrastive import contrastive_targets, similarity_logits
 from training.losses.relational import split_teachers
@@ -42,13 +42,17 @@ class PairValues:
         options: LossOptions,
         *,
         teacher: Features | None = None,
-        facts: TeacherFacts | None = None,
+        teacher_info: TeacherInfo | None = None,
         groups: Int[Tensor, " G"] | None = None,
     ) -> None:
-        """`teacher` and `facts` are the teacher's of this length; its features tell by `short_image` that it is another
-        teacher than that of the long captions. `groups` are the caption_groups where equal captions share a target."""
+        """Keep the features of one caption length.
+
+        teacher, teacher_info    of this length's teacher; features with `short_image` come from a teacher that the long
+                                 captions do not have
+        groups                   the caption_groups, if equal captions share a target
+        """
         self.length, self.options, self.caption_groups = length, options, groups
-        self._student, self._mapped, self._teacher, self._facts = student, mapped, teacher, facts
+        self._student, self._mapped, self._teacher, self._teacher_info = student, mapped, teacher, teacher_info
         self._parameters = parameters
         self._own_teacher = length == "short" and teacher is not None and teacher.short_image is not None
         self._reductions: dict[tuple[int, str], tuple[Tensor, list[Factors] | None]] = {}
@@ -113,13 +117,13 @@ class PairValues:
 
     @property
     def teacher_widths(self) -> tuple[int, ...]:
-        assert self._facts is not None
-        return self._facts.widths
+        assert self._teacher_info is not None
+        return self._teacher_info.widths
 
     @property
     def teacher_scales(self) -> float | tuple[float, ...]:
-        assert self._facts is not None
-        return teacher_scale(self._facts, self.options)
+        assert self._teacher_info is not None
+        return teacher_scale(self._teacher_info, self.options)
 
     @property
     def teacher_scale(self) -> float:
@@ -208,7 +212,7 @@ class FeatureValues:
     student: Features
     mapped_features: Features
     teacher: Features
-    facts: TeacherFacts
+    teacher_info: TeacherInfo
     without_pairs: bool
     """The run trains the image tower alone: the class token answers to the teacher's features."""
 
@@ -223,17 +227,17 @@ class FeatureValues:
 
     @property
     def whole_teacher(self) -> Float[Tensor, "G Dt"]:
-        return self.teacher[self.name] / math.sqrt(len(self.facts.widths))
+        return self.teacher[self.name] / math.sqrt(len(self.teacher_info.widths))
 
     def _in_teacher_width(self, name: str, own: str) -> Tensor:
         return self.student[own] if getattr(self.mapped_features, name) is None else self.mapped_features[name]
 
 
-def teacher_scale(facts: TeacherFacts, options: LossOptions) -> float | tuple[float, ...]:
+def teacher_scale(teacher_info: TeacherInfo, options: LossOptions) -> float | tuple[float, ...]:
     """Linear logit scale of the teacher's distributions, or of each teacher's."""
     if options.teacher_scale is not None:
         return options.teacher_scale
-    return 1.0 if facts.logit_scale is None else facts.logit_scale
+    return 1.0 if teacher_info.logit_scale is None else teacher_info.logit_scale
 
 
 def reduced(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from training.data.store import TeacherFacts
+from training.data.store import TeacherInfo
 from training.distributed import gather
 from training.features import Features, Outputs, TeacherOutputs
 from training.layer_losses import LayerMatch, layer_losses
@@ -38,7 +38,7 @@ class Objective:
 
     options: LossOptions
     needs: Needs
-    facts: Mapping[str, TeacherFacts] = field(default_factory=dict)
+    teacher_info: Mapping[str, TeacherInfo] = field(default_factory=dict)
     """The teachers of the long and of the short captions; empty without a teacher."""
     prompts: Float[Tensor, "C D"] | None = None
     """The teacher's features of class prompts, with which pictures without captions are compared."""
@@ -66,7 +66,7 @@ class Objective:
             groups = None
             if self.options.share_identical_captions:
                 groups = caption_groups(long_tokens if length == "long" else short_tokens)
-            facts = self.facts.get(length)
+            teacher_info = self.teacher_info.get(length)
             self._add_pairs(
                 summands,
                 PairValues(
@@ -76,7 +76,7 @@ class Objective:
                     outputs.parameters,
                     self.options,
                     teacher=theirs,
-                    facts=facts,
+                    teacher_info=teacher_info,
                     groups=groups,
                 ),
             )
@@ -104,7 +104,7 @@ class Objective:
         sides = ("short",) if self.options.pca_side == "text" else ("image",)
         if local.short_image is not None:  # a teacher of its own for short captions has no PCA
             return local.map(gather)
-        return self._with_reduced(local, sides, self.facts["long"].widths).map(gather)
+        return self._with_reduced(local, sides, self.teacher_info["long"].widths).map(gather)
 
     def _with_reduced(self, local: Features, sides: Sequence[str], widths: Sequence[int] | None = None) -> Features:
         if self.options.pca_scope != "rank" or not self.needs.reads_short:
@@ -173,7 +173,7 @@ class Objective:
     def _add_decisions(self, summands: _Summands, student: Features, scale: Tensor, teacher: Features) -> None:
         """Logit losses of pictures without captions: the classes are the prompts, in the teacher's space."""
         assert self.prompts is not None
-        of_teacher = teacher_scale(self.facts["long"], self.options)
+        of_teacher = teacher_scale(self.teacher_info["long"], self.options)
         assert isinstance(of_teacher, float), "one teacher alone has prompts"
         logits = LogitValues(
             class_logits=similarity_logits(student["image"], self.prompts, scale),  # [G, C]
@@ -190,7 +190,7 @@ class Objective:
         sources: tuple[Literal["image", "long", "short"], ...] = ("image", *self.needs.lengths)
         values = {
             name: FeatureValues(
-                name, student, mapped, teacher, self.facts["short" if name == "short" else "long"],
+                name, student, mapped, teacher, self.teacher_info["short" if name == "short" else "long"],
                 without_pairs=self.needs.stage == "image",
             )
             for name in sources

@@ -20,7 +20,7 @@ from longclip_teacher.features import unit_features
 from longclip_teacher.trace import Trace
 from mobileclip_student import MobileCLIP
 from training.data.samples import Batch
-from training.data.store import TeacherFacts
+from training.data.store import TeacherInfo
 from training.data.transforms import ViewSpec
 from training.features import Features, TeacherOutputs, normalized_for, view_of
 from training.settings.needs import Needs, Tower
@@ -36,17 +36,17 @@ class Teachers:
     """Those of the pictures and the long captions, an ensemble if several; empty where their features are stored."""
     short: LongCLIP | None = None
     """The one that reads the short captions, where another than the first does."""
-    stored: TeacherFacts | None = None
+    stored: TeacherInfo | None = None
     """Those whose features are stored."""
     views: tuple[ViewSpec, ...] = ()
     """What a batch shows of each picture, the trained model's view first; see `views_of`."""
 
     @cached_property
-    def facts(self) -> dict[str, TeacherFacts]:
+    def info(self) -> dict[str, TeacherInfo]:
         """What the losses of long and of short captions must know of their teachers: read once, since reading a scale
         waits for the GPU."""
-        long = self.stored or _facts(self.long)
-        return {"long": long, "short": long if self.short is None else _facts([self.short])}
+        long = self.stored or _teacher_info(self.long)
+        return {"long": long, "short": long if self.short is None else _teacher_info([self.short])}
 
     @property
     def models(self) -> list[LongCLIP]:
@@ -65,7 +65,7 @@ class Teachers:
         Unit-norm rows; of several teachers side by side, each part has unit norm.
         """
         if batch.teacher is not None:
-            widths = self.facts["long"].widths
+            widths = self.info["long"].widths
             names = ("image", *needs.lengths)
             return TeacherOutputs(Features.of({name: _unit_parts(batch.teacher[name], widths) for name in names}))
         traces: dict[Tower, Trace] = {}
@@ -104,9 +104,9 @@ def views_of(model: MobileCLIP | LongCLIP, teachers: Iterable[LongCLIP]) -> tupl
     return tuple(dict.fromkeys(view_of(found) for found in (model, *teachers)))
 
 
-def _facts(models: list[LongCLIP]) -> TeacherFacts:
+def _teacher_info(models: list[LongCLIP]) -> TeacherInfo:
     scales = tuple(float(model.linear_logit_scale) for model in models)
-    return TeacherFacts(
+    return TeacherInfo(
         widths=tuple(model.embed_dim for model in models),
         logit_scale=scales if len(scales) > 1 else scales[0],
         context_length=max(model.context_length for model in models),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["environment_facts", "environment_record", "uncommitted_changes"]
+__all__ = ["environment_record", "provenance", "uncommitted_changes"]
 
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "webdataset", "numpy", "pillow")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def environment_record() -> dict[str, Any]:
     }
 
 
-def environment_facts(record: Mapping[str, Any]) -> dict[str, str]:
+def provenance(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the record as a page shows it."""
     commit = record["commit"] or "not in a git checkout"
     return {

@@ -106,8 +106,8 @@ class FileList:
         digest = hashlib.sha256()
         for name, path, captions in zip(self.names, self.paths, self.captions, strict=True):
             status = path.stat() if path is not None and path.is_file() else None
-            facts = [name, str(path), status and status.st_size, status and status.st_mtime_ns, captions]
-            digest.update(json.dumps(facts).encode())
+            entry = [name, str(path), status and status.st_size, status and status.st_mtime_ns, captions]
+            digest.update(json.dumps(entry).encode())
         return digest.hexdigest()
 
     def samples(self) -> Iterator[Sample]:

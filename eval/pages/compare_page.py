@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from eval.base.environment import environment_facts
+from eval.base.environment import provenance
 from eval.measures.bootstrap import Estimate, bootstrap_recalls
 from eval.measures.compare_measures import examples_of
 from eval.measures.figures import Column, best_models, format_figure
@@ -58,7 +58,7 @@ def comparison_report(comparison: Comparison, summary: Summary) -> Report:
             for test in comparison.sets
             for name in names
         },
-        facts=_facts(comparison),
+        provenance=_provenance(comparison),
     )
 
 
@@ -288,14 +288,14 @@ def _time_charts(comparison: Comparison, summary: Summary, colours: Mapping[str,
 # --- how it was made ---
 
 
-def _facts(comparison: Comparison) -> dict[str, str]:
-    facts = environment_facts(comparison.environment)
+def _provenance(comparison: Comparison) -> dict[str, str]:
+    rows = provenance(comparison.environment)
     for name, found in comparison.sets.items():
-        facts[f"test {name}"] = (
+        rows[f"test {name}"] = (
             f"{found.name}: {found.description} Pictures and captions have the sha256 {comparison.set_digests[name]}"
         )
-    facts["precision"] = comparison.precision
-    return facts
+    rows["precision"] = comparison.precision
+    return rows
 
 
 def _span(found: Estimate) -> str:

@@ -78,7 +78,7 @@ class Report:
     """Charts, under the heading of each group of them."""
     examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
     """Retrieval examples under headings that name model and test."""
-    facts: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
     """How it was made: command, commit, machine."""
 
 

@@ -16,7 +16,7 @@ from benches.measure import BenchOptions, Row, in_own_process, peak_memory_gb
 from benches.step import Side, random_batch
 from mobileclip_student import create_student
 from training.data.samples import Batch
-from training.data.store import TeacherFacts
+from training.data.store import TeacherInfo
 from training.distill import Distiller
 from training.distillation import assemble
 from training.features import Features, LossParameters, Outputs
@@ -126,9 +126,9 @@ def step_peak(
     device = options.device
     model = create_student(variant).to(device).train()
     batch = _stored(random_batch(batch_size, model.image_size)).to(device)
-    facts = TeacherFacts((TEACHER_WIDTH,), 100.0, model.context_length)
+    teacher_info = TeacherInfo((TEACHER_WIDTH,), 100.0, model.context_length)
     options_of_losses = LossOptions(pca_rank=min(32, batch_size // 2))
-    distillation = assemble(model, Teachers(stored=facts), options_of_losses, streaming=streaming)
+    distillation = assemble(model, Teachers(stored=teacher_info), options_of_losses, streaming=streaming)
     module = ChunkedDistiller(distillation.distiller, real_chunks).to(device)
     side = Side(distillation, batch, options.precision, fused=True, module=module)
     for parameter in module.parameters():

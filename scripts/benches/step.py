@@ -15,7 +15,7 @@ from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT, trim
 from mobileclip_student import create_student
 from training.data.samples import Batch
-from training.data.store import TeacherFacts
+from training.data.store import TeacherInfo
 from training.distillation import Distillation, assemble
 from training.optim import build_optimizer
 from training.settings.losses import LossOptions
@@ -134,8 +134,8 @@ def _ours(student: str, teacher: LongCLIP, baseline: Side, precision: str) -> Si
         short_tokens=trim(baseline.batch.short_tokens).contiguous(),
         teacher={name: value.half() for name, value in features.tensors().items()},
     )
-    facts = TeacherFacts((teacher.embed_dim,), float(teacher.linear_logit_scale), teacher.context_length)
-    distillation = assemble(model, Teachers(stored=facts), objective.options)
+    teacher_info = TeacherInfo((teacher.embed_dim,), float(teacher.linear_logit_scale), teacher.context_length)
+    distillation = assemble(model, Teachers(stored=teacher_info), objective.options)
     distillation.distiller.to(device)
     return Side(distillation, batch, precision, fused=True)
 

@@ -15,7 +15,7 @@ import ablate
 import ablation_runs
 from ablation_files import CRD, HEAD, ONE_SEED, STAGES, finish, write_run
 from ablation_grid import Grid, make_jobs
-from ablation_runs import comparison_facts, gather, paired_difference
+from ablation_runs import comparison_conditions, gather, paired_difference
 from ablation_table import write_table
 from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError
@@ -44,7 +44,7 @@ def test_rows_pair_seeds_and_count_stages(grid_of: Callable[..., Grid], tmp_path
     by_name = {row.variant.name: row for row in rows}
     # 3 steps, two of them at 120 s per run and one at 60 s, then one step at 60 s per run
     assert by_name["second"].runs[0].minutes == pytest.approx((120 * 2 / 3 + 60 / 3 + 60) / 60)
-    assert by_name["second"].runs[0].facts["run.max_steps"] == 4  # three of the stage and one
+    assert by_name["second"].runs[0].conditions["run.max_steps"] == 4  # three of the stage and one
     assert by_name["second"].settings.startswith("run.max_steps 1, student.init ")
     assert by_name["crd"].settings == "loss.crd_long 4.0"
     difference = by_name["crd"].differences["score"]
@@ -141,17 +141,17 @@ def test_seeds_of_a_variant_that_differs_must_agree_with_each_other(
         gather(grid, jobs)
 
 
-def test_facts_follow_the_content_of_tests_and_shards(
+def test_conditions_follow_the_content_of_tests_and_shards(
     grid_of: Callable[..., Grid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_jobs(grid_of(HEAD), tmp_path)[0]
-    before = comparison_facts(job.config)
+    before = comparison_conditions(job.config)
     folder = tmp_path / "copy"
     shutil.copytree("data/digit_scenes", folder / "data" / "digit_scenes")
     monkeypatch.chdir(folder)
     for kept in (ablation_runs._shards, ablation_runs._test_digests):
         kept.cache_clear()
-    assert comparison_facts(job.config) == before  # wherever it lies
+    assert comparison_conditions(job.config) == before  # wherever it lies
     caption = next(Path("data/digit_scenes/twins").rglob("*.txt"))
     caption.write_text(caption.read_text().replace("a", "e", 1))
     manifest = Path("data/digit_scenes/train/manifest.json")
@@ -160,6 +160,6 @@ def test_facts_follow_the_content_of_tests_and_shards(
     manifest.write_text(json.dumps(content))
     for kept in (ablation_runs._shards, ablation_runs._test_digests):
         kept.cache_clear()
-    after = comparison_facts(job.config)
+    after = comparison_conditions(job.config)
     assert {key for key in after if after[key] != before[key]} == {"data.shards", "data.tests"}
     assert after["data.tests"]["random"] == before["data.tests"]["random"]

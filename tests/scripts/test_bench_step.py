@@ -11,7 +11,7 @@ from benches.memory import ChunkedDistiller, bench_memory, step_peak
 from benches.step import Side, random_batch, step_case
 from longclip_teacher.text import caption_lengths
 from mobileclip_student import create_student
-from training.data.store import TeacherFacts
+from training.data.store import TeacherInfo
 from training.distillation import assemble
 from training.settings.losses import LossOptions
 from training.teachers import Teachers
@@ -37,9 +37,9 @@ def test_captions_have_the_stated_lengths() -> None:
 def test_a_step_moves_the_weights() -> None:
     torch.manual_seed(0)
     model = create_student("tiny", context_length=40).train()
-    facts = TeacherFacts((memory.TEACHER_WIDTH,), 100.0, 248)
+    teacher_info = TeacherInfo((memory.TEACHER_WIDTH,), 100.0, 248)
     batch = memory._stored(random_batch(12, 48))
-    distillation = assemble(model, Teachers(stored=facts), LossOptions(pca_rank=4))
+    distillation = assemble(model, Teachers(stored=teacher_info), LossOptions(pca_rank=4))
     module = ChunkedDistiller(distillation.distiller, 2)
     side = Side(distillation, batch, "fp32", fused=True, module=module)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}

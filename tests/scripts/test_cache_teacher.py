@@ -96,7 +96,7 @@ def test_the_command_says_what_it_made_and_training_can_open_it(
     assert printed.err.splitlines() == [f"{i + 1} of 3: s-{i}.safetensors" for i in range(3)]
     index = ShardIndex(sorted(shards.glob("*.tar")))
     store = open_cache(out, index, AugmentConfig(), str(teacher))
-    assert store.draw(index.read(20), 0, (0, 20)).image.shape == (store.facts.embed_dim,)
+    assert store.draw(index.read(20), 0, (0, 20)).image.shape == (store.teacher_info.embed_dim,)
     manifest = json.loads((out / "teacher_cache.json").read_text())
     assert {"teacher_sha256", "mean", "std", "interpolation", "image_size", "context_length", "tokenizer", "libraries",
             "decoder", "precision", "augment", "views", "seed"} <= set(manifest["settings"])  # fmt: skip

@@ -16,8 +16,8 @@ import export_datacompdr
 from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
-from training.cache.datacompdr import DataCompDRStore, datacompdr_facts
-from training.cache.reader import cache_facts, open_cache
+from training.cache.datacompdr import DataCompDRStore, datacompdr_teacher_info
+from training.cache.reader import cached_teacher_info, open_cache
 from training.data.index import ShardIndex
 from training.data.writer import caption_member, write_manifest, write_shard
 from training.settings.augment import AugmentConfig
@@ -68,9 +68,9 @@ def test_the_export_gives_the_same_draws_as_the_cache(cached: Path, tmp_path: Pa
     assert run(cached, tmp_path / "dr") == (5, 6)
     source, target = (ShardIndex(sorted(folder.glob("*.tar"))) for folder in (cached / "shards", tmp_path / "dr"))
     cache = open_cache(cached / "cache", source, AUGMENT, None)
-    facts = datacompdr_facts([str(path) for path in target.paths])
-    assert facts == cache_facts(cached / "cache")
-    store, tokenizer = DataCompDRStore(facts), CaptionTokenizer()
+    teacher_info = datacompdr_teacher_info([str(path) for path in target.paths])
+    assert teacher_info == cached_teacher_info(cached / "cache")
+    store, tokenizer = DataCompDRStore(teacher_info), CaptionTokenizer()
     place = {target.key(number): number for number in range(target.num_samples)}
     augmentations = set()
     for number in (0, 1, 2, 3, 5):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from training.data.store import TeacherFacts
+from training.data.store import TeacherInfo
 from training.features import Features, LossParameters, Outputs, TeacherOutputs
 from training.losses import clip_loss, crd_loss, fd_loss, kl_loss
 from training.objective import Objective
@@ -19,7 +19,7 @@ from training.settings.needs import needs_of
 ROWS = 12
 SCALE, TEACHER_SCALE = torch.tensor(11.0, dtype=torch.float64), 23.0
 OFF = LossOptions(clip_long=1.0, clip_short=0.0, crd_long=0.0, crd_short=0.0, pca_rank=4)
-FACTS = {length: TeacherFacts((9,), TEACHER_SCALE, 248) for length in ("long", "short")}
+TEACHER_INFO = {length: TeacherInfo((9,), TEACHER_SCALE, 248) for length in ("long", "short")}
 
 
 def rows(seed: int, width: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ def losses(
     """The losses and, as grad_NAME, their gradients."""
     leaves = student.map(lambda value: value.clone().requires_grad_())
     scale = SCALE.clone().requires_grad_()
-    objective = Objective(options, needs_of(options), FACTS, streaming=streaming)
+    objective = Objective(options, needs_of(options), TEACHER_INFO, streaming=streaming)
     outputs = Outputs(leaves, mapped, LossParameters(scale))
     found = objective(outputs, TeacherOutputs(TEACHER), TOKENS, TOKENS)
     found["loss"].backward()

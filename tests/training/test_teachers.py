@@ -103,7 +103,7 @@ class TestSeveralTeachers:
     def test_teachers_of_any_width_and_size_stand_side_by_side(self) -> None:
         first, second = teacher_of(0), teacher_of(1, size=64, embed_dim=80)
         distillation = distillation_by(Teachers([first, second]), self.everything)
-        assert distillation.teachers is not None and distillation.teachers.facts["long"].widths == (128, 80)
+        assert distillation.teachers is not None and distillation.teachers.info["long"].widths == (128, 80)
         assert [view.image_size for view in distillation.teachers.views] == [48, 48, 64]
         batch = batch_for(distillation)
         features = teacher_features(distillation, batch)

@@ -31,11 +31,11 @@ from longclip_teacher.errors import InputError
 from training.cache.datacompdr_arrays import stored_arrays, two_dimensional
 from training.data.index import RawSample, ShardIndex, is_remote
 from training.data.samples import BadSample
-from training.data.store import StoredDraw, TeacherFacts, choose_captions, choose_view
+from training.data.store import StoredDraw, TeacherInfo, choose_captions, choose_view
 from training.data.stream import read_remote_shard
 from training.data.transforms import RAND_AUGMENT_OPS, Augmentation
 
-__all__ = ["DataCompDRStore", "datacompdr_facts", "write_datacompdr_sample"]
+__all__ = ["DataCompDRStore", "datacompdr_teacher_info", "write_datacompdr_sample"]
 
 OPS_SIZE = 224  # size in pixels of the pictures for which RandAugment magnitudes are stored
 CONTEXT_LENGTH = 77  # tokens that CLIP, DataCompDR's teacher, reads
@@ -53,9 +53,9 @@ class DataCompDRStore:
     2e-3.
     """
 
-    def __init__(self, facts: TeacherFacts) -> None:
-        """Keep the teacher's description from `datacompdr_facts`."""
-        self.facts = facts
+    def __init__(self, teacher_info: TeacherInfo) -> None:
+        """Keep the teacher's description from `datacompdr_teacher_info`."""
+        self.teacher_info = teacher_info
 
     def draw(self, raw: RawSample, seed: int, key: tuple[int, ...]) -> StoredDraw:
         """Return the draw of `raw` that (seed, key) decides; see `TeacherStore`. Raise BadSample with the cause."""
@@ -80,19 +80,19 @@ class DataCompDRStore:
 
     def _unit(self, row: np.ndarray) -> np.ndarray:
         """Return `row` [D] as float32, with each teacher's part divided by its norm."""
-        if len(row) != self.facts.embed_dim:
+        if len(row) != self.teacher_info.embed_dim:
             raise BadSample("the width of the features differs from the first sample's")
         row = row.astype(np.float32)
         if not np.isfinite(row).all():
             raise BadSample("features are not finite")
-        parts = np.split(row, np.cumsum(self.facts.widths)[:-1])
+        parts = np.split(row, np.cumsum(self.teacher_info.widths)[:-1])
         norms = [float(np.linalg.norm(part.astype(np.float64))) for part in parts]
         if min(norms) == 0:
             raise BadSample("features are zero")
         return np.concatenate([part / np.float32(norm) for part, norm in zip(parts, norms, strict=True)])
 
 
-def datacompdr_facts(shards: Sequence[str | Path], widths: Sequence[int] | None = None) -> TeacherFacts:
+def datacompdr_teacher_info(shards: Sequence[str | Path], widths: Sequence[int] | None = None) -> TeacherInfo:
     """Read the teacher of `shards` (paths or URLs, see `expand_patterns`) from the first shard's first usable sample.
 
     widths    of the teachers side by side. None: as our own exports record them, else two of 768 in 1536, else one
@@ -104,7 +104,7 @@ def datacompdr_facts(shards: Sequence[str | Path], widths: Sequence[int] | None 
     causes: list[InputError] = []
     for raw in islice(_samples(shard), _FIRST_SAMPLES):
         try:
-            return _facts(raw, shard, widths)
+            return _teacher_info(raw, shard, widths)
         except InputError as error:
             causes.append(error)
     raise causes[0] if causes else InputError(f"{shard} is an empty shard: remove it or make it again")
@@ -122,7 +122,7 @@ def _samples(shard: str) -> Iterator[RawSample]:
         raise InputError(f"cannot read {shard} ({reason})") from None
 
 
-def _facts(raw: RawSample, shard: str, widths: Sequence[int] | None) -> TeacherFacts:
+def _teacher_info(raw: RawSample, shard: str, widths: Sequence[int] | None) -> TeacherInfo:
     members = {"syn.json": {"syn.json"}, "paug.json": {"paug.json"}, "npz or pth.gz": {"npz", "pth.gz"}}
     missing = [name for name, any_of in members.items() if not any_of & raw.extra.keys()]
     if missing:
@@ -139,11 +139,11 @@ def _facts(raw: RawSample, shard: str, widths: Sequence[int] | None) -> TeacherF
                 f"{shard}: sample {raw.key} has features of width {width}, not {' + '.join(map(str, widths))}: "
                 "set --teacher.stored_widths to the widths of the teachers side by side"
             )
-        facts = TeacherFacts(widths, told.get("logit_scale"), told.get("context_length", CONTEXT_LENGTH))
-        DataCompDRStore(facts).draw(raw, 0, (0, 0))
+        teacher_info = TeacherInfo(widths, told.get("logit_scale"), told.get("context_length", CONTEXT_LENGTH))
+        DataCompDRStore(teacher_info).draw(raw, 0, (0, 0))
     except BadSample as error:
         raise InputError(f"{shard}: sample {raw.key} holds no usable teacher features: {error}") from None
-    return facts
+    return teacher_info
 
 
 def _told(raw: RawSample) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def write_datacompdr_sample(
     captions: Sequence[str],
     ground_truth: str,
     augmentations: Sequence[Augmentation],
-    facts: TeacherFacts,
+    teacher_info: TeacherInfo,
 ) -> dict[str, bytes]:
     """Return the members of one sample in DataCompDR's layout, by suffix: {"jpg": ..., "npz": ...}.
 
@@ -302,8 +302,10 @@ def write_datacompdr_sample(
     np.savez(arrays, image_emb=image_features, text_emb=text_features)
     has_flip = any(augmentation.flip for augmentation in augmentations)
     told = {
-        "widths": list(facts.widths), "logit_scale": facts.logit_scale, "context_length": facts.context_length,
-    }  # fmt: skip
+        "widths": list(teacher_info.widths),
+        "logit_scale": teacher_info.logit_scale,
+        "context_length": teacher_info.context_length,
+    }
     return {
         _image_suffix(image): image,
         "txt": ground_truth.encode(),

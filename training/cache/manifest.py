@@ -31,7 +31,7 @@ from training.settings.augment import AugmentConfig
 __all__ = [
     "CACHE_MANIFEST",
     "CacheSettings",
-    "ShardFacts",
+    "ShardIdentity",
     "SidecarRecord",
     "as_tuple",
     "cache_sha256",
@@ -42,7 +42,7 @@ __all__ = [
     "read_record",
     "read_records",
     "refuse_same_names",
-    "shard_facts",
+    "shard_identities",
     "sidecar_path",
     "teacher_sha256",
     "tokenizer_digest",
@@ -106,7 +106,7 @@ class CacheSettings:
 
 
 @dataclass(frozen=True)
-class ShardFacts:
+class ShardIdentity:
     """What distinguishes one shard from another."""
 
     shard: str
@@ -119,7 +119,7 @@ class ShardFacts:
 
 
 @dataclass(frozen=True)
-class SidecarRecord(ShardFacts):
+class SidecarRecord(ShardIdentity):
     """A finished sidecar and the shard from which it was made."""
 
     num_bytes: int
@@ -245,26 +245,26 @@ def decoder_name(fast: bool) -> str:
     return "fast" if fast else "pil"
 
 
-def shard_facts(index: ShardIndex) -> list[ShardFacts]:
+def shard_identities(index: ShardIndex) -> list[ShardIdentity]:
     """Describe each of the index's shards. The sha256 comes from the shards' manifest."""
-    facts, start = [], 0
+    identities, start = [], 0
     for path, size, sha256 in zip(index.paths, index.shard_sizes.tolist(), index.shard_sha256, strict=True):
         digest = hashlib.sha256(json.dumps([index.key(i) for i in range(start, start + size)]).encode()).hexdigest()
-        facts.append(ShardFacts(path.name, path.stat().st_size, sha256, size, digest))
+        identities.append(ShardIdentity(path.name, path.stat().st_size, sha256, size, digest))
         start += size
-    return facts
+    return identities
 
 
-def changes(record: SidecarRecord, facts: ShardFacts) -> list[tuple[str, Any, Any]]:
+def changes(record: SidecarRecord, identity: ShardIdentity) -> list[tuple[str, Any, Any]]:
     """Return the fields in which a shard differs from the one that a sidecar was made from, with both values.
 
     A sha256 that the shards' manifest does not give is not compared.
     """
     return [
-        (field.name.replace("_", " "), getattr(record, field.name), getattr(facts, field.name))
-        for field in dataclasses.fields(ShardFacts)
-        if getattr(record, field.name) != getattr(facts, field.name)
-        and not (field.name == "shard_sha256" and not facts.shard_sha256)
+        (field.name.replace("_", " "), getattr(record, field.name), getattr(identity, field.name))
+        for field in dataclasses.fields(ShardIdentity)
+        if getattr(record, field.name) != getattr(identity, field.name)
+        and not (field.name == "shard_sha256" and not identity.shard_sha256)
     ]
 
 

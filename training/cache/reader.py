@@ -24,7 +24,7 @@ from training.cache.manifest import (
     read_cache,
     read_record,
     refuse_same_names,
-    shard_facts,
+    shard_identities,
     sidecar_path,
     teacher_sha256,
     tokenizer_digest,
@@ -32,18 +32,18 @@ from training.cache.manifest import (
 from training.cache.sidecar import Sidecar
 from training.data.index import RawSample, ShardIndex
 from training.data.samples import BadSample
-from training.data.store import StoredDraw, TeacherFacts, choose_captions, choose_view
+from training.data.store import StoredDraw, TeacherInfo, choose_captions, choose_view
 from training.settings.augment import AugmentConfig
 
-__all__ = ["TeacherCacheStore", "cache_facts", "open_cache"]
+__all__ = ["TeacherCacheStore", "cached_teacher_info", "open_cache"]
 
 _MAX_OPEN_SIDECARS = 128
 
 
-def cache_facts(folder: Path) -> TeacherFacts:
+def cached_teacher_info(folder: Path) -> TeacherInfo:
     """Return what the losses need to know about the cache's teacher. Raise InputError if there is no cache."""
     settings, _ = read_cache(folder)
-    return TeacherFacts((settings.embed_dim,), settings.logit_scale, settings.context_length)
+    return TeacherInfo((settings.embed_dim,), settings.logit_scale, settings.context_length)
 
 
 def open_cache(
@@ -87,8 +87,8 @@ def _check_augment(folder: Path, settings: CacheSettings, augment: AugmentConfig
 
 def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardIndex) -> None:
     refuse_same_names(index.paths)
-    wanted = shard_facts(index)
-    found = {facts.shard: records.get(facts.shard) or read_record(folder, facts.shard) for facts in wanted}
+    wanted = shard_identities(index)
+    found = {identity.shard: records.get(identity.shard) or read_record(folder, identity.shard) for identity in wanted}
     missing = [
         name for name, record in found.items() if record is None or not sidecar_path(folder, record.shard).is_file()
     ]
@@ -97,15 +97,15 @@ def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardI
             f"{folder}: {len(missing)} of {len(wanted)} shards have no sidecar, the first {missing[0]}: "
             "run scripts/cache_teacher.py again"
         )
-    for facts in wanted:
-        record = found[facts.shard]
+    for identity in wanted:
+        record = found[identity.shard]
         assert record is not None
-        for name, cached, value in changes(record, facts):
-            raise _misfit(folder, f"{facts.shard}: {name}", cached, value)
-        num_bytes = sidecar_path(folder, facts.shard).stat().st_size
+        for name, cached, value in changes(record, identity):
+            raise _misfit(folder, f"{identity.shard}: {name}", cached, value)
+        num_bytes = sidecar_path(folder, identity.shard).stat().st_size
         if num_bytes != record.num_bytes:
             raise InputError(
-                f"{sidecar_path(folder, facts.shard)} is damaged ({num_bytes} bytes instead of {record.num_bytes}): "
+                f"{sidecar_path(folder, identity.shard)} is damaged ({num_bytes} bytes instead of {record.num_bytes}): "
                 "delete it and run scripts/cache_teacher.py again"
             )
 
@@ -132,7 +132,7 @@ class TeacherCacheStore:
         self.folder = folder
         self.settings = settings
         self.index = index
-        self.facts = TeacherFacts((settings.embed_dim,), settings.logit_scale, settings.context_length)
+        self.teacher_info = TeacherInfo((settings.embed_dim,), settings.logit_scale, settings.context_length)
         self._sidecars: OrderedDict[int, Sidecar] = OrderedDict()
 
     def draw(self, raw: RawSample, seed: int, key: tuple[int, ...]) -> StoredDraw:

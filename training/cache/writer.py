@@ -28,7 +28,7 @@ from longclip_teacher.features import unit_features
 from longclip_teacher.text import caption_lengths, first_sentence
 from training.cache.manifest import (
     CacheSettings,
-    ShardFacts,
+    ShardIdentity,
     SidecarRecord,
     decoder_name,
     library_versions,
@@ -161,18 +161,18 @@ class SidecarWriter:
     num_workers: int
 
     def write(
-        self, shards: Sequence[tuple[int, ShardFacts]], progress: Callable[[int], None] = lambda num_samples: None
+        self, shards: Sequence[tuple[int, ShardIdentity]], progress: Callable[[int], None] = lambda num_samples: None
     ) -> Iterator[SidecarRecord]:
         """Write the sidecars of `shards`, given by their place in the index. Yield each record once it is on disk.
 
         `progress` counts samples as they are encoded. Raise InputError for an unreadable shard.
         """
-        facts = dict(shards)
+        identities = dict(shards)
         step = max(1, self.batch_size // self.settings.num_stored_views)
         pieces = [
-            (shard, start, min(start + step, facts[shard].num_samples))
-            for shard in facts
-            for start in range(0, facts[shard].num_samples, step)
+            (shard, start, min(start + step, identities[shard].num_samples))
+            for shard in identities
+            for start in range(0, identities[shard].num_samples, step)
         ]
         samples: list[_ReadSample] = []
         features: list[Tensor] = []
@@ -188,11 +188,11 @@ class SidecarWriter:
             features += self._encode_images(piece.images)
             progress(len(piece.samples))
             if piece.is_last:
-                yield self._finish(facts[piece.shard], self.index.paths[piece.shard], samples, features)
+                yield self._finish(identities[piece.shard], self.index.paths[piece.shard], samples, features)
                 samples, features = [], []
 
     def _finish(
-        self, facts: ShardFacts, shard: Path, samples: list[_ReadSample], features: list[Tensor]
+        self, identity: ShardIdentity, shard: Path, samples: list[_ReadSample], features: list[Tensor]
     ) -> SidecarRecord:
         settings = self.settings
         is_valid = np.array([bool(sample.entry.augmentations) for sample in samples])
@@ -212,7 +212,7 @@ class SidecarWriter:
         rows = self._encode_captions(list(captions), shard)
         path = sidecar_path(self.folder, shard)
         write_sidecar(path, entries, settings.augment.rand_augment_ops, image_features, rows)
-        known = facts if facts.shard_sha256 else replace(facts, shard_sha256=file_sha256(shard))
+        known = identity if identity.shard_sha256 else replace(identity, shard_sha256=file_sha256(shard))
         record = SidecarRecord(
             **vars(known),
             num_bytes=path.stat().st_size,

@@ -15,13 +15,13 @@ import numpy as np
 from training.data.index import RawSample
 from training.data.transforms import Augmentation, sample_generator
 
-__all__ = ["StoredDraw", "TeacherFacts", "TeacherStore", "choose_captions", "choose_view"]
+__all__ = ["StoredDraw", "TeacherInfo", "TeacherStore", "choose_captions", "choose_view"]
 
 _VIEW, _CAPTION = 2, 1  # random streams beside the crop's (0); captions are drawn as without a store
 
 
 @dataclass(frozen=True)
-class TeacherFacts:
+class TeacherInfo:
     """What the losses need to know about a teacher that is not loaded."""
 
     widths: tuple[int, ...]
@@ -55,7 +55,7 @@ class StoredDraw:
 class TeacherStore(Protocol):
     """A source of stored features. Picklable, because loader workers read through it."""
 
-    facts: TeacherFacts
+    teacher_info: TeacherInfo
 
     def draw(self, raw: RawSample, seed: int, key: tuple[int, ...]) -> StoredDraw:
         """Return the draw of `raw` that (seed, key) decides. `key` begins with the epoch and ends with the sample's

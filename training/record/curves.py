@@ -1,4 +1,4 @@
-"""Training curves and facts for a report, from metrics.jsonl and environment.json of runs."""
+"""Training curves of runs and how each was made, from metrics.jsonl and environment.json of runs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from eval.base.environment import environment_facts
+from eval.base.environment import provenance
 from eval.pages.charts import Points, line_chart
 from eval.pages.report import Chart
 from training.losses.table import LOSSES
 from training.record.run_log import read_metrics
 
-__all__ = ["run_facts", "training_curves"]
+__all__ = ["run_provenance", "training_curves"]
 
 _WHAT_IS_COMPARED = {
     "long": ("long captions", "The student with the teacher on pictures and their long captions."),
@@ -79,12 +79,12 @@ def training_curves(runs: Mapping[str, Path], colours: Mapping[str, int]) -> lis
     return charts
 
 
-def run_facts(run_dir: Path) -> dict[str, str]:
+def run_provenance(run_dir: Path) -> dict[str, str]:
     """Command, commit and machine of a run, from its environment.json; empty without one."""
     path = run_dir / "environment.json"
     if not path.exists():
         return {}
-    return environment_facts(json.loads(path.read_text(encoding="utf-8")))
+    return provenance(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _points(rows: Iterable[Mapping[str, float]], key: str) -> Points:

@@ -29,7 +29,7 @@ from longclip_teacher.atomic_files import write_json
 from mobileclip_student import MobileCLIP, reparameterize
 from training.build import DATACOMPDR, frozen_teacher, validation_teacher
 from training.distributed import Runtime
-from training.record.curves import run_facts, training_curves
+from training.record.curves import run_provenance, training_curves
 from training.record.evaluate import evaluate_tests, judged_model, test_sets
 from training.settings.tree import TrainConfig, config_from_toml
 
@@ -132,7 +132,7 @@ def _write_page(
                 f"The {title} on {name}": retrieval_examples(encode_retrieval_set(models[config.run.train], found))
                 for name, found in test_sets(config).items()
             },
-            facts=run_facts(out_dir),
+            provenance=run_provenance(out_dir),
         ),
     )
 

@@ -19,7 +19,7 @@ from eval.measures.retrieval_examples import Answer, Example
 from eval.pages.charts import line_chart
 from eval.pages.report import Report, model_colours, write_report
 from longclip_teacher.errors import InputError
-from training.record.curves import run_facts, training_curves
+from training.record.curves import run_provenance, training_curves
 
 RIGHT = (
     "A navy board in a red frame. top left shows a large red zero on dark. "
@@ -103,7 +103,7 @@ def full_report(run: Path, pictures: list[Path]) -> Report:
         spreads={"tiny": {"twins_t2i_r1": 1.25}},
         sections={"Training": training_curves({"tiny": run}, model_colours(["big", "tiny"]))},
         examples={"What tiny finds": examples},
-        facts={"command": "python x.py --a '<b>'"},
+        provenance={"command": "python x.py --a '<b>'"},
     )
 
 
@@ -198,19 +198,19 @@ def test_a_chart_is_well_formed_repeatable_and_free_of_fixed_colours() -> None:
     assert not re.search(r"#0000|: #", svg)
 
 
-def test_facts_of_a_run(tmp_path: Path) -> None:
-    assert run_facts(tmp_path) == {}
+def test_provenance_of_a_run(tmp_path: Path) -> None:
+    assert run_provenance(tmp_path) == {}
     record = {
         "command": ["python", "training/main.py", "--a", "b c"], "commit": "abc", "uncommitted_changes": True,
         "python": "3.11.1", "packages": {"torch": "2.6", "timm": None},
         "machine": "Linux", "cpu_count": 2, "gpu": None, "world_size": 2, "threads": 1,
     }  # fmt: skip
     (tmp_path / "environment.json").write_text(json.dumps(record))
-    facts = run_facts(tmp_path)
-    assert facts["command"] == "python training/main.py --a 'b c'"
-    assert facts["commit"].startswith("abc with uncommitted changes")
-    assert facts["machine"] == "Linux, 2 CPUs, no GPU"
-    assert facts["software"] == "Python 3.11.1, torch 2.6"
+    provenance = run_provenance(tmp_path)
+    assert provenance["command"] == "python training/main.py --a 'b c'"
+    assert provenance["commit"].startswith("abc with uncommitted changes")
+    assert provenance["machine"] == "Linux, 2 CPUs, no GPU"
+    assert provenance["software"] == "Python 3.11.1, torch 2.6"
 
 
 @pytest.mark.parametrize(

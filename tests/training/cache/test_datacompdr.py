@@ -20,10 +20,10 @@ import webdataset
 from PIL import Image
 
 from longclip_teacher.errors import InputError
-from training.cache.datacompdr import DataCompDRStore, datacompdr_facts
+from training.cache.datacompdr import DataCompDRStore, datacompdr_teacher_info
 from training.data.index import RawSample, ShardIndex
 from training.data.samples import BadSample
-from training.data.store import TeacherFacts, choose_captions, choose_view
+from training.data.store import TeacherInfo, choose_captions, choose_view
 from training.data.stream import read_remote_shard
 from training.data.transforms import Augmentation
 
@@ -111,7 +111,7 @@ def npz(**arrays: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-STORE = DataCompDRStore(TeacherFacts((WIDTH,), None, 77))
+STORE = DataCompDRStore(TeacherInfo((WIDTH,), None, 77))
 
 
 # --- files of the public generator ---------------------------------------------------------------------------------
@@ -128,9 +128,9 @@ def test_the_generators_layout_is_read(
         tmp_path / "a.tar",
         sample(as_string=as_string, member=member, separate=separate, width=width, teachers=teachers),
     )
-    facts = datacompdr_facts([tmp_path / "a.tar"])
-    assert facts == TeacherFacts((768, 768) if teachers == 2 else (WIDTH,), None, 77)
-    store = pickle.loads(pickle.dumps(DataCompDRStore(facts)))  # noqa: S301 -- as loader workers get it
+    teacher_info = datacompdr_teacher_info([tmp_path / "a.tar"])
+    assert teacher_info == TeacherInfo((768, 768) if teachers == 2 else (WIDTH,), None, 77)
+    store = pickle.loads(pickle.dumps(DataCompDRStore(teacher_info)))  # noqa: S301 -- as loader workers get it
     raw = index.read(0)
     assert raw.txt == GROUND_TRUTH.encode()  # not the url.txt
     image, text = unit(NUM_VIEWS, width, teachers), unit(6, width, teachers, seed=1)
@@ -214,9 +214,9 @@ def test_a_remote_shard_holds_the_same(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{httpd.server_port}"
         try:
             assert list(read_remote_shard(f"{url}/a.tar")) == [index.read(0), index.read(1)]
-            assert datacompdr_facts([f"{url}/a.tar"]) == datacompdr_facts([tmp_path / "a.tar"])
+            assert datacompdr_teacher_info([f"{url}/a.tar"]) == datacompdr_teacher_info([tmp_path / "a.tar"])
             with pytest.raises(InputError, match=r"\Acannot read [^\n]*gone\.tar[^\n]*\Z"):
-                datacompdr_facts([f"{url}/gone.tar"])
+                datacompdr_teacher_info([f"{url}/gone.tar"])
         finally:
             httpd.shutdown()
     assert set(index.read(0).extra) == {"syn.json", "paug.json", "npz"} and "pth.gz" in index.read(1).extra
@@ -344,24 +344,24 @@ def test_shards_without_stored_teacher_are_refused_in_one_line(tmp_path: Path) -
     with pytest.raises(
         InputError, match=r"\A[^\n]*plain\.tar: .* no syn\.json, no paug\.json, no npz or pth\.gz; [^\n]*\Z"
     ):
-        datacompdr_facts([tmp_path / "plain.tar"])
+        datacompdr_teacher_info([tmp_path / "plain.tar"])
     half = sample()
     del half["paug.json"]
     write(tmp_path / "half.tar", half)
     with pytest.raises(InputError, match=r"no paug\.json; "):
-        datacompdr_facts([tmp_path / "half.tar"])
+        datacompdr_teacher_info([tmp_path / "half.tar"])
 
 
 def test_widths_must_add_up_and_one_bad_sample_at_the_start_does_not_matter(tmp_path: Path) -> None:
     broken = {**sample(), "paug.json": "{}"}
     write(tmp_path / "a.tar", broken, sample())
-    assert datacompdr_facts([tmp_path / "a.tar"]).widths == (WIDTH,)
-    assert datacompdr_facts([tmp_path / "a.tar"], (10, 14)).widths == (10, 14)
+    assert datacompdr_teacher_info([tmp_path / "a.tar"]).widths == (WIDTH,)
+    assert datacompdr_teacher_info([tmp_path / "a.tar"], (10, 14)).widths == (10, 14)
     with pytest.raises(InputError, match=r"paug\.json|width 24, not 10 \+ 10"):
-        datacompdr_facts([tmp_path / "a.tar"], (10, 10))
+        datacompdr_teacher_info([tmp_path / "a.tar"], (10, 10))
     write(tmp_path / "b.tar", sample())
     with pytest.raises(InputError, match=r"width 24, not 10 \+ 10: set --teacher\.stored_widths"):
-        datacompdr_facts([tmp_path / "b.tar"], (10, 10))
+        datacompdr_teacher_info([tmp_path / "b.tar"], (10, 10))
     write(tmp_path / "c.tar", broken)
     with pytest.raises(InputError, match=r"holds no usable teacher features: paug\.json holds no list"):
-        datacompdr_facts([tmp_path / "c.tar"])
+        datacompdr_teacher_info([tmp_path / "c.tar"])

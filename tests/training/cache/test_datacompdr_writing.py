@@ -10,9 +10,9 @@ import pytest
 
 from longclip_teacher.errors import InputError
 from shard_files import jpeg
-from training.cache.datacompdr import DataCompDRStore, datacompdr_facts, write_datacompdr_sample
+from training.cache.datacompdr import DataCompDRStore, datacompdr_teacher_info, write_datacompdr_sample
 from training.data.index import ShardIndex
-from training.data.store import TeacherFacts, choose_view
+from training.data.store import TeacherInfo, choose_view
 from training.data.transforms import Augmentation
 from training.data.writer import write_shard
 
@@ -38,16 +38,16 @@ def test_what_we_write_reads_back(tmp_path: Path, flip: bool) -> None:
         for number, (box, ops) in enumerate(AUGMENTATIONS)
     ]
     image, text = features(len(AUGMENTATIONS)).astype(np.float16), features(6, seed=1).astype(np.float16)
-    facts = TeacherFacts((10, 14), 55.0, 248)
+    teacher_info = TeacherInfo((10, 14), 55.0, 248)
     members = write_datacompdr_sample(
         jpeg(0), image_features=image, text_features=text, captions=list("abcde"), ground_truth="f",
-        augmentations=augmentations, facts=facts,
+        augmentations=augmentations, teacher_info=teacher_info,
     )  # fmt: skip
     write_shard(tmp_path / "a.tar", [("k", members)])
-    assert datacompdr_facts([tmp_path / "a.tar"]) == facts
+    assert datacompdr_teacher_info([tmp_path / "a.tar"]) == teacher_info
     raw = ShardIndex([tmp_path / "a.tar"]).read(0)
     assert raw.image == jpeg(0)
-    store = DataCompDRStore(facts)
+    store = DataCompDRStore(teacher_info)
     for epoch in range(len(AUGMENTATIONS)):
         draw, view = store.draw(raw, 0, (epoch, 0)), choose_view(len(AUGMENTATIONS), 0, (epoch, 0))
         assert draw.augmentation == augmentations[view]
@@ -61,7 +61,7 @@ def test_what_datacompdr_cannot_hold_is_an_error() -> None:
         options: dict[str, Any] = {
             "image_features": features(1), "text_features": features(2), "captions": ["x"], "ground_truth": "y",
             "augmentations": [Augmentation((0, 0, 4, 4), ops=(("Rotate", 9.0),), ops_size=224)],
-            "facts": TeacherFacts((24,), None, 248),
+            "teacher_info": TeacherInfo((24,), None, 248),
         }  # fmt: skip
         write_datacompdr_sample(jpeg(0), **{**options, **changes})
 

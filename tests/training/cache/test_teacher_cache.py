@@ -22,7 +22,7 @@ from longclip_teacher import create_teacher, load_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from training.cache.manifest import CACHE_MANIFEST, read_cache
-from training.cache.reader import TeacherCacheStore, cache_facts, open_cache
+from training.cache.reader import TeacherCacheStore, cached_teacher_info, open_cache
 from training.data.index import ShardIndex
 from training.data.pictures import normalized, open_picture
 from training.data.samples import BadSample
@@ -141,9 +141,9 @@ def test_features_are_the_teachers_of_the_crops_and_captions_handed_out(
                 assert tokens.tolist() == ids[0, : len(tokens)].tolist() and ids[0, len(tokens) :].sum() == 0
                 assert np.abs(model.encode_text(ids, normalize=True)[0].numpy() - features).max() < 1e-3
     assert len(crops) == 13 * VIEWS  # every view of every picture differs, and each epoch sees another
-    assert cache_facts(made) == store.facts
-    assert store.facts.logit_scale == pytest.approx(float(model.linear_logit_scale))
-    assert (store.facts.embed_dim, store.facts.context_length) == (model.embed_dim, 248)
+    assert cached_teacher_info(made) == store.teacher_info
+    assert store.teacher_info.logit_scale == pytest.approx(float(model.linear_logit_scale))
+    assert (store.teacher_info.embed_dim, store.teacher_info.context_length) == (model.embed_dim, 248)
 
 
 def caption_texts(number: int, epoch: int) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from shard_files import TOKENIZER, keys_of, loader
 from training.data.index import RawSample, ShardIndex
 from training.data.loader import ShardLoader
 from training.data.loose_files import CaptionFiles, PictureFolder
-from training.data.store import StoredDraw, TeacherFacts
+from training.data.store import StoredDraw, TeacherInfo
 from training.data.transforms import Augmentation, ViewSpec
 from training.data.writer import caption_member, write_manifest, write_shard
 
@@ -114,7 +114,7 @@ def test_a_stage_needs_nothing_of_the_other_tower(tmp_path: Path, monkeypatch: p
 class Store:
     """Features that identify the sample and the part, with crops and captions of their own."""
 
-    facts = TeacherFacts((2,), 10.0, 248)
+    teacher_info = TeacherInfo((2,), 10.0, 248)
 
     def draw(self, raw: RawSample, seed: int, key: tuple[int, ...]) -> StoredDraw:
         assert raw.image is not None and raw.json is not None, "a store may identify a sample by any of its members"
