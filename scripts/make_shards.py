@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,7 +49,7 @@ class Output:
     workers: int = os.cpu_count() or 1
     """Worker processes. The shards do not depend on their number."""
     max_missing_share: float = 0.02
-    """Share of pictures that may be missing, unreadable or without a caption. OUT/missing.txt lists them."""
+    """Share of pictures that may be missing, broken or without a caption. OUT/missing.txt lists them."""
 
     def check(self) -> None:
         """Raise InputError for invalid numbers."""
@@ -155,13 +155,13 @@ Command = (
 if __name__ == "__main__":
     answer_early(Command, __doc__)  # --help and refused options end here: the imports below take seconds
 
-from eval.base.images import IMAGE_SUFFIXES, open_image
+from eval.base.images import IMAGE_SUFFIXES
 from longclip_teacher.atomic_files import remove_leftovers
+from packed_pictures import NO_CAPTION, NO_FILE, LeftOut, causes, left_out, picture_bytes
 from training.data.index import ShardRecord, expand_patterns, read_manifest
 from training.data.writer import caption_member, index_shard, write_manifest, write_shard
 
 _STDERR = Console(stderr=True)
-_JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
@@ -192,23 +192,24 @@ def select(args: Output, pairs: Iterable[Pair]) -> list[Pair]:
     return chosen
 
 
-def check_missing(args: Output, num_pictures: int, missing: Sequence[str]) -> None:
-    """List missing pictures in OUT/missing.txt. Raise InputError if they exceed --max-missing-share."""
+def check_missing(args: Output, num_pictures: int, missing: Sequence[LeftOut]) -> None:
+    """List the pictures left out in OUT/missing.txt. Raise InputError if they exceed --max-missing-share."""
     listing = args.out / "missing.txt"
     if not missing:
         listing.unlink(missing_ok=True)
         return
-    listing.write_text("\n".join(sorted(missing)) + "\n", encoding="utf-8")
+    listing.write_text("\n".join(sorted(entry.name for entry in missing)) + "\n", encoding="utf-8")
     if len(missing) > args.max_missing_share * num_pictures:
         raise InputError(
-            f"{len(missing)} of {num_pictures} pictures are missing, unreadable or without a caption, more than "
-            f"--max-missing-share {args.max_missing_share:g}: see {listing} (the first: {missing[0]})"
+            f"{len(missing)} of {num_pictures} pictures are missing, broken or without a caption ({causes(missing)}), "
+            f"more than --max-missing-share {args.max_missing_share:g}: see {listing} "
+            f"(the first: {missing[0].name}, {missing[0].cause})"
         )
 
 
 def fingerprint(pairs: Sequence[Pair], resize: int | None) -> str:
     """Hash everything that could change the shard: captions, order, a picture's path, size or time, `resize`."""
-    digest = hashlib.sha256(f"1 {resize}".encode())
+    digest = hashlib.sha256(f"2 {resize}".encode())  # 2: broken pictures are left out
     for pair in pairs:
         status = pair.path.stat()
         identity = [pair.key, pair.name, status.st_size, status.st_mtime_ns, pair.caption_long, pair.caption_short]
@@ -216,49 +217,36 @@ def fingerprint(pairs: Sequence[Pair], resize: int | None) -> str:
     return digest.hexdigest()
 
 
-def make_shard(job: ShardJob) -> tuple[ShardRecord, list[str]]:
-    """Write one shard and its record, in case the run is interrupted. Also return what could not be read."""
-    unreadable: list[str] = []
+def make_shard(job: ShardJob) -> tuple[ShardRecord | None, list[LeftOut]]:
+    """Write one shard and its record, in case the run is interrupted. Also return the pictures that cannot be used; if
+    none can, there is no shard."""
+    missing: list[LeftOut] = []
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for pair in job.pairs:
             try:
                 suffix, data = picture_bytes(pair.path, job.resize)
-            except InputError:
-                unreadable.append(pair.name)
+            except InputError as error:
+                missing.append(left_out(pair.name, pair.path, error))
                 continue
             yield pair.key, {suffix: data, "json": caption_member(pair.caption_long, pair.caption_short)}
 
-    record = replace(write_shard(job.path, samples()), inputs=job.inputs)
+    usable = samples()
+    first = next(usable, None)
+    if first is None:
+        job.path.unlink(missing_ok=True)  # an earlier run's
+        return None, missing
+    record = write_shard(job.path, chain([first], usable))
     # a shard that lacks a picture is written again next time, when the picture may be readable
-    if not unreadable:
+    if not missing:
+        record = replace(record, inputs=job.inputs)
         record_path(job.path).write_text(json.dumps(record.to_json()), encoding="utf-8")
-    return record, unreadable
+    return record, missing
 
 
 def record_path(shard: Path) -> Path:
     """Return where a finished shard's record waits for the manifest."""
     return shard.with_suffix(".record.json")
-
-
-def picture_bytes(path: Path, resize: int | None) -> tuple[str, bytes]:
-    """Return the suffix and bytes of a picture for the shard: the file unchanged, or shrunk to the shorter side
-    `resize`."""
-    suffix = path.suffix.lower().removeprefix(".")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror})") from None
-    if resize is None:
-        return suffix, data
-    picture = open_image(data)
-    if min(picture.size) <= resize:
-        return suffix, data
-    scale = resize / min(picture.size)
-    size = (max(resize, round(picture.width * scale)), max(resize, round(picture.height * scale)))
-    buffer = io.BytesIO()
-    picture.resize(size, 3).save(buffer, "JPEG", quality=_JPEG_QUALITY)  # 3: bicubic
-    return "jpg", buffer.getvalue()
 
 
 def finished(args: Output, jobs: Sequence[ShardJob]) -> dict[Path, ShardRecord]:
@@ -301,17 +289,17 @@ def in_parallel(function: Callable, items: Sequence, workers: int, title: str) -
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def write_val(args: Output, pairs: Sequence[Pair]) -> list[str]:
-    """Replace OUT/val by image/N.suffix and caption/N.txt of these pairs. Return what could not be read."""
-    unreadable: list[str] = []
+def write_val(args: Output, pairs: Sequence[Pair]) -> list[LeftOut]:
+    """Replace OUT/val by image/N.suffix and caption/N.txt of these pairs. Return what cannot be used."""
+    missing: list[LeftOut] = []
     temporary = args.out / f".val.{os.getpid()}"
     (temporary / "image").mkdir(parents=True)
     (temporary / "caption").mkdir()
     for number, pair in enumerate(pairs, start=1):
         try:
             suffix, data = picture_bytes(pair.path, args.resize)
-        except InputError:
-            unreadable.append(pair.name)
+        except InputError as error:
+            missing.append(left_out(pair.name, pair.path, error))
             continue
         caption = pair.caption_long if isinstance(pair.caption_long, str) else pair.caption_long[0]
         (temporary / "image" / f"{number}.{suffix}").write_bytes(data)
@@ -319,7 +307,7 @@ def write_val(args: Output, pairs: Sequence[Pair]) -> list[str]:
     if (args.out / "val").exists():
         shutil.rmtree(args.out / "val")
     temporary.rename(args.out / "val")
-    return unreadable
+    return missing
 
 
 def make_shards(args: Output, pairs: Iterator[Pair]) -> None:
@@ -327,9 +315,10 @@ def make_shards(args: Output, pairs: Iterator[Pair]) -> None:
     chosen = select(args, progress(pairs, "reading captions"))
     args.out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(args.out, f"{args.name}-*.tar")
-    missing = [pair.name for pair in chosen if not (pair.caption_long and pair.path.is_file())]
+    missing = [LeftOut(pair.name, NO_FILE) for pair in chosen if not pair.path.is_file()]
+    missing += [LeftOut(pair.name, NO_CAPTION) for pair in chosen if pair.path.is_file() and not pair.caption_long]
     check_missing(args, len(chosen), missing)
-    absent = set(missing)
+    absent = {entry.name for entry in missing}
     present = [pair for pair in chosen if pair.name not in absent]
     is_val = [zlib.crc32(pair.name.encode()) / 2**32 < args.val_share for pair in present]
     train = [pair for pair, val in zip(present, is_val, strict=True) if not val]
@@ -348,21 +337,24 @@ def make_shards(args: Output, pairs: Iterator[Pair]) -> None:
     records = finished(args, jobs)
     num_kept = len(records)
     todo = [job for job in jobs if job.path not in records]
-    for record, unreadable in in_parallel(make_shard, todo, args.workers, "writing shards"):
-        records[args.out / record.name] = record
-        missing += unreadable
+    for record, refused in in_parallel(make_shard, todo, args.workers, "writing shards"):
+        missing += refused
+        if record is not None:
+            records[args.out / record.name] = record
     if val:
         missing += write_val(args, val)
-    ordered = [records[job.path] for job in jobs]
+    ordered = [records[job.path] for job in jobs if job.path in records]
+    if not ordered:
+        check_missing(replace(args, max_missing_share=0), len(chosen), missing)
     settings = {"resize": args.resize, "shard_size": args.shard_size, "num_val": len(val), "num_missing": len(missing)}
     write_manifest(args.out, ordered, settings)
     for job in jobs:
         record_path(job.path).unlink(missing_ok=True)
     check_missing(args, len(chosen), missing)
     print(
-        f"{args.out}: {sum(len(record.keys) for record in ordered)} samples in {len(jobs)} shards ({num_kept} kept)"
+        f"{args.out}: {sum(len(record.keys) for record in ordered)} samples in {len(ordered)} shards ({num_kept} kept)"
         + (f", {len(val)} validation pairs in {args.out / 'val'}" if val else "")
-        + (f", {len(missing)} pictures missing, listed in {args.out / 'missing.txt'}" if missing else "")
+        + (f", {len(missing)} pictures left out ({causes(missing)}; {args.out / 'missing.txt'})" if missing else "")
     )
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "EXTRA_MEMBERS",
     "MANIFEST_NAME",
     "MAX_EXTRA_BYTES",
+    "MAX_TRAINING_PIXELS",
     "Contents",
     "OpenFiles",
     "RawSample",
@@ -50,6 +51,8 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "compact-longclip shards"
 MANIFEST_VERSION = 1
 MAX_IMAGE_BYTES = 64 << 20
+MAX_TRAINING_PIXELS = 40_000_000
+"""Pictures of more pixels are refused: decoded, they take 120 MB in each worker, and no view needs so many."""
 MAX_TEXT_BYTES = 4 << 20
 MAX_EXTRA_BYTES = 4 << 20
 EXTRA_MEMBERS = ("syn.json", "paug.json", "npz", "pth.gz")

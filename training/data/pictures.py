@@ -26,9 +26,9 @@ from torch import Tensor
 
 from eval.base import images
 from longclip_teacher.errors import InputError
+from training.data.index import MAX_TRAINING_PIXELS
 
 __all__ = [
-    "MAX_TRAINING_PIXELS",
     "Interpolation",
     "Picture",
     "normalized",
@@ -42,8 +42,6 @@ Picture: TypeAlias = Image.Image | Tensor
 """A decoded RGB picture: a PIL image, or uint8 [3, H, W] in any memory format."""
 Interpolation = Literal["bicubic", "bilinear"]
 
-MAX_TRAINING_PIXELS = 40_000_000
-"""Pictures of more pixels are refused: decoded, they take 120 MB in each worker, and no view needs so many."""
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Deprecated since torchvision 0.29 in favour of a package that needs FFmpeg. If torchvision lacks it, PIL reads JPEGs.
 _decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)

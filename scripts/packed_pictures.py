@@ -1,0 +1,61 @@
+"""Pictures on their way into shards: each one is looked at, and what cannot be trained on is counted by its cause."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from eval.base.images import open_image
+from longclip_teacher.errors import InputError
+from training.data.index import MAX_IMAGE_BYTES, MAX_TRAINING_PIXELS
+
+__all__ = ["NO_CAPTION", "NO_FILE", "LeftOut", "causes", "left_out", "picture_bytes"]
+
+NO_FILE, NO_CAPTION = "no file", "no caption"
+_JPEG_QUALITY = 95
+
+
+class LeftOut(NamedTuple):
+    """A picture that no shard holds."""
+
+    name: str
+    """Its path as the source writes it."""
+    cause: str
+
+
+def picture_bytes(path: Path, resize: int | None) -> tuple[str, bytes]:
+    """Return the suffix and bytes of a picture for the shard: the file unchanged, or shrunk to the shorter side
+    `resize`, upright.
+
+    The picture is decoded in either case. Raise InputError for one that training could not use.
+    """
+    picture = open_image(path, MAX_TRAINING_PIXELS if resize is None else None)
+    width, height = picture.size
+    scale = 1 if resize is None else min(1, resize / min(picture.size))
+    if scale < 1:
+        width, height = (max(resize or 1, round(side * scale)) for side in picture.size)
+    if width * height > MAX_TRAINING_PIXELS:
+        raise InputError(f"{path}: more than {MAX_TRAINING_PIXELS} pixels")
+    if scale < 1:
+        buffer = io.BytesIO()
+        picture.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+        return "jpg", buffer.getvalue()
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise InputError(f"{path}: file of more than {MAX_IMAGE_BYTES >> 20} MB")
+    return path.suffix.lower().removeprefix("."), path.read_bytes()
+
+
+def left_out(name: str, path: Path, error: InputError) -> LeftOut:
+    """Return the entry of a picture that `picture_bytes` refused: the message without the path and the details."""
+    return LeftOut(name, str(error).removeprefix(f"{path}: ").partition(" (")[0])
+
+
+def causes(missing: Iterable[LeftOut]) -> str:
+    """Return how many pictures each cause took, the most frequent first: `3 no file, 1 not a picture`."""
+    counts = Counter(entry.cause for entry in missing)
+    return ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items(), key=lambda item: (-item[1], item)))
