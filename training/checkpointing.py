@@ -6,11 +6,14 @@ the only state besides tensors, and a run that was killed and resumed equals one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from longclip_teacher import LongCLIP, save_teacher
 from longclip_teacher.atomic_files import atomic_file, remove_leftovers
@@ -40,6 +43,8 @@ class TrainState:
     """Steps done."""
     best: float | None = None
     """Best value of the validation measure so far, None before the first evaluation."""
+    bad_steps: int = 0
+    """Steps so far whose loss or gradient was not finite; they changed nothing."""
 
     @property
     def judged_model(self) -> MobileCLIP | LongCLIP:
@@ -56,12 +61,31 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "ema": None if state.ema is None else state.ema.model.state_dict(),
         "step": state.step,
         "best": state.best,
+        "bad_steps": state.bad_steps,
         "config": config.to_dict(),
         "inputs": state.inputs.to_dict(),
     }
+    _refuse_nonfinite(path, content)
     remove_leftovers(path.parent, escape(path.name))
     with atomic_file(path, sync=True) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
+
+
+def _refuse_nonfinite(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise InputError where a weight, a moment or a statistic is not finite: the file at `path` stays as it is."""
+    tensors = {
+        f"{part}.{name}": value for part in ("distiller", "ema") for name, value in (content[part] or {}).items()
+    }
+    for number, moments in content["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
+    floating = {
+        name: value for name, value in tensors.items() if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    if wrong := [name for name, value in floating.items() if not value.isfinite().all()]:
+        raise InputError(
+            f"{len(wrong)} tensors are not finite at step {content['step']} ({wrong[0]}): {path} is left as it was; "
+            "lower --optim.lr"
+        )
 
 
 def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[str]:
@@ -83,6 +107,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
     if state.ema is not None:
         load_strictly(state.ema.model, content["ema"], path)
     state.step, state.best = content["step"], content["best"]
+    state.bad_steps = content.get("bad_steps", 0)  # older checkpoints have none
     validation = config.to_dict()["data"]
     if state.best is not None and any(saved["data"].get(name) != validation[name] for name in ("val", "val_protocol")):
         state.best = None

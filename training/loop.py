@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -12,17 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eval.base.memory import peak_memory_gb
-from longclip_teacher.atomic_files import write_json
-from longclip_teacher.errors import InputError, reported_once
+from longclip_teacher.errors import reported_once
 from training.build import validation_teacher
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from training.data.loader import Batch, ShardLoader
 from training.data.mixing import mix
-from training.distill import MAX_LOG_SCALE, Distiller
+from training.distill import Distiller
 from training.distillation import Distillation
 from training.distributed import Runtime
 from training.ema import ModelEma
@@ -32,6 +30,7 @@ from training.record.run_log import RunLog
 from training.resume import RunInputs
 from training.settings.tree import TrainConfig
 from training.step import backward_step
+from training.update import Statistics, apply_update, count_bad_step
 
 __all__ = ["train"]
 
@@ -54,7 +53,7 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
     log = RunLog(config, runtime, step=state.step, total_steps=total_steps)
     how = "resuming" if checkpoint else "starting"
     log.say(f"{how} at step {state.step} of {total_steps}, {steps_per_epoch} steps an epoch -> {out_dir}")
-    meter = _Meter(run.global_batch_size, runtime.device)
+    meter, statistics = _Meter(run.global_batch_size, runtime.device), Statistics(distiller)
 
     try:
         batches: Iterator[Batch] = iter(())
@@ -76,9 +75,11 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
             rate = learning_rate(state.step, total_steps, config.optim)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate * group["lr_share"]
+            statistics.remember()
             losses = step(batch, precision=run.precision, accumulation=run.accumulation, scaler=state.scaler, key=key)
-            grad_norm = _apply(state, config)
-            _check_finite(losses, batch, state, out_dir, runtime)
+            grad_norm, is_good = apply_update(state, config, losses["loss"], statistics)
+            if not is_good:
+                count_bad_step(losses, grad_norm, batch, state, config, runtime)
             state.step += 1
 
             meter.add(batch)
@@ -137,38 +138,6 @@ def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
     device_ids = [runtime.device] if runtime.device.type == "cuda" else None
     # BatchNorm normalises with each rank's own statistics in training; the running ones are rank 0's everywhere
     return DistributedDataParallel(distiller, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
-def _apply(state: TrainState, config: TrainConfig) -> Tensor:
-    """Clip the gradient, step the optimiser, clamp the logit scale, move the average. Returns the gradient's norm
-    before clipping."""
-    state.scaler.unscale_(state.optimizer)
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    limit = config.optim.clip_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        state.distiller.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
-    if state.ema is not None:
-        state.ema.update(state.distiller.model, state.step)
-    return norm
-
-
-def _check_finite(losses: dict[str, Tensor], batch: Batch, state: TrainState, out_dir: Path, runtime: Runtime) -> None:
-    if math.isfinite(losses["loss"].item()):
-        return
-    out_dir.mkdir(parents=True, exist_ok=True)
-    report = out_dir / f"nonfinite_rank{runtime.rank}.json"
-    values = {name: str(value.item()) for name, value in losses.items()}
-    write_json(report, {"step": state.step, "losses": values, "keys": list(batch.keys)})
-    named = ", ".join(f"{name} {value}" for name, value in values.items())
-    raise InputError(
-        f"the loss is not finite at step {state.step} ({named}); batch of samples {batch.keys[0]} .. {batch.keys[-1]}, "
-        f"all {len(batch.keys)} keys in {report}; the last checkpoint is untouched: lower --optim.lr or use "
-        "--run.precision bf16"
-    )
 
 
 def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog) -> None:

@@ -245,8 +245,11 @@ class OptimOptions:
     """Learning rate at the end relative to the peak."""
     clip_grad_norm: float | None = 1.0
     """Largest norm of the gradient over all parameters; None does not clip."""
+    max_bad_steps: int = 0
+    """Steps that may have a loss or a gradient that is not finite before the run stops. Such a step changes nothing."""
 
     def __post_init__(self) -> None:
+        require(self.max_bad_steps >= 0, f"--optim.max_bad_steps must not be negative, got {self.max_bad_steps}")
         require(self.lr > 0, f"--optim.lr must be positive, got {self.lr}")
         require(self.ema is None or 0 < self.ema < 1, f"--optim.ema must lie between 0 and 1, got {self.ema}")
         require(0 < self.layer_decay <= 1, f"--optim.layer_decay must lie in 0..1, got {self.layer_decay}")
