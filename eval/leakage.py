@@ -38,8 +38,9 @@ class Options:
     """Training data as ShareGPT4V's JSON, instead of shards."""
     train_images: Path | None = None
     """Folder of the pictures that the JSON names. Without it, only names and captions are compared."""
-    skip_rows: int = 1000
-    """Rows at the start of the JSON that are not training data: the first 1000 are the sharegpt4v_1k benchmark."""
+    skip_rows: int | None = None
+    """Rows at the start of the JSON that are not training data. Unset: 1000 of ShareGPT4V's own file, whose first 1000
+    rows are the sharegpt4v_1k benchmark, and 0 of any other file."""
     protocol: str | None = None
     """Benchmark, as in eval/retrieval.py; `python eval/retrieval.py --protocol list` explains each."""
     root: Path | None = None
@@ -71,7 +72,7 @@ class Options:
             raise InputError("--protocol and --root go together: give the benchmark and the folder of its files")
         if self.train_images is not None and self.train_json is None:
             raise InputError("--train-images goes with --train-json: shards contain their pictures")
-        if min(self.num_workers, self.skip_rows, self.min_caption_length) < 0:
+        if min(self.num_workers, self.skip_rows or 0, self.min_caption_length) < 0:
             raise InputError("--num-workers, --skip-rows and --min-caption-length must be 0 or more")
         for path in (self.json, self.pairs_image):
             if path is not None and path.is_dir():
@@ -84,7 +85,8 @@ if __name__ == "__main__":
 from PIL import Image
 
 from eval.base.images import is_picture, open_image
-from eval.benchmarks.annotation_files import first_json_rows, inside_root, one_line
+from eval.benchmarks.annotation_files import inside_root
+from eval.benchmarks.conversations import conversation_rows, count_conversations, held_out_rows
 from eval.benchmarks.protocols import load_retrieval_set
 from eval.leaks.audit_parts import FileList, Part, Shard, hash_parts
 from eval.leaks.leakage_audit import FILES_PER_PART, LEAKS, SIGNS, Audit, load_benchmark
@@ -106,8 +108,11 @@ def run_audit(options: Options) -> Audit:
         total = len(parts)
     else:
         assert options.train_json is not None  # check() comes first
-        parts = sharegpt4v_parts(options.train_json, options.train_images, options.skip_rows)
-        total = -(-max(0, _count_sharegpt4v_rows(options.train_json) - options.skip_rows) // FILES_PER_PART)
+        if not options.train_json.is_file():
+            raise InputError(f"no annotation file at {options.train_json}")
+        skip_rows = held_out_rows(options.train_json) if options.skip_rows is None else options.skip_rows
+        parts = sharegpt4v_parts(options.train_json, options.train_images, skip_rows)
+        total = -(-max(0, count_conversations(options.train_json) - skip_rows) // FILES_PER_PART)
     if options.pictures is not None:
         name, files = str(options.pictures), picture_files(options.pictures)
     else:
@@ -152,26 +157,20 @@ def shard_parts(source: str) -> list[Shard]:
 
 
 def sharegpt4v_parts(path: Path, images: Path | None, skip_rows: int) -> Iterator[FileList]:
-    """Rows of a ShareGPT4V JSON from number `skip_rows` on, a thousand per part; `images` is the pictures' folder."""
+    """Rows of a ShareGPT4V JSON from number `skip_rows` on, a thousand per part; `images` is the pictures' folder.
+
+    A row without a picture is called by its number, and one without a caption has none to compare.
+    """
     if images is not None and not images.is_dir():
         raise InputError(f"no folder of training pictures at {images}")
-    rows = islice(enumerate(first_json_rows(path, sys.maxsize)), skip_rows, None)
+    rows = conversation_rows(path, skip_rows)
     while block := list(islice(rows, FILES_PER_PART)):
-        names, captions = [], []
-        for number, row in block:
-            try:
-                names.append(str(inside_root(Path(), row["image"], path)))
-                captions.append((one_line(row["conversations"][1]["value"]),))
-            except (KeyError, IndexError, TypeError):
-                raise InputError(f"{path}: row {number} lacks image or conversations[1].value") from None
-        paths = tuple(None if images is None else images / name for name in names)
-        yield FileList(tuple(names), paths, tuple(captions))
-
-
-def _count_sharegpt4v_rows(path: Path) -> int:
-    """Number of rows for the progress bar, counted in the raw bytes: that takes a second, parsing takes minutes."""
-    with path.open("rb") as file:
-        return sum(line.count(b'"conversations"') for line in iter(lambda: file.read(1 << 24), b""))
+        paths = [None if row.image is None or images is None else inside_root(images, row.image, path) for row in block]
+        yield FileList(
+            names=tuple(f"row {row.number}" if row.image is None else str(row.image) for row in block),
+            paths=tuple(paths),
+            captions=tuple((row.caption,) if row.caption else () for row in block),
+        )
 
 
 def pair_sheet(audit: Audit) -> Image.Image:

@@ -10,18 +10,18 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.progress import track
 
-from caption_sources import Pair, read_coco, read_folder, read_sharegpt4v, read_table
+from caption_sources import LeftOut, Pair, Row, Split, read_coco, read_folder, read_sharegpt4v, read_table
 from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
+from pair_selection import causes, check_missing, select
 
 
 @dataclass(kw_only=True)
@@ -49,7 +49,8 @@ class Output:
     workers: int = os.cpu_count() or 1
     """Worker processes. The shards do not depend on their number."""
     max_missing_share: float = 0.02
-    """Share of pictures that may be missing, broken or without a caption. OUT/missing.txt lists them."""
+    """Share of rows whose picture or caption may be missing or unreadable. They are counted by cause, and
+    OUT/missing.txt lists them."""
 
     def check(self) -> None:
         """Raise InputError for invalid numbers."""
@@ -63,16 +64,20 @@ class Output:
 
 @dataclass(kw_only=True)
 class ShareGPT4V(Output):
-    """ShareGPT4V's JSON and the folder that contains its pictures. The first sentence becomes the short caption."""
+    """ShareGPT4V's JSON, or any of conversations, and its folder of pictures. The first answer is the caption.
+
+    An answer is from gpt or assistant. Its first sentence becomes the short caption.
+    """
 
     json: Path
-    """share-captioner_coco_lcs_sam_1246k_1107.json, or any JSON with such rows (image, conversations)."""
+    """share-captioner_coco_lcs_sam_1246k_1107.json, or any JSON array of such rows (image, conversations)."""
     images: Path
     """Folder to which the rows' paths are relative."""
-    split: Literal["train", "test", "all"] = "train"
-    """Rows 0 to 999 are Long-CLIP's retrieval test; the rest is for training."""
+    split: Split = "auto"
+    """Rows: test is 0 to 999, Long-CLIP's retrieval test; train is the rest. auto is train for ShareGPT4V's own file,
+    known by its name or its million rows, and all for any other."""
 
-    def pairs(self) -> Iterator[Pair]:
+    def rows(self) -> Iterator[Row]:
         """Yield the rows of the split."""
         return read_sharegpt4v(self.json, self.images, self.split)
 
@@ -86,7 +91,7 @@ class Coco(Output):
     images: Path
     """Folder with the pictures, for example train2017."""
 
-    def pairs(self) -> Iterator[Pair]:
+    def rows(self) -> Iterator[Row]:
         """Yield the captioned pictures."""
         return read_coco(self.json, self.images)
 
@@ -98,31 +103,33 @@ class Folder(Output):
     images: Path
     """The folder."""
 
-    def pairs(self) -> Iterator[Pair]:
+    def rows(self) -> Iterator[Row]:
         """Yield the folder's pairs by path."""
         return read_folder(self.images)
 
 
 @dataclass(kw_only=True)
 class Tsv(Output):
-    """A tab-separated table without quoting: picture path, long caption, optional short caption. A header is
-    skipped."""
+    """A tab-separated table without quoting. Its header names the columns (filepath, caption, caption_short, ...).
+
+    Without a header they are picture path, long caption and optional short caption.
+    """
 
     file: Path
     """The table, UTF-8."""
     images: Path | None = None
     """Folder to which the paths are relative. Default: the table's own."""
 
-    def pairs(self) -> Iterator[Pair]:
+    def rows(self) -> Iterator[Row]:
         """Yield the table's rows."""
         return read_table(self.file, self.images or self.file.parent, "\t")
 
 
 @dataclass(kw_only=True)
 class Csv(Tsv):
-    """A comma-separated table: picture path, long caption, optional short caption. A header is skipped."""
+    """A comma-separated table. Its header names the columns, as for tsv."""
 
-    def pairs(self) -> Iterator[Pair]:
+    def rows(self) -> Iterator[Row]:
         """Yield the table's rows."""
         return read_table(self.file, self.images or self.file.parent, ",")
 
@@ -155,9 +162,8 @@ Command = (
 if __name__ == "__main__":
     answer_early(Command, __doc__)  # --help and refused options end here: the imports below take seconds
 
-from eval.base.images import IMAGE_SUFFIXES
 from longclip_teacher.atomic_files import remove_leftovers
-from packed_pictures import NO_CAPTION, NO_FILE, LeftOut, causes, left_out, picture_bytes
+from packed_pictures import left_out, picture_bytes
 from training.data.index import ShardRecord, expand_patterns, read_manifest
 from training.data.writer import caption_member, index_shard, write_manifest, write_shard
 
@@ -172,39 +178,6 @@ class ShardJob:
     pairs: list[Pair]
     resize: int | None
     inputs: str  # hash of everything that decides the shard's bytes
-
-
-def select(args: Output, pairs: Iterable[Pair]) -> list[Pair]:
-    """Return the pairs that the patterns and the limit leave, in the source's order."""
-    chosen: list[Pair] = []
-    for pair in pairs:
-        if args.include and not any(fnmatchcase(pair.name, pattern) for pattern in args.include):
-            continue
-        if any(fnmatchcase(pair.name, pattern) for pattern in args.exclude):
-            continue
-        if pair.path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise InputError(f"{pair.name!r} is not a picture's file name: correct the source or --exclude it")
-        chosen.append(pair)
-        if len(chosen) == args.limit:
-            break
-    if not chosen:
-        raise InputError("no pictures are left: check the source, --include and --exclude")
-    return chosen
-
-
-def check_missing(args: Output, num_pictures: int, missing: Sequence[LeftOut]) -> None:
-    """List the pictures left out in OUT/missing.txt. Raise InputError if they exceed --max-missing-share."""
-    listing = args.out / "missing.txt"
-    if not missing:
-        listing.unlink(missing_ok=True)
-        return
-    listing.write_text("\n".join(sorted(entry.name for entry in missing)) + "\n", encoding="utf-8")
-    if len(missing) > args.max_missing_share * num_pictures:
-        raise InputError(
-            f"{len(missing)} of {num_pictures} pictures are missing, broken or without a caption ({causes(missing)}), "
-            f"more than --max-missing-share {args.max_missing_share:g}: see {listing} "
-            f"(the first: {missing[0].name}, {missing[0].cause})"
-        )
 
 
 def fingerprint(pairs: Sequence[Pair], resize: int | None) -> str:
@@ -310,16 +283,13 @@ def write_val(args: Output, pairs: Sequence[Pair]) -> list[LeftOut]:
     return missing
 
 
-def make_shards(args: Output, pairs: Iterator[Pair]) -> None:
+def make_shards(args: Output, rows: Iterator[Row]) -> None:
     """Select, check, write the missing shards, then write the manifest."""
-    chosen = select(args, progress(pairs, "reading captions"))
+    present, missing = select(progress(rows, "reading captions"), args.include, args.exclude, args.limit)
+    num_rows, listing = len(present) + len(missing), args.out / "missing.txt"
     args.out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(args.out, f"{args.name}-*.tar")
-    missing = [LeftOut(pair.name, NO_FILE) for pair in chosen if not pair.path.is_file()]
-    missing += [LeftOut(pair.name, NO_CAPTION) for pair in chosen if pair.path.is_file() and not pair.caption_long]
-    check_missing(args, len(chosen), missing)
-    absent = {entry.name for entry in missing}
-    present = [pair for pair in chosen if pair.name not in absent]
+    check_missing(listing, num_rows, missing, args.max_missing_share)
     is_val = [zlib.crc32(pair.name.encode()) / 2**32 < args.val_share for pair in present]
     train = [pair for pair, val in zip(present, is_val, strict=True) if not val]
     val = [pair for pair, val in zip(present, is_val, strict=True) if val]
@@ -345,16 +315,16 @@ def make_shards(args: Output, pairs: Iterator[Pair]) -> None:
         missing += write_val(args, val)
     ordered = [records[job.path] for job in jobs if job.path in records]
     if not ordered:
-        check_missing(replace(args, max_missing_share=0), len(chosen), missing)
+        check_missing(listing, num_rows, missing, max_share=0)
     settings = {"resize": args.resize, "shard_size": args.shard_size, "num_val": len(val), "num_missing": len(missing)}
     write_manifest(args.out, ordered, settings)
     for job in jobs:
         record_path(job.path).unlink(missing_ok=True)
-    check_missing(args, len(chosen), missing)
+    check_missing(listing, num_rows, missing, args.max_missing_share)
     print(
         f"{args.out}: {sum(len(record.keys) for record in ordered)} samples in {len(ordered)} shards ({num_kept} kept)"
         + (f", {len(val)} validation pairs in {args.out / 'val'}" if val else "")
-        + (f", {len(missing)} pictures left out ({causes(missing)}; {args.out / 'missing.txt'})" if missing else "")
+        + (f", {len(missing)} pictures left out ({causes(missing)}; {listing})" if missing else "")
     )
 
 
@@ -378,7 +348,7 @@ def main() -> None:
     if isinstance(args, Index):
         write_index(args)
     else:
-        make_shards(args, args.pairs())
+        make_shards(args, args.rows())
 
 
 if __name__ == "__main__":

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
+from caption_sources import LeftOut
 from eval.base.images import open_image
 from longclip_teacher.errors import InputError
 from training.data.index import MAX_IMAGE_BYTES, MAX_TRAINING_PIXELS
 
-__all__ = ["NO_CAPTION", "NO_FILE", "LeftOut", "causes", "left_out", "picture_bytes"]
+__all__ = ["left_out", "picture_bytes"]
 
-NO_FILE, NO_CAPTION = "no file", "no caption"
 _JPEG_QUALITY = 95
-
-
-class LeftOut(NamedTuple):
-    """A picture that no shard holds."""
-
-    name: str
-    """Its path as the source writes it."""
-    cause: str
 
 
 def picture_bytes(path: Path, resize: int | None) -> tuple[str, bytes]:
@@ -53,9 +42,3 @@ def picture_bytes(path: Path, resize: int | None) -> tuple[str, bytes]:
 def left_out(name: str, path: Path, error: InputError) -> LeftOut:
     """Return the entry of a picture that `picture_bytes` refused: the message without the path and the details."""
     return LeftOut(name, str(error).removeprefix(f"{path}: ").partition(" (")[0])
-
-
-def causes(missing: Iterable[LeftOut]) -> str:
-    """Return how many pictures each cause took, the most frequent first: `3 no file, 1 not a picture`."""
-    counts = Counter(entry.cause for entry in missing)
-    return ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items(), key=lambda item: (-item[1], item)))

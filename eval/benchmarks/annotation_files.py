@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from eval.base.foreign_text import HALVES, whole_characters
 from longclip_teacher.errors import InputError
 
 __all__ = [
@@ -33,27 +34,34 @@ _CHUNK = 1 << 20  # characters read at a time
 
 
 def inside_root(root: Path, name: object, source: Path) -> Path:
-    """Return root / name, where `name` comes from the file `source` and must not lead out of the root."""
+    """Return root / name, where `name` comes from the file `source` and must not lead out of the root.
+
+    An absolute path below the root is accepted.
+    """
     if not isinstance(name, str) or not name or "\0" in name:
         raise InputError(f"{source} contains an invalid file name: {name!r}")
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise InputError(f"{source} names a file outside the root, which is refused: {name}")
-    return root / name
+    path = PurePosixPath(name)
+    if path.is_absolute():
+        above = [folder for folder in (root, root.absolute(), root.resolve()) if path.is_relative_to(folder)]
+        path = path.relative_to(above[0]) if above else path
+    if path.is_absolute() or ".." in path.parts:
+        raise InputError(f"{source} names a file outside the root {root}, which is refused: {name}")
+    return root / path
 
 
 def one_line(caption: object) -> str:
-    """Return the caption with line breaks as spaces. Raise TypeError if it is not text."""
+    """Return the caption with line breaks as spaces and half emojis as U+FFFD. Raise TypeError if it is not text."""
     if not isinstance(caption, str):
         raise TypeError(f"a caption is {type(caption).__name__}, not text")
-    return caption.replace("\n", " ").strip()
+    return whole_characters(caption).replace("\n", " ").strip()
 
 
 def read_text(path: Path) -> str:
-    """Read a small UTF-8 file."""
+    """Read a small UTF-8 file. Half an emoji becomes U+FFFD."""
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise InputError(f"{path} is larger than {MAX_TEXT_BYTES} bytes, too large for captions or names")
-        return path.read_text(encoding="utf-8-sig")
+        return whole_characters(path.read_text(encoding="utf-8-sig", errors=HALVES))
     except FileNotFoundError:
         raise InputError(f"no file at {path}") from None
     except UnicodeDecodeError as error:
@@ -69,7 +77,7 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise InputError(f"{path} is larger than {MAX_JSON_BYTES} bytes, too large for an annotation file")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig", errors=HALVES))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error})") from None
 
@@ -80,7 +88,7 @@ def first_json_rows(path: Path, count: int) -> Iterator[Any]:
     if not path.is_file():
         raise InputError(f"no annotation file at {path}")
     decoder = json.JSONDecoder()
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors=HALVES) as file:
         try:
             text = file.read(_CHUNK).lstrip()
             if not text.startswith("["):
@@ -106,10 +114,10 @@ def first_json_rows(path: Path, count: int) -> Iterator[Any]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the non-empty lines of a UTF-8 file, numbered from 1, without their ends."""
+    """Yield the non-empty lines of a UTF-8 file, numbered from 1, without their ends. Half an emoji becomes U+FFFD."""
     if not path.is_file():
         raise InputError(f"no annotation file at {path}")
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding="utf-8-sig", errors=HALVES) as file:
         number = 0
         try:
             while line := file.readline(MAX_ROW_CHARACTERS):
@@ -117,7 +125,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 if len(line) == MAX_ROW_CHARACTERS:
                     raise InputError(f"{path}: line {number} is longer than {MAX_ROW_CHARACTERS} characters")
                 if line.strip():
-                    yield number, line.rstrip("\n")
+                    yield number, whole_characters(line.rstrip("\n"))
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not UTF-8 text (after line {number}, byte {error.start})") from None
 
@@ -140,7 +148,7 @@ def tab_separated_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise InputError(f"no annotation file at {path}")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", errors=HALVES, newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
             for row in reader:
                 yield reader.line_num, row

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from eval.base.images import is_picture
 from eval.benchmarks.annotation_files import (
-    first_json_rows,
     inside_root,
     json_lines,
     one_line,
@@ -21,10 +20,10 @@ from eval.benchmarks.annotation_files import (
     read_text,
     tab_separated_rows,
 )
+from eval.benchmarks.conversations import SHAREGPT4V_JSON, SHAREGPT4V_TEST_ROWS, conversation_rows
 from longclip_teacher.errors import InputError
 
 __all__ = [
-    "SHAREGPT4V_JSON",
     "Pairs",
     "read_coco_karpathy_test",
     "read_coco_val2017",
@@ -39,8 +38,6 @@ __all__ = [
     "read_urban1k",
 ]
 
-SHAREGPT4V_JSON = "share-captioner_coco_lcs_sam_1246k_1107.json"
-SHAREGPT4V_TEST_ROWS = 1000
 CAPTIONS_PER_IMAGE = 5  # in COCO and Flickr30k; nobody uses the few further ones in COCO
 FLICKR30K_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
 # The folders of each part of ImageInWords' pictures; the first that exists is used.
@@ -59,15 +56,13 @@ Pairs = list[tuple[Path, list[str]]]  # each picture with its captions
 
 
 def read_sharegpt4v_test(root: Path, annotations: Path | None) -> Pairs:
-    """Return the first 1000 rows of ShareGPT4V's array: `image` and the answer, `conversations[1].value`."""
+    """Return the first 1000 rows of ShareGPT4V's array: `image` and the first answer of the conversation."""
     path = annotations or _sharegpt4v_json(root)
     pairs: Pairs = []
-    for number, row in enumerate(first_json_rows(path, SHAREGPT4V_TEST_ROWS)):
-        try:
-            image, caption = row["image"], one_line(row["conversations"][1]["value"])
-        except (KeyError, IndexError, TypeError):
-            raise InputError(f"{path}: row {number} is not a ShareGPT4V row (image, conversations[1].value)") from None
-        pairs.append((inside_root(root, image, path), [caption]))
+    for row in conversation_rows(path, stop=SHAREGPT4V_TEST_ROWS):
+        if row.image is None or not row.caption:
+            raise InputError(f"{path}: row {row.number} is not a ShareGPT4V row (image, conversations with an answer)")
+        pairs.append((inside_root(root, row.image, path), [row.caption]))
     return pairs
 
 

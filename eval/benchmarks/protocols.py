@@ -14,6 +14,7 @@ from pathlib import Path
 
 from eval.benchmarks import protocol_readers as readers
 from eval.benchmarks.checksums import pairing_sha256
+from eval.benchmarks.conversations import SHAREGPT4V_JSON
 from eval.towers.features import MAX_UNREADABLE_SHARE
 from longclip_teacher.errors import InputError
 
@@ -175,8 +176,7 @@ PROTOCOLS: dict[str, Protocol] = {
             one_to_many=ONE_TO_ONE,
             compare="Not comparable with tests of other rows, such as LoTLIP's 10k, nor for a model that "
             "trained on all rows.",
-            files=f"{readers.SHAREGPT4V_JSON} (or the only .json there, or --annotations FILE) and the pictures that "
-            "it names",
+            files=f"{SHAREGPT4V_JSON} (or the only .json there, or --annotations FILE) and the pictures that it names",
             read=readers.read_sharegpt4v_test,
             num_images=1000,
             num_captions=1000,

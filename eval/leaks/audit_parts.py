@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from eval.base.foreign_text import HALVES, whole_characters
 from eval.base.images import IMAGE_SUFFIXES, open_image
 from eval.benchmarks.shard_samples import MAX_MEMBER_BYTES, shard_samples
 from eval.leaks.picture_hashes import THUMBNAIL_SIZE, hash_picture
@@ -275,7 +276,7 @@ def _member_captions(members: dict[str, bytes]) -> tuple[tuple[str, ...], str | 
     for suffix, content in members.items():
         try:
             if suffix == ".txt":
-                captions.append(content.decode("utf-8-sig"))
+                captions.append(whole_characters(content.decode("utf-8-sig", HALVES)))
             elif suffix.endswith(".json"):
                 captions += _json_captions(json.loads(content))
         except (ValueError, RecursionError):
@@ -286,7 +287,7 @@ def _member_captions(members: dict[str, bytes]) -> tuple[tuple[str, ...], str | 
 def _json_captions(content: Any) -> list[str]:
     found = [content.get(key) for key in CAPTION_KEYS] if isinstance(content, dict) else []
     texts = [text for value in found for text in (value if isinstance(value, list) else [value])]
-    return [text for text in texts if isinstance(text, str)]
+    return [whole_characters(text) for text in texts if isinstance(text, str)]
 
 
 def _save(path: Path, hashed: HashedPart) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from eval.benchmarks.conversations import SHAREGPT4V_JSON
 from eval.leakage import Options, main, pair_sheet, run_audit
 from eval.leaks import audit_parts, picture_hashes
 from eval.leaks.audit_parts import FileList, HashedPart, Shard, hash_parts, normalized
@@ -206,7 +207,7 @@ def test_sharegpt4v_rows_from_the_thousandth_on_are_the_training_data(benchmark_
     for number in (6, 7):
         rows[1000 + number] = rows[5] | {"image": f"coco/{number}.jpg"}
     rows[1009]["conversations"][1]["value"] = caption_of(9).lower()
-    source = tmp_path / "rows.json"
+    source = tmp_path / SHAREGPT4V_JSON
     source.write_text(json.dumps(rows))
     options = Options(train_json=source, train_images=tmp_path / "images", protocol="folder", root=benchmark_root)
     found = run_audit(options)
@@ -217,6 +218,20 @@ def test_sharegpt4v_rows_from_the_thousandth_on_are_the_training_data(benchmark_
     found = run_audit(options)
     assert found.num_samples == 1010 and found.num_problems == found.num_pictures == 0
     assert pairs(found, "caption") == {(5, "5"), (6, "5"), (7, "5"), (9, "9")}  # of the second part, too
+    own = Options(train_json=source.rename(tmp_path / "own.json"), protocol="folder", root=benchmark_root)
+    assert run_audit(own).num_samples == 1010  # only ShareGPT4V's own file begins with a test
+
+
+def test_rows_without_picture_or_caption_do_not_stop_the_audit(benchmark_root, tmp_path):
+    answer = [
+        {"from": "system", "value": "x"},
+        {"from": "human", "value": "y"},
+        {"from": "gpt", "value": caption_of(5)},
+    ]
+    rows = [{"conversations": answer}, {"image": "a.jpg"}, {"image": "b.jpg", "conversations": answer}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = run_audit(Options(train_json=tmp_path / "rows.json", protocol="folder", root=benchmark_root))
+    assert found.num_samples == 3 and [match.sample for match in found.matches["caption"]] == [0, 2]
 
 
 def test_a_damaged_picture_is_named_and_its_bytes_and_captions_still_count(benchmark_root, benchmark_scenes, tmp_path):

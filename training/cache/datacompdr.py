@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.base.foreign_text import HALVES, whole_characters
 from longclip_teacher.errors import InputError
 from training.cache.datacompdr_arrays import stored_arrays, two_dimensional
 from training.data.index import RawSample, ShardIndex, is_remote
@@ -186,7 +187,7 @@ def _ground_truth(raw: RawSample, arrays: Mapping[str, np.ndarray]) -> tuple[lis
     if not len(rows):
         raise BadSample("text_emb is empty")
     try:
-        text = (raw.txt or b"").decode("utf-8").strip()
+        text = whole_characters((raw.txt or b"").decode("utf-8", HALVES)).strip()
     except UnicodeDecodeError:
         raise BadSample("txt is not UTF-8") from None
     return [text] if text else [], rows
@@ -195,7 +196,7 @@ def _ground_truth(raw: RawSample, arrays: Mapping[str, np.ndarray]) -> tuple[lis
 def _texts(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise BadSample("syn.json holds no lists of captions")
-    return value
+    return [whole_characters(text) for text in value]
 
 
 def _object(raw: RawSample, name: str) -> dict[str, Any]:

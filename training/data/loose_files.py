@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from eval.base.images import is_picture
-from eval.benchmarks.annotation_files import first_json_rows, one_line, read_json
-from eval.benchmarks.protocol_readers import SHAREGPT4V_TEST_ROWS
+from eval.benchmarks.annotation_files import one_line, read_json
+from eval.benchmarks.conversations import conversation_rows, held_out_rows
+from eval.benchmarks.table_columns import is_header, read_header
 from longclip_teacher.errors import InputError
 from training.data.index import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Contents, OpenFiles, RawSample
 
 __all__ = ["CaptionFiles", "PictureFolder"]
 
+_LOGGER = logging.getLogger(__name__)
 _CHUNK = 1 << 24  # bytes of a caption file scanned at a time
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -69,11 +71,11 @@ class PictureFolder:
 class CaptionFiles:
     """The captions of files, in the order of the files; samples without pictures, each with one long caption.
 
-    .txt             one caption per line
-    .tsv             Conceptual Captions: the caption is the part of a line before its first tab
-    .json            COCO captions, {"annotations": [{"caption": ...}]}; or ShareGPT4V's array of rows, without the
-    first
-    1000, which are Long-CLIP's test
+    .txt     one caption per line
+    .tsv     the column of captions that a header names (caption, title, text, ...), or the first column where there is
+             no header (Conceptual Captions)
+    .json    COCO captions, {"annotations": [{"caption": ...}]}; or an array of conversations as ShareGPT4V's, whose
+             first answer is the caption. Rows 0 to 999 of ShareGPT4V's own file are a test and are left out.
 
     Empty lines are skipped. For .txt and .tsv only the offsets of lines are kept; lines are read on demand.
     """
@@ -127,11 +129,11 @@ class _Texts:
 
 
 class _Lines:
-    """The non-empty lines of a file, or the part of each before the first `delimiter`."""
+    """The non-empty lines of a file, or one tab-separated column of them, from the line `start` on."""
 
-    def __init__(self, path: Path, delimiter: bytes | None = None) -> None:
-        self._files, self._delimiter = OpenFiles([path]), delimiter
-        self._spans = _line_spans(path)  # int64 [N, 2]: offset and size
+    def __init__(self, path: Path, column: int | None = None, start: int = 0) -> None:
+        self._files, self._column = OpenFiles([path]), column
+        self._spans = _line_spans(path)[start:]  # int64 [N, 2]: offset and size
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -141,7 +143,10 @@ class _Lines:
         if size > MAX_TEXT_BYTES:
             return None
         line = self._files.read(0, offset, size)
-        return line if self._delimiter is None else line.partition(self._delimiter)[0]
+        if self._column is None:
+            return line
+        cells = line.split(b"\t", self._column + 1)
+        return cells[self._column] if self._column < len(cells) else b""
 
     def sha256(self) -> str:
         """Return a hash of the places of the lines, without reading their text."""
@@ -172,39 +177,58 @@ def _source(path: Path) -> _Texts | _Lines:
         if path.suffix == ".txt":
             return _Lines(path)
         if path.suffix == ".tsv":
-            return _first_column(path)
+            return _caption_column(path)
         if path.suffix == ".json":
-            return _Texts(text.encode("utf-8", "surrogatepass") for text in _json_captions(path))
+            return _Texts(text.encode() for text in _json_captions(path))
     except OSError as error:
         raise InputError(f"--data.captions {path} cannot be read ({error.strerror})") from None
     raise InputError(
         f"--data.captions {path}: give COCO captions or ShareGPT4V (.json), Conceptual Captions (.tsv) or one caption "
-        "line (.txt)"
+        "per line (.txt)"
     )
 
 
-def _first_column(path: Path) -> _Lines:
-    lines = _Lines(path, delimiter=b"\t")
-    first = (lines[0] or b"") if len(lines) else b""
-    if is_picture(Path(first.decode("utf-8", "replace"))):
+def _caption_column(path: Path) -> _Lines:
+    lines = _Lines(path)
+    first = ((lines[0] or b"") if len(lines) else b"").decode("utf-8", "replace").split("\t")
+    if is_header(first):
+        columns = read_header(first, path, needs_picture=False)
+        _LOGGER.info("--data.captions %s: %s", path, columns.told)
+        return _Lines(path, columns.caption, start=1)
+    if is_picture(Path(first[0])):
         raise InputError(f"--data.captions {path}: the first column holds picture names; it must hold the captions")
-    return lines
+    return _Lines(path, column=0)
 
 
 def _json_captions(path: Path) -> Iterator[str]:
+    """Yield the captions of the file's rows, then log how many rows have none. Raise InputError if all have none."""
     with path.open("rb") as file:
         is_array = file.read(1024).removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"[")
-    try:
-        if is_array:
-            rows = islice(first_json_rows(path, sys.maxsize), SHAREGPT4V_TEST_ROWS, None)
-            yield from (one_line(row["conversations"][1]["value"]) for row in rows)
+    if is_array:
+        if held_out := held_out_rows(path):
+            _LOGGER.info("--data.captions %s: rows 0 to %d are left out, the test sharegpt4v_1k", path, held_out - 1)
+        captions: Iterable[str] = (row.caption for row in conversation_rows(path, held_out))
+    else:
+        captions = _coco_captions(read_json(path))
+    num_rows, num_empty = 0, 0
+    for num_rows, caption in enumerate(captions, start=1):  # noqa: B007 -- used below
+        if caption:
+            yield caption
         else:
-            yield from (one_line(row["caption"]) for row in read_json(path)["annotations"])
-    except (KeyError, IndexError, TypeError):
+            num_empty += 1
+    if num_empty == num_rows:
         raise InputError(
-            f"--data.captions {path}: neither COCO captions (annotations: caption) nor an array of ShareGPT4V's rows "
-            "(conversations[1].value)"
-        ) from None
+            f"--data.captions {path}: no caption in it; it is neither COCO captions (annotations: caption) nor an "
+            "array of conversations (image, conversations) with answers"
+        )
+    if num_empty:
+        _LOGGER.info("--data.captions %s: %d of %d rows have no caption and are left out", path, num_empty, num_rows)
+
+
+def _coco_captions(content: Any) -> list[str]:
+    rows = content.get("annotations") if isinstance(content, dict) else None
+    captions = [row.get("caption") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [one_line(caption) if isinstance(caption, str) else "" for caption in captions]
 
 
 def _matches(pattern: str) -> list[Path]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.base.foreign_text import HALVES, whole_characters
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, first_sentence, trim
 from training.data.index import RawSample, Stage
@@ -177,7 +178,7 @@ def read_captions(raw: RawSample) -> tuple[list[str], list[str]]:
         long = _texts(data.get("caption_long")) or _texts(data.get("caption"))
     if not long and raw.txt is not None:
         try:
-            long = _texts(raw.txt.decode("utf-8"))
+            long = _texts(raw.txt.decode("utf-8", HALVES))
         except UnicodeDecodeError:
             raise BadSample("txt is not UTF-8") from None
     if not long and not short:
@@ -186,11 +187,14 @@ def read_captions(raw: RawSample) -> tuple[list[str], list[str]]:
 
 
 def _texts(value: Any) -> list[str]:
-    """Return the non-empty captions in a json value that should be a string or a list of strings."""
+    """Return the non-empty captions in a json value that should be a string or a list of strings.
+
+    Half an emoji becomes U+FFFD.
+    """
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) for text in values):
         raise BadSample("caption is not text")
-    return [text.strip() for text in values if text.strip()]
+    return [whole_characters(text).strip() for text in values if text.strip()]
 
 
 def collate(

@@ -15,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.benchmarks.conversations import SHAREGPT4V_JSON
 from longclip_teacher.errors import InputError
 from shard_files import TOKENIZER, keys_of, loader
 from training.data.index import RawSample, ShardIndex
 from training.data.loader import ShardLoader
 from training.data.loose_files import CaptionFiles, PictureFolder
+from training.data.samples import read_captions
 from training.data.store import StoredDraw, TeacherInfo
 from training.data.transforms import Augmentation, ViewSpec
 from training.data.writer import caption_member, write_manifest, write_shard
@@ -237,15 +239,46 @@ def test_every_layout_gives_its_captions(tmp_path: Path) -> None:
     (tmp_path / "cc.tsv").write_text('a red car\thttp://x/1.jpg\nno url\n\ttwo\nthe "end"\thttp://x\textra\n')
     annotations = [{"image_id": i, "id": i, "caption": f"caption {i}\nof COCO"} for i in range(3)]
     (tmp_path / "coco.json").write_text(json.dumps({"info": {}, "images": [], "annotations": annotations}))
-    (tmp_path / "share.json").write_text("\ufeff " + json.dumps([sharegpt4v(i) for i in range(1002)]), encoding="utf-8")
+    (tmp_path / SHAREGPT4V_JSON).write_text(
+        "\ufeff " + json.dumps([sharegpt4v(i) for i in range(1002)]), encoding="utf-8"
+    )
     (tmp_path / "more.txt").write_text("the last")
-    files = CaptionFiles([str(tmp_path / "c*.*"), str(tmp_path / "share.json"), *[str(tmp_path / "more.txt")] * 2])
+    files = CaptionFiles([str(tmp_path / "c*.*"), str(tmp_path / SHAREGPT4V_JSON), *[str(tmp_path / "more.txt")] * 2])
     files = pickle.loads(pickle.dumps(files))  # noqa: S301
     table = ["a red car", "no url", "", 'the "end"']
     coco = [f"caption {i} of COCO" for i in range(3)]
     assert texts_of(files) == [*table, *coco, "Row 1000. More.", "Row 1001. More.", "the last"]
     assert [files.read(i).key for i in (0, 3, 4, 9)] == ["cc.tsv:0", "cc.tsv:3", "coco.json:0", "more.txt:0"]
     assert files.shard_sizes.tolist() == [10] == [files.num_samples]
+
+
+def test_rows_are_read_one_by_one_and_those_without_caption_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    answers: list[Any] = ["one", [{"type": "text", "text": "two"}], None, "half \ud83d"]
+    rows = [{"conversations": [*turns, {"role": "Assistant", "content": answer}]} for answer in answers]
+    (tmp_path / "own.json").write_text(json.dumps([*rows, 7, {"messages": rows[0]["conversations"]}]))
+    annotations = [{"caption": "three"}, {"caption": None}, {"id": 1}, {"caption": "\ude00 four"}]
+    (tmp_path / "coco.json").write_text(json.dumps({"annotations": annotations}))
+    (tmp_path / "cc.tsv").write_text("url\tTitle\nhttp://x\tfive\nhttp://y\n")
+    (tmp_path / "cut.txt").write_bytes("half \ud83d".encode("utf-8", "surrogatepass"))
+    with caplog.at_level("INFO"):
+        files = CaptionFiles([str(tmp_path / name) for name in ("own.json", "coco.json", "cc.tsv", "cut.txt")])
+    captions = [read_captions(files.read(index))[0] for index in range(7)]
+    assert captions == [["one"], ["two"], ["half \ufffd"], ["one"], ["three"], ["\ufffd four"], ["five"]]
+    assert files.read(7).txt == b"" and read_captions(files.read(8))[0] == ["half \ufffd"]
+    told = [message.partition(": ")[2] for message in caplog.messages]
+    assert told == [
+        "2 of 6 rows have no caption and are left out",
+        "2 of 4 rows have no caption and are left out",
+        "columns used: Title; ignored: url",
+    ]
+
+
+def test_half_an_emoji_in_a_shards_captions_is_replaced() -> None:
+    members = RawSample("0", None, json.dumps({"caption_long": "a \ud83d", "caption_short": ["\ude00"]}).encode(), None)
+    assert read_captions(members) == (["a \ufffd"], ["\ufffd"])
 
 
 def test_lines_become_long_captions_and_their_first_sentences(tmp_path: Path) -> None:
@@ -302,7 +335,7 @@ def test_many_lines_cost_a_few_bytes_each(tmp_path: Path) -> None:
         ("a.json", b'{"annotations": [{"caption": 7}]}', "neither COCO captions"),
         ("a.json", b'{"annotations": 7}', "neither COCO captions"),
         ("a.json", b'"text"', "neither COCO captions"),
-        ("a.json", b"[1]", "no caption in it"),  # the first 1000 of ShareGPT4V's rows are the test
+        ("a.json", b"[1]", "no caption in it"),
         ("a.json", b"[%s]" % b", ".join([b"7"] * 1001), "neither COCO captions"),
         ("a.json", b"[%s" % (b"[" * 100_000), "not valid JSON"),
     ],
