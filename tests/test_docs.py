@@ -20,7 +20,7 @@ from training.settings.tree import parse_config
 ROOT = Path(__file__).resolve().parent.parent
 MOST_README_WORDS = 1300
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS = [*GUIDES, ROOT / "CONTRIBUTING.md"]
+DOCUMENTS = [*GUIDES, *(ROOT / name for name in ("CONTRIBUTING.md", "EXPERIMENTS.md"))]
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -67,11 +67,20 @@ def test_the_guide_has_the_table_of_losses() -> None:
 # --- links and paths -------------------------------------------------------------------------------------------------
 
 
+def leads_somewhere(document: Path, link: str) -> bool:
+    """Whether a relative link's file exists, and has the heading that the link names after a #."""
+    name, _, heading = link.partition("#")
+    target = document.parent / name if name else document
+    if not (target.exists() and heading):
+        return target.exists()
+    headings = re.findall(r"^#+ (.*)$", text_of(target), re.MULTILINE)
+    return heading in {re.sub(r"[^\w -]", "", found.lower()).replace(" ", "-") for found in headings}
+
+
 def broken_references(document: Path, folders: set[str]) -> list[str]:
     """Relative links, and paths in backticks that begin with one of `folders`, that lead nowhere."""
     prose = _CODE_BLOCK.sub("", text_of(document))
-    links = [link.split("#")[0] for link in _LINK.findall(prose) if "://" not in link]
-    broken = [link for link in links if link and not (document.parent / link).exists()]
+    broken = [link for link in _LINK.findall(prose) if "://" not in link and not leads_somewhere(document, link)]
     for words in _INLINE_CODE.findall(prose):
         for word in words.split():
             path = word.strip("'\",;()").split("::")[0]
@@ -91,11 +100,13 @@ def test_links_and_paths_exist(document: Path, tracked_files: list[Path]) -> Non
 def test_a_broken_link_and_a_wrong_path_are_found(tmp_path: Path) -> None:
     document = tmp_path / "a.md"
     document.write_text(
-        "[here](a.md) [gone](b.md#part) [web](https://example.org/c.md) `training/main.py --run.seed 1` "
-        "`data/no.json`\n"
+        "# A heading, here\n[heading](#a-heading-here) [other](a.md#no-heading) [here](a.md) [gone](b.md#part)\n"
+        "[web](https://example.org/c.md) `training/main.py --run.seed 1` `data/no.json`\n"
         "<!-- [later](d.md) --> `python training/gone.py` `tests/gone.py::test_a`\n"
     )
-    assert broken_references(document, {"training", "tests"}) == ["b.md", "training/gone.py", "tests/gone.py"]
+    assert broken_references(document, {"training", "tests"}) == [
+        "a.md#no-heading", "b.md#part", "training/gone.py", "tests/gone.py",
+    ]  # fmt: skip
 
 
 # --- the README ------------------------------------------------------------------------------------------------------
