@@ -1,6 +1,7 @@
 """Samples of webdataset tars from untrusted sources: plain files only, read within bounds, never extracted.
 
 A sample is a run of neighbouring members whose paths agree up to the first dot of the file name: `KEY.jpg`, `KEY.json`.
+Tars joined end to end are read as one.
 """
 
 from __future__ import annotations
@@ -9,15 +10,31 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from webdataset.tariterators import base_plus_ext, group_by_keys
+from webdataset.tariterators import base_plus_ext
 
+from eval.base.images import IMAGE_SUFFIXES
+from eval.base.tar_headers import BoundedTar
 from longclip_teacher.errors import InputError
 
 __all__ = ["TarMember", "TarSample", "streamed_tar_samples", "tar_samples"]
 
-_END_MARK = bytes(tarfile.BLOCKSIZE)
+_SAME_KIND = {"jpeg": "jpg", "tif": "tiff"}
+# The first bytes of what is served or copied in place of a tar
+_FOREIGN = {
+    b"\x1f\x8b": "compressed (gzip): decompress it with gunzip",
+    b"\xfd7zXZ\0": "compressed (xz): decompress it with unxz",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd): decompress it with unzstd",
+    b"BZh": "compressed (bzip2): decompress it with bunzip2",
+    b"\x04\x22\x4d\x18": "compressed (lz4): decompress it with unlz4",
+    b"PK\x03\x04": "a zip archive: unpack it and make a tar of its files",
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file itself with git lfs pull",
+    b"<": "a web page: fetch the file itself",
+}
+_MAX_EMPTY_READS = 100
+_MOST_SHOWN = 100  # characters of a member's name in a message
+_HEAD_BYTES = max(map(len, _FOREIGN))
 
 
 class TarMember(NamedTuple):
@@ -37,14 +54,25 @@ def tar_samples(path: Path, most_bytes: Callable[[str], int]) -> Iterator[TarSam
     """Yield the samples of a local tar. `most_bytes` of a suffix is the size up to which such members are read, -1 for
     none.
 
-    Raise InputError naming a tar that is missing, foreign, broken or cut short.
+    Raise InputError naming a tar that is missing, foreign, compressed, broken, cut short or no plain file, and one
+    whose names make no samples.
     """
+    if path.exists() and not path.is_file():  # to open a pipe could wait for ever
+        raise InputError(f"{path} is not a plain file: give a tar")
+    head = b""
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            yield from _samples(tar, most_bytes, lambda offset: _block(file, offset))
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+            file.seek(0)
+            with BoundedTar.open(fileobj=file, mode="r:") as tar:
+                yield from _samples(tar, most_bytes)
             if file.seek(0, os.SEEK_END) % tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("its last block is cut short")
-    except (tarfile.TarError, ValueError, OSError) as error:
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
+        if foreign := _foreign(head):
+            raise InputError(f"{path} is {foreign}") from None
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error.args[0])
         raise InputError(f"{path} is not a complete tar file ({reason}): make or fetch it again") from None
 
@@ -52,64 +80,108 @@ def tar_samples(path: Path, most_bytes: Callable[[str], int]) -> Iterator[TarSam
 def streamed_tar_samples(file: Any, most_bytes: Callable[[str], int]) -> Iterator[TarSample]:
     """Yield the samples of a tar from a network in one pass. `file` needs only `read`; `most_bytes` is as above.
 
-    Raise tarfile.TarError or ValueError for a tar that is broken or cut short, and whatever `file` raises.
+    Raise tarfile.TarError or ValueError for what `tar_samples` refuses, and whatever `file` raises.
     """
-    stream = _Tail(file)
-    with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # only its `read` is used
-        yield from _samples(tar, most_bytes, stream.block)
+    stream = _Stream(file)
+    try:
+        with BoundedTar.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # only its `read` is used
+            yield from _samples(tar, most_bytes)
+    except tarfile.TarError:
+        if foreign := _foreign(stream.head):
+            raise InputError(f"it is {foreign}") from None
+        raise
 
 
-def _samples(
-    tar: tarfile.TarFile, most_bytes: Callable[[str], int], block: Callable[[int], bytes]
-) -> Iterator[TarSample]:
-    number = 0
-    for number, group in enumerate(group_by_keys(_members(tar, most_bytes), suffixes=None), start=1):  # noqa: B007
-        yield group["__key__"], {suffix: member for suffix, member in group.items() if isinstance(member, TarMember)}
-    if block(tar.offset) != _END_MARK:  # tarfile takes a broken or missing header for the end
+def _foreign(head: bytes) -> str | None:
+    return next((name for magic, name in _FOREIGN.items() if head.startswith(magic)), None)
+
+
+def _samples(tar: BoundedTar, most_bytes: Callable[[str], int]) -> Iterator[TarSample]:
+    number, plain, dotted = 0, False, ""
+    for number, (key, members) in enumerate(_grouped(tar, most_bytes), start=1):  # noqa: B007 -- used below
+        plain = plain or any(_is_picture_suffix(suffix) for suffix in members)
+        dotted = dotted or next((f"{key}.{suffix}" for suffix in members if _is_dotted_picture(suffix)), "")
+        yield key, members
+    if not tar.has_end_mark:  # tarfile takes a broken or missing header for the end
         raise tarfile.ReadError(f"broken or cut short after {number} samples")
+    if dotted and not plain:
+        raise InputError(
+            f"names are split at their first dot, so {_shown(dotted)} is no picture of its own: rename it without other dots"
+        )
 
 
-def _members(tar: tarfile.TarFile, most_bytes: Callable[[str], int]) -> Iterator[dict[str, Any]]:
+def _grouped(tar: BoundedTar, most_bytes: Callable[[str], int]) -> Iterator[TarSample]:
+    """Yield runs of members with one key. Raise InputError for two members of one kind, and where dots in the names
+    make one sample of many."""
+    key, members, names = "", dict[str, TarMember](), dict[str, str]()
+    for name, found, member in _members(tar, most_bytes):
+        if found != key and members:
+            _check_dots(key, members)
+            yield key, members
+            members, names = {}, {}
+        key, suffix = found, base_plus_ext(name)[1].lower()
+        kind = _SAME_KIND.get(suffix, suffix)
+        if kind in names:
+            raise InputError(
+                f"two members of one kind in sample {_shown(key)}, {_shown(names[kind])} and {_shown(name)}: "
+                "leave one of them out"
+            )
+        members[suffix], names[kind] = member, name
+    if members:
+        _check_dots(key, members)
+        yield key, members
+
+
+def _check_dots(key: str, members: dict[str, TarMember]) -> None:
+    dotted = [suffix for suffix in members if _is_dotted_picture(suffix)]
+    if len(dotted) > 1 and not any(_is_picture_suffix(suffix) for suffix in members):
+        raise InputError(
+            f"names are split at their first dot, so {_shown(f'{key}.{dotted[0]}')} and "
+            f"{_shown(f'{key}.{dotted[1]}')} are one sample, {_shown(key)}: rename them without other dots"
+        )
+
+
+def _is_picture_suffix(suffix: str) -> bool:
+    return f".{suffix}" in IMAGE_SUFFIXES
+
+
+def _is_dotted_picture(suffix: str) -> bool:
+    return "." in suffix and _is_picture_suffix(suffix.rpartition(".")[2])
+
+
+def _members(tar: BoundedTar, most_bytes: Callable[[str], int]) -> Iterator[tuple[str, str, TarMember]]:
+    """Yield the name, the key and the place of each member that belongs to a sample. Links, folders, devices and hidden
+    files (macOS leaves `._1.jpg`) belong to none."""
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # a stream of millions must not be remembered
-        suffix = _suffix(member)
-        if suffix is None:
+        tar.pax_headers.clear()  # nor what a hostile one adds to the headers of all members
+        key, suffix = base_plus_ext(member.name)
+        if not member.isreg() or suffix is None or member.name.rpartition("/")[2].startswith("."):
             continue
         if member.size < 0:
-            raise tarfile.ReadError(f"member {member.name} has a negative size")
-        file = tar.extractfile(member) if member.size <= most_bytes(suffix) else None
-        found = TarMember(member.offset_data, member.size, None if file is None else file.read())
-        yield {"fname": member.name, "data": found, "__url__": ""}
+            raise tarfile.ReadError(f"member {_shown(member.name)} has a negative size")
+        file = tar.extractfile(member) if member.size <= most_bytes(suffix.lower()) else None
+        yield member.name, key, TarMember(member.offset_data, member.size, None if file is None else file.read())
 
 
-def _suffix(member: tarfile.TarInfo) -> str | None:
-    """Return None for what cannot belong to a sample: links, folders, devices, hidden files (macOS leaves
-    `._1.jpg`)."""
-    hidden = member.name.rpartition("/")[2].startswith(".")
-    if not member.isreg() or member.issparse() or hidden:
-        return None
-    suffix = base_plus_ext(member.name)[1]
-    return None if suffix is None else suffix.lower()
+def _shown(name: str) -> str:
+    """Return a member's name for a message of one line."""
+    short = name if len(name) <= _MOST_SHOWN else f"...{name[-_MOST_SHOWN:]}"
+    return "".join(character if character.isprintable() else "?" for character in short)
 
 
-def _block(file: BinaryIO, offset: int) -> bytes:
-    file.seek(offset)
-    return file.read(tarfile.BLOCKSIZE)
-
-
-class _Tail:
-    """A stream that remembers its last bytes, because tarfile reads one record ahead of the header it looks at."""
+class _Stream:
+    """A stream of which only `read` is used. It remembers its first bytes, and does not let tarfile skip for hours the
+    content that a false header promises."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self._position, self._tail = file, 0, b""
+        self._file, self.head, self._num_empty = file, b"", 0
 
     def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self._position += len(data)
-        self._tail = (self._tail + data)[-2 * tarfile.RECORDSIZE :]
+        data: bytes = self._file.read(size)
+        self._num_empty += not data
+        if self._num_empty > _MAX_EMPTY_READS:
+            raise tarfile.ReadError("unexpected end of data")
+        if len(self.head) < _HEAD_BYTES:
+            self.head += data[: _HEAD_BYTES - len(self.head)]
         return data
-
-    def block(self, offset: int) -> bytes:
-        """Return the block at an offset among the last two records."""
-        start = offset - (self._position - len(self._tail))
-        return self._tail[max(start, 0) : start + tarfile.BLOCKSIZE] if start >= 0 else b""

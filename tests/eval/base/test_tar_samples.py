@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
+import os
 import tarfile
 from pathlib import Path
 
@@ -112,7 +116,92 @@ def test_links_folders_hidden_and_repeated_files_belong_to_no_sample(tmp_path: P
     assert [(key, list(members)) for key, members in tar_samples(path, lambda _: 9)] == [("1", ["jpg"])]
     with tarfile.open(path, "a") as archive:
         archive.addfile(tarfile.TarInfo("1.JPG"), io.BytesIO())
-    with pytest.raises(InputError, match="duplicate file name"):
+    with pytest.raises(InputError, match=r"two members of one kind in sample 1, 1\.jpg and 1\.JPG: leave one"):
         list(tar_samples(path, lambda _: 9))
     with pytest.raises(InputError, match=r"gone\.tar is not a complete tar file \(No such file"):
         list(tar_samples(tmp_path / "gone.tar", lambda _: 9))
+
+
+def tar_of(*names: str) -> bytes:
+    """A tar of members without content."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    return buffer.getvalue()
+
+
+def refusals(content: bytes, path: Path) -> tuple[str, str]:
+    """What is said of a tar as a file, in one line that begins with its path, and as a stream."""
+    path.write_bytes(content)
+    with pytest.raises(InputError) as of_file:
+        list(tar_samples(path, lambda _: 9))
+    with pytest.raises((tarfile.TarError, ValueError)) as of_stream:
+        streamed(content)
+    message = str(of_file.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    return message.removeprefix(str(path)), str(of_stream.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (gzip.compress(tar_of("1.jpg")), "compressed (gzip): decompress it with gunzip"),
+        (bz2.compress(tar_of("1.jpg")), "compressed (bzip2): decompress it with bunzip2"),
+        (lzma.compress(tar_of("1.jpg")), "compressed (xz): decompress it with unxz"),
+        (b"\x28\xb5\x2f\xfd" + bytes(99), "compressed (zstd): decompress it with unzstd"),
+        (b"PK\x03\x04" + bytes(99), "a zip archive: unpack it and make a tar of its files"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer: fetch the file itself"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page: fetch the file itself"),
+    ],
+)
+def test_what_is_served_in_place_of_a_tar_is_named(content: bytes, cause: str, tmp_path: Path) -> None:
+    of_file, of_stream = refusals(content, tmp_path / "0.tar")
+    assert of_file.startswith(f" is {cause}") and of_stream.startswith(f"it is {cause}")
+
+
+@pytest.mark.parametrize("names", [("1.jpg", "1.jpg"), ("1.JPG", "1.jpg"), ("1.jpeg", "1.jpg"), ("1.tif", "1.TIFF")])
+def test_two_members_of_one_kind_are_named(names: tuple[str, str], tmp_path: Path) -> None:
+    for message in refusals(tar_of("0.jpg", "0.txt", names[0], "1.txt", names[1]), tmp_path / "0.tar"):
+        assert message.endswith(
+            f"two members of one kind in sample 1, {names[0]} and {names[1]}: leave one of them out"
+        )
+
+
+def test_long_and_odd_names_stay_in_one_short_line(tmp_path: Path) -> None:
+    for name in ("n" * 9999, "a\nb\x1b[31m"):
+        for message in refusals(tar_of(f"{name}.jpg", f"{name}.JPG"), tmp_path / "0.tar"):
+            assert len(message) < 500 and message.isprintable()
+
+
+def test_names_with_dots_are_named(tmp_path: Path) -> None:
+    for message in refusals(tar_of("x.jpg", "a/IMG.1.jpg", "a/IMG.1.txt", "a/IMG.2.jpg"), tmp_path / "0.tar"):
+        assert "first dot, so a/IMG.1.jpg and a/IMG.2.jpg are one sample, a/IMG: rename them" in message
+    for message in refusals(tar_of("IMG.1.jpg", "IMG.1.txt"), tmp_path / "0.tar"):
+        assert "first dot, so IMG.1.jpg is no picture of its own: rename it" in message
+    path = tmp_path / "parts.tar"
+    path.write_bytes(tar_of("1.jpg", "1.seg.png", "1.depth.png", "2.url.txt", "2.syn.json"))
+    assert [key for key, _ in tar_samples(path, lambda _: 9)] == ["1", "2"]
+
+
+@pytest.mark.parametrize("most", [1, 511, 10_240])
+def test_joined_tars_are_read_as_one(whole: Path, tmp_path: Path, most: int) -> None:
+    first = whole.read_bytes()
+    path = tmp_path / "joined.tar"
+    path.write_bytes(first + bytes(512 * 200) + tar_of("z.jpg") + tar_of() + tar_of("z2.jpg"))
+    samples = list(tar_samples(path, lambda _: 1 << 20))
+    assert samples[:3] == list(tar_samples(whole, lambda _: 1 << 20))
+    assert [key for key, _ in samples[3:]] == ["z", "z2"]
+    assert streamed(path.read_bytes(), most) == samples
+    for junk in (b"junk" * 200, tar_of("z.jpg")[:512]):
+        assert all(
+            "after 3 samples" in text or "end of data" in text or "after 4" in text
+            for text in refusals(first + junk, path)
+        )
+
+
+def test_only_plain_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    for path in (tmp_path / "pipe.tar", Path("/dev/null"), tmp_path):
+        with pytest.raises(InputError, match="is not a plain file: give a tar"):
+            list(tar_samples(path, lambda _: 9))
