@@ -11,13 +11,13 @@ Brightness of more than 8 bits becomes 0..255 by the range of its values:
 from __future__ import annotations
 
 import io
-import stat
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
+from eval.base.plain_files import check_plain
 from longclip_teacher.errors import InputError
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_IMAGE_PIXELS", "TURNS", "is_picture", "open_image", "orientation"]
@@ -56,7 +56,9 @@ def open_image(source: str | Path | bytes, most_pixels: int | None = None) -> Im
     name = "picture" if isinstance(source, bytes) else str(source)
     most_pixels = MAX_IMAGE_PIXELS if most_pixels is None else min(most_pixels, MAX_IMAGE_PIXELS)
     try:
-        if not (len(source) if isinstance(source, bytes) else _plain_file_size(source)):
+        if not isinstance(source, bytes):
+            check_plain(Path(source))
+        if not (len(source) if isinstance(source, bytes) else Path(source).stat().st_size):
             raise InputError(f"{name}: empty file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
             if image.width * image.height > most_pixels:  # only the header has been read so far
@@ -86,14 +88,6 @@ def orientation(image: Image.Image) -> int:
     except Exception:  # the data are as untrusted as the picture, and no picture is lost for them
         return 1
     return found if found in TURNS else 1
-
-
-def _plain_file_size(path: str | Path) -> int:
-    """Return the size of a file. To open a pipe or a device could wait for ever."""
-    status = Path(path).stat()
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a folder fails when it is opened
-        raise InputError(f"{path}: not a plain file")
-    return status.st_size or int(stat.S_ISDIR(status.st_mode))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 from webdataset.tariterators import base_plus_ext
 
 from eval.base.images import IMAGE_SUFFIXES
+from eval.base.plain_files import check_plain
 from eval.base.tar_headers import BoundedTar
 from longclip_teacher.errors import InputError
 
@@ -57,8 +58,7 @@ def tar_samples(path: Path, most_bytes: Callable[[str], int]) -> Iterator[TarSam
     Raise InputError naming a tar that is missing, foreign, compressed, broken, cut short or no plain file, and one
     whose names make no samples.
     """
-    if path.exists() and not path.is_file():  # to open a pipe could wait for ever
-        raise InputError(f"{path} is not a plain file: give a tar")
+    check_plain(path)
     head = b""
     try:
         with path.open("rb") as file:
@@ -106,7 +106,8 @@ def _samples(tar: BoundedTar, most_bytes: Callable[[str], int]) -> Iterator[TarS
         raise tarfile.ReadError(f"broken or cut short after {number} samples")
     if dotted and not plain:
         raise InputError(
-            f"names are split at their first dot, so {_shown(dotted)} is no picture of its own: rename it without other dots"
+            f"names are split at their first dot, so {_shown(dotted)} is no picture of its own: "
+            "rename it without other dots"
         )
 
 
@@ -154,7 +155,7 @@ def _members(tar: BoundedTar, most_bytes: Callable[[str], int]) -> Iterator[tupl
     files (macOS leaves `._1.jpg`) belong to none."""
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # a stream of millions must not be remembered
-        tar.pax_headers.clear()  # nor what a hostile one adds to the headers of all members
+        tar.pax_headers = {}  # nor what a hostile one adds to the headers of all members
         key, suffix = base_plus_ext(member.name)
         if not member.isreg() or suffix is None or member.name.rpartition("/")[2].startswith("."):
             continue

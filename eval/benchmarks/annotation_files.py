@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from eval.base.foreign_text import HALVES, whole_characters
+from eval.base.plain_files import check_plain
 from longclip_teacher.errors import InputError
 
 __all__ = [
@@ -58,6 +59,7 @@ def one_line(caption: object) -> str:
 
 def read_text(path: Path) -> str:
     """Read a small UTF-8 file. Half an emoji becomes U+FFFD."""
+    check_plain(path)
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise InputError(f"{path} is larger than {MAX_TEXT_BYTES} bytes, too large for captions or names")

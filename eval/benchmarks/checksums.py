@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.base.plain_files import check_plain
 from eval.benchmarks.annotation_files import inside_root, read_lines
 from eval.towers.features import show_track
 from longclip_teacher.errors import InputError
@@ -70,6 +71,7 @@ def verify_sha256sums(root: str | Path, show_progress: bool = False) -> int:
 
 
 def _file_sha256(path: Path) -> str:
+    check_plain(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 
+from eval.base.plain_files import check_plain
 from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
 from longclip_teacher.errors import InputError
 
@@ -37,6 +38,7 @@ def set_digest(retrieval_set: RetrievalSet) -> str:
     matter."""
     digest = hashlib.sha256()
     for image in retrieval_set.images:
+        check_plain(image)
         try:
             content = image.read_bytes()
         except OSError as error:

@@ -29,6 +29,7 @@ from jaxtyping import Int, UInt8
 
 from eval.base.foreign_text import HALVES, whole_characters
 from eval.base.images import IMAGE_SUFFIXES, open_image
+from eval.base.plain_files import check_plain
 from eval.benchmarks.shard_samples import MAX_MEMBER_BYTES, shard_samples
 from eval.leaks.picture_hashes import THUMBNAIL_SIZE, hash_picture
 from longclip_teacher.atomic_files import atomic_file
@@ -65,6 +66,7 @@ class Shard:
     def fingerprint(self) -> str:
         """Return a hash of all its bytes."""
         digest = hashlib.sha256()
+        check_plain(self.path)
         with self.path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -118,10 +120,13 @@ class FileList:
                 yield Sample(name, None, captions)
                 continue
             try:
+                check_plain(path)
                 if path.stat().st_size > MAX_MEMBER_BYTES:
                     yield Sample(name, None, captions, f"larger than {MAX_MEMBER_BYTES} bytes")
                 else:
                     yield Sample(name, path.read_bytes(), captions)
+            except InputError:
+                yield Sample(name, None, captions, "not a plain file")
             except OSError as error:
                 yield Sample(name, None, captions, error.strerror or str(error))
 

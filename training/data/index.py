@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from braceexpand import braceexpand
 from rich.progress import track
 
 from eval.base.images import IMAGE_SUFFIXES
 from eval.base.tar_samples import TarMember, tar_samples
 from longclip_teacher.atomic_files import write_text
 from longclip_teacher.errors import InputError
+from training.data.brace_patterns import expand_braces
 
 __all__ = [
     "BAD_JSON",
@@ -153,11 +153,7 @@ def expand_patterns(shards: str | Path | Sequence[str | Path]) -> list[str]:
     patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
     found: list[str] = []
     for pattern in map(str, patterns):
-        try:
-            parts = list(braceexpand(pattern))
-        except ValueError as error:
-            raise InputError(f"shards {pattern!r}: {error}") from None
-        for part in parts:  # checked after expansion: braces could hide a scheme
+        for part in expand_braces(pattern):  # checked after expansion: braces could hide a scheme
             if is_remote(part) and (not _ALLOWED_URL.match(part) or "::" in part):
                 raise InputError(
                     f"shards {part!r}: only local paths, https:// and s3:// are read (http:// only on localhost)"

@@ -202,6 +202,6 @@ def test_joined_tars_are_read_as_one(whole: Path, tmp_path: Path, most: int) -> 
 
 def test_only_plain_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
-    for path in (tmp_path / "pipe.tar", Path("/dev/null"), tmp_path):
-        with pytest.raises(InputError, match="is not a plain file: give a tar"):
+    for path in (tmp_path / "pipe.tar", Path("/dev/null")):
+        with pytest.raises(InputError, match=f"{path.name}: not a plain file"):
             list(tar_samples(path, lambda _: 9))
