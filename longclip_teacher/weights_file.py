@@ -27,6 +27,7 @@ __all__ = [
     "RECOGNISED",
     "RUN_WEIGHTS",
     "WeightsFile",
+    "file_sha256",
     "load_strictly",
     "read_weights",
     "run_weights",
@@ -72,7 +73,7 @@ def read_weights(path: str | Path) -> WeightsFile:
             raise InputError(f"{path} is not a whole safetensors file ({_first_line(error)}): fetch it again") from None
     else:
         tensors = _state_dict(torch_load(path), path)
-    sha256 = _sha256(path)
+    sha256 = file_sha256(path)
     logger.info("read %s (%d tensors, sha256 %s)", path, len(tensors), sha256)
     return WeightsFile(path, tensors, metadata, sha256)
 
@@ -157,7 +158,8 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("constants.pkl") or "/code/" in name for name in archive.namelist())
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, read a block at a time."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

@@ -92,6 +92,7 @@ from eval.base.memory import keep_freed_memory
 from eval.base.processes import Runtime, all_results, start
 from eval.towers.models import load_model
 from longclip_teacher import LongCLIP
+from longclip_teacher.weights_file import file_sha256
 from training.cache.manifest import (
     CACHE_MANIFEST,
     CacheSettings,
@@ -108,7 +109,6 @@ from training.cache.manifest import (
 from training.cache.sidecar import Sidecar
 from training.cache.writer import SidecarWriter, cache_settings
 from training.data.index import ShardIndex, expand_patterns, is_remote
-from training.data.writer import file_sha256
 
 _STDERR = Console(stderr=True)
 _MAY_DIFFER = ("teacher", "libraries")  # settings in which the sidecars of a cache may differ

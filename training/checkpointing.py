@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from longclip_teacher import LongCLIP, save_teacher
-from longclip_teacher.atomic_files import atomic_file, remove_leftovers
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import load_strictly, torch_load
 from mobileclip_student import MobileCLIP, save_student
 from training.distill import Distiller
 from training.ema import ModelEma
+from training.generations import verified_file, write_generation
 from training.resume import RunInputs, changes_since
 from training.settings.tree import TrainConfig
 
@@ -66,9 +65,12 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "inputs": state.inputs.to_dict(),
     }
     _refuse_nonfinite(path, content)
-    remove_leftovers(path.parent, escape(path.name))
-    with atomic_file(path, sync=True) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+
+    write_generation(path, write)
 
 
 def _refuse_nonfinite(path: Path, content: Mapping[str, Any]) -> None:
@@ -94,7 +96,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
     `state.inputs` must be those of the resumed run. With another validation set the best weights are chosen anew.
     Raises InputError if the file is damaged, or if settings, data or teachers differ in a way that affects the result.
     """
-    content = torch_load(path)
+    content = torch_load(verified_file(path))
     parts = {"distiller", "optimizer", "scaler", "ema", "step", "best", "config"}
     if not isinstance(content, dict) or not parts <= content.keys():
         raise InputError(f"{path} is not a training checkpoint (weights alone are given as --student.init)")

@@ -12,12 +12,12 @@ from eval.base.plain_files import check_plain
 from eval.benchmarks.annotation_files import inside_root, read_lines
 from eval.towers.features import show_track
 from longclip_teacher.errors import InputError
+from longclip_teacher.weights_file import file_sha256
 
 __all__ = ["SHA256SUMS", "pairing_sha256", "verify_sha256sums"]
 
 SHA256SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")  # as sha256sum writes it, in text or binary mode
-_CHUNK = 1 << 20  # bytes read at a time
 
 
 def pairing_sha256(images: Sequence[Path], captions: Sequence[str], caption_image: Sequence[int]) -> str:
@@ -56,7 +56,8 @@ def verify_sha256sums(root: str | Path, show_progress: bool = False) -> int:
     missing, differing = [], []
     for path, digest in show_track(expected, "sha256" if show_progress else None, len(expected)):
         try:
-            if _file_sha256(path) != digest:
+            check_plain(path)
+            if file_sha256(path) != digest:
                 differing.append(path)
         except OSError:
             missing.append(path)
@@ -68,12 +69,3 @@ def verify_sha256sums(root: str | Path, show_progress: bool = False) -> int:
     if problems:
         raise InputError(f"{sums}: {'; '.join(problems)}")
     return len(expected)
-
-
-def _file_sha256(path: Path) -> str:
-    check_plain(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -23,9 +23,9 @@ from longclip_teacher.atomic_files import write_json
 from longclip_teacher.checkpoint import teacher_file
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
+from longclip_teacher.weights_file import file_sha256
 from training.data.index import BAD_JSON, ShardIndex
 from training.data.transforms import Interpolation
-from training.data.writer import file_sha256
 from training.settings.augment import AugmentConfig
 
 __all__ = [

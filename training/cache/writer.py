@@ -26,6 +26,7 @@ from longclip_teacher import LongCLIP
 from longclip_teacher.errors import InputError
 from longclip_teacher.features import unit_features
 from longclip_teacher.text import caption_lengths, first_sentence
+from longclip_teacher.weights_file import file_sha256
 from training.cache.manifest import (
     CacheSettings,
     ShardIdentity,
@@ -42,7 +43,6 @@ from training.data.index import RawSample, ShardIndex
 from training.data.pictures import normalized, open_picture, picture_size
 from training.data.samples import BadSample, read_captions
 from training.data.transforms import ViewSpec, draw_augmentation, render, sample_generator
-from training.data.writer import file_sha256
 from training.settings.augment import AugmentConfig
 
 __all__ = ["SidecarWriter", "cache_settings"]

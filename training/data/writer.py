@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -13,9 +12,10 @@ from typing import Any
 
 from longclip_teacher.atomic_files import atomic_file, write_text
 from longclip_teacher.errors import InputError
+from longclip_teacher.weights_file import file_sha256
 from training.data.index import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, ShardRecord, scan_tar
 
-__all__ = ["caption_member", "file_sha256", "index_shard", "write_manifest", "write_shard"]
+__all__ = ["caption_member", "index_shard", "write_manifest", "write_shard"]
 
 
 def caption_member(caption_long: str | Sequence[str], caption_short: str | Sequence[str] | None = None) -> bytes:
@@ -49,15 +49,6 @@ def index_shard(path: Path) -> ShardRecord:
     """Return the manifest entry of an existing tar: its index and its sha256. Raise InputError if it is broken or
     empty."""
     return replace(scan_tar(path), sha256=file_sha256(path))
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, records: Sequence[ShardRecord], settings: Mapping[str, Any]) -> None:
