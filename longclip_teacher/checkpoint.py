@@ -60,10 +60,10 @@ def load_teacher(
     """A frozen teacher in eval mode, from a weight file, a run folder (its best weights) or a hub name (`HUB_NAMES`).
 
     Files: the published `longclip-*.pt`; a CLIP ViT as safetensors or state dict with the keys of OpenAI, open_clip or
-    transformers; what `save_teacher` wrote. `context_length` defaults to the file's own, except that a CLIP of 77
-    positions is stretched to 248. `activation` must be given for a CLIP file that is not evidently OpenAI's, because
-    the weights do not show it. The log names the file's sha256 and, for files that are not ours, the model that was
-    recognised. Anything that does not fit raises InputError in one line.
+    transformers, also as trainers wrap them (`state_dicts`); what `save_teacher` wrote. `context_length` defaults to
+    the file's own, except that a CLIP of 77 positions is stretched to 248. `activation` must be given for a CLIP file
+    that is not evidently OpenAI's, because the weights do not show it. The log names the file's sha256 and, for files
+    that are not ours, the model that was recognised. Anything that does not fit raises InputError in one line.
     """
     path = teacher_file(name_or_path)
     if not Path(name_or_path).exists():  # from the hub
@@ -80,7 +80,7 @@ def load_teacher(
         model = _build(config, tensors, context_length, path)
         stretched = model.context_length > config.text.context_length
         origin = f" (stretched from {config.text.context_length})" if stretched else ""
-        RECOGNISED.info("%s: %s%s", name_or_path, model.config.describe(), origin)
+        RECOGNISED.info("%s: %s%s%s", name_or_path, model.config.describe(), origin, file.remark)
     if activation is not None and activation != model.config.activation:
         raise InputError(f"{path} is a {model.config.activation} model: leave out activation={activation!r}")
     return model.to(device).eval().requires_grad_(False)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from longclip_teacher.atomic_files import atomic_file
 from longclip_teacher.errors import InputError
+from longclip_teacher.state_dicts import find_state_dict
 
 __all__ = [
     "RECOGNISED",
@@ -52,30 +53,40 @@ class WeightsFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     sha256: str
+    place: str = ""
+    """Where in a torch file the state dict was, such as `state_dict_ema (an averaged copy)`; "" if the file is one."""
+
+    @property
+    def remark(self) -> str:
+        """What the recognised model's line adds: `, weights from state_dict`, or nothing."""
+        return f", weights from {self.place}" if self.place else ""
 
 
 def read_weights(path: str | Path) -> WeightsFile:
     """Read a state dict from `path` to the CPU.
 
-    Accepts safetensors and torch files that hold a state dict, bare or under the key `state_dict`; DDP's `module.`
-    prefix is removed. Raises InputError in one line for a missing, truncated or executable file.
+    Accepts safetensors and torch files that hold a state dict, bare or as a trainer wrapped it (`state_dicts`); the
+    prefixes of DDP and torch.compile are removed from the keys. Raises InputError in one line for a missing, truncated
+    or executable file.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no weight file at {path}")
     metadata: dict[str, str] = {}
+    place = ""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is not a whole safetensors file ({_first_line(error)}): fetch it again") from None
+        tensors = find_state_dict(found, path)[0] if found else found
     else:
-        tensors = _state_dict(torch_load(path), path)
+        tensors, place = find_state_dict(torch_load(path), path)
     sha256 = file_sha256(path)
     logger.info("read %s (%d tensors, sha256 %s)", path, len(tensors), sha256)
-    return WeightsFile(path, tensors, metadata, sha256)
+    return WeightsFile(path, tensors, metadata, sha256, place)
 
 
 def run_weights(path: str | Path) -> Path:
@@ -141,14 +152,6 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str |
     if problems:
         raise InputError(f"{source} does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(dict(tensors), strict=True)
-
-
-def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path} holds no state dict (a mapping from names to tensors)")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
 def _is_torchscript(path: Path) -> bool:

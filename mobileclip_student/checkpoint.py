@@ -53,7 +53,7 @@ def load_student(
 
     Args:
         path_or_hub_name: our safetensors; a run folder, whose best weights are read; or a state dict in
-            ml-mobileclip's or open_clip's key layout.
+            ml-mobileclip's or open_clip's key layout, also as trainers wrap it (longclip_teacher.state_dicts).
         variant: needed for a published file if neither its name nor its weights show it.
         context_length: defaults to the stored one. A longer one stretches 77 positions, a shorter one keeps the first.
         pad_mask: defaults to the stored one. A published file has False, as published, unless it is stretched.
@@ -83,7 +83,7 @@ def load_student(
     student = _empty_student(config)
     load_strictly(student, tensors, path)
     if not is_own:
-        RECOGNISED.info("%s: %s (%s)", path_or_hub_name, config.describe(), origin)
+        RECOGNISED.info("%s: %s (%s)%s", path_or_hub_name, config.describe(), origin, weights.remark)
     return student.to(device).eval()
 
 

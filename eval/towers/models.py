@@ -19,6 +19,7 @@ from longclip_teacher import LongCLIP, load_teacher
 from longclip_teacher.activation import Activation
 from longclip_teacher.checkpoint import HUB_NAMES as TEACHER_HUB_NAMES
 from longclip_teacher.errors import InputError
+from longclip_teacher.state_dicts import bare_keys
 from longclip_teacher.weights_file import read_weights, run_weights
 from mobileclip_student import MobileCLIP, load_student
 
@@ -137,7 +138,7 @@ def _keys_and_metadata(path: Path) -> tuple[list[str], dict[str, str]]:
         return list(read_weights(path).tensors), {}
     try:
         with safe_open(path, framework="pt") as file:  # reads only the header
-            return list(file.keys()), file.metadata() or {}
+            return list(bare_keys(file.keys()).values()), file.metadata() or {}
     except (SafetensorError, OSError):
         weights = read_weights(path)  # raises the InputError that says what is wrong
         return list(weights.tensors), weights.metadata

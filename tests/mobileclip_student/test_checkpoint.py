@@ -14,6 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from eval.towers.models import load_model
 from longclip_teacher.errors import InputError
 from longclip_teacher.positions import stretch_positions
 from longclip_teacher.weights_file import load_strictly
@@ -218,3 +219,27 @@ def test_the_wrong_variant_is_one_line(variant: str, s0_path: Path) -> None:
     with pytest.raises(InputError, match=r"mobileclip_s0\.pt does not fit|is not that of variant") as error:
         load_student(s0_path, variant=variant)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "remark"),
+    [
+        (lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}}, "model"),
+        (lambda state: {"model_state_dict": state, "epoch": 1}, "model_state_dict"),
+        (
+            lambda state: {"state_dict": {}, "model_ema": {f"_orig_mod.{key}": value for key, value in state.items()}},
+            "model_ema (an averaged copy, preferred to state_dict)",
+        ),
+    ],
+)
+def test_a_wrapped_official_file_is_the_same_student(
+    wrap: Callable[[dict], dict], remark: str, s0_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "trained.pt"
+    torch.save(wrap(torch.load(s0_path, weights_only=True)), path)
+    with caplog.at_level(logging.INFO, "longclip_teacher.recognised"):
+        student = load_model(path)
+    assert isinstance(student, MobileCLIP)
+    for found, wanted in zip(student.parameters(), load_student(s0_path).parameters(), strict=True):
+        assert torch.equal(found, wanted)
+    assert any(message.endswith(f"(official layout), weights from {remark}") for message in caplog.messages)
