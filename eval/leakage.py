@@ -84,7 +84,8 @@ if __name__ == "__main__":
 
 from PIL import Image
 
-from eval.base.images import is_picture, open_image
+from eval.base.folders import matching_paths, pictures_below
+from eval.base.images import open_image
 from eval.benchmarks.annotation_files import inside_root
 from eval.benchmarks.conversations import conversation_rows, count_conversations, held_out_rows
 from eval.benchmarks.protocols import load_retrieval_set
@@ -141,7 +142,7 @@ def protocol_files(protocol: str, root: Path, annotations: Path | None = None) -
 
 def picture_files(folder: Path) -> FileList:
     """The pictures below a folder without captions, such as ImageNet's validation set."""
-    paths = tuple(sorted(path for path in folder.rglob("*") if is_picture(path))) if folder.is_dir() else ()
+    paths = tuple(pictures_below(folder)) if folder.is_dir() else ()
     if not paths:
         raise InputError(f"no pictures below {folder}")
     return FileList(tuple(map(str, paths)), paths, ((),) * len(paths))
@@ -150,7 +151,7 @@ def picture_files(folder: Path) -> FileList:
 def shard_parts(source: str) -> list[Shard]:
     """The shards in a folder or matching a pattern such as 'DIR/*.tar'."""
     path = Path(source)
-    found = sorted(path.glob("*.tar") if path.is_dir() else path.parent.glob(path.name))
+    found = matching_paths(path / "*.tar" if path.is_dir() else path)
     if not found:
         raise InputError(f"no shards at {source}: name a folder of .tar files or a pattern in quotes, 'DIR/*.tar'")
     return [Shard(shard) for shard in found]
@@ -165,9 +166,9 @@ def sharegpt4v_parts(path: Path, images: Path | None, skip_rows: int) -> Iterato
         raise InputError(f"no folder of training pictures at {images}")
     rows = conversation_rows(path, skip_rows)
     while block := list(islice(rows, FILES_PER_PART)):
-        paths = [None if row.image is None or images is None else inside_root(images, row.image, path) for row in block]
+        paths = [None if not row.image or images is None else inside_root(images, row.image, path) for row in block]
         yield FileList(
-            names=tuple(f"row {row.number}" if row.image is None else str(row.image) for row in block),
+            names=tuple(f"row {row.number}" if not row.image else str(row.image) for row in block),
             paths=tuple(paths),
             captions=tuple((row.caption,) if row.caption else () for row in block),
         )

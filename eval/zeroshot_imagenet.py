@@ -44,8 +44,8 @@ class Options(EvaluationOptions):
     folder of class folders, with the folders' names as they are."""
     classnames: Path | None = None
     """A text file of class names, one per line, in the sorted order of the folders (or of the class numbers, for a set
-    given by name). Unset: ImageNet's names for synset folders and shards, CIFAR's own, otherwise the folders' names
-    with _ and - as spaces."""
+    given by name). Folders named by numbers go by number: folder 0 is the first line. Unset: ImageNet's names for
+    synset folders and shards, CIFAR's own, otherwise the folders' names with _ and - as spaces."""
     templates: Annotated[str, tyro.conf.arg(metavar="auto|openai|simple|cifar|FILE|TEXT")] = "auto"
     """Sentences for the class names: openai (80), simple (7), cifar (18), a text file of them (one per line, {} for the
     name), or one in quotes, such as "a photo of a {}.". auto: cifar for CIFAR, otherwise openai."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from eval.base.folders import pictures_below
 from eval.base.foreign_text import HALVES
 from eval.base.images import IMAGE_SUFFIXES, is_picture
 from eval.benchmarks.annotation_files import inside_root, one_line, read_json, read_text
@@ -84,8 +84,7 @@ def read_folder(images: Path) -> Iterator[Row]:
         raise InputError(f"no folder at {images}")
     twin_folders = (images / "image").is_dir() and (images / "caption").is_dir()
     root = images / "image" if twin_folders else images
-    found = sorted(Path(folder, file) for folder, _, files in os.walk(root) for file in files if is_picture(Path(file)))
-    for number, path in enumerate(found):
+    for number, path in enumerate(pictures_below(root)):
         text = images / "caption" / f"{path.stem}.txt" if twin_folders else path.with_suffix(".txt")
         name = path.relative_to(images).as_posix()
         try:
@@ -138,7 +137,7 @@ def _cell(row: list[str], place: int | None) -> str:
 
 
 def _row(
-    number: int, name: Any, images: Path, source: Path, caption: str | tuple[str, ...], short: str | None = None
+    number: int, name: Any, images: Path, source: Path, caption: str | tuple[str, ...] | None, short: str | None = None
 ) -> Row:
     """Return row `number` of the file `source`. Raise InputError if its picture's path leads out of `images`."""
     if name in (None, ""):

@@ -44,3 +44,7 @@ def contents(out: Path) -> dict[str, dict[str, object]]:
     """Return the captions by key, through the reader that training uses."""
     index = ShardIndex(sorted(out.glob("*.tar")))
     return {index.key(i): json.loads(index.read(i).json or b"") for i in range(index.num_samples)}
+
+
+def sharegpt4v(root: Path, out: Path) -> list[object]:
+    return ["sharegpt4v", "--json", root / "rows.json", "--images", root, "--out", out, "--workers", 1]

@@ -37,9 +37,9 @@ class ConversationRow(NamedTuple):
     number: int
     """Place in the file, from 0."""
     image: Any
-    """The picture's path as the file writes it, unchecked (see `inside_root`); None if the row names no picture."""
-    caption: str
-    """The first answer, line breaks as spaces; empty if there is none."""
+    """The picture's path as the file writes it, unchecked (see `inside_root`); None if there is none."""
+    caption: str | None
+    """The first answer, line breaks as spaces, possibly empty; None if there is none."""
 
 
 def conversation_rows(path: Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[ConversationRow]:
@@ -76,10 +76,10 @@ def _image(row: dict[str, Any]) -> Any:
     image = row.get("image")
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
-    return image if image not in ("", []) else None
+    return None if image == [] else image
 
 
-def _caption(row: dict[str, Any]) -> str:
+def _caption(row: dict[str, Any]) -> str | None:
     turns = row.get("conversations") or row.get("messages")
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     speakers = [str(turn.get("from") or turn.get("role") or "").lower() for turn in turns]
@@ -87,12 +87,12 @@ def _caption(row: dict[str, Any]) -> str:
         answers = [turn for turn, speaker in zip(turns, speakers, strict=True) if speaker in _ANSWERS]
     else:
         answers = turns[1:]
-    return _text(answers[0]) if answers else ""
+    return _text(answers[0]) if answers else None
 
 
-def _text(turn: dict[str, Any]) -> str:
+def _text(turn: dict[str, Any]) -> str | None:
     text = turn.get("value") if turn.get("value") is not None else turn.get("content")
     if isinstance(text, list):  # parts: [{"type": "text", "text": ...}]
         parts = [part.get("text") for part in text if isinstance(part, dict)]
         text = " ".join(part for part in parts if isinstance(part, str))
-    return one_line(text) if isinstance(text, str) else ""
+    return one_line(text) if isinstance(text, str) else None

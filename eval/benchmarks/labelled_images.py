@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
+from eval.base.folders import find_pictures, matching_paths, subfolders, tell_passed_over
 from eval.base.images import is_picture
 from eval.benchmarks.cifar import CIFAR_VERSIONS, CifarImages, CifarPictures, read_cifar
+from eval.benchmarks.class_folders import refuse_parent_folder
 from eval.benchmarks.dataset_names import DatasetName
 from eval.benchmarks.imagenet_classes import IMAGENET_SETS, imagenet_synsets
 from eval.benchmarks.labelled_shards import ShardImages
@@ -68,23 +70,26 @@ def find_labelled_images(
     """Find the pictures of a folder of class folders, of shards (`DIR/*.tar`, or a folder of them), or of a known set.
 
     `classnames` replace a known set's own, in the order of its class numbers; otherwise they follow the sorted order of
-    the folders, or of the shards' class numbers. By default they are ImageNet's for synset folders and for shards, and
-    otherwise the folders' names with `_` and `-` as spaces. `folder` takes folder names as they are, including synsets.
-    `split` matters to CIFAR, whose two splits share a folder; for the other sets, only the test split has a known
-    number of pictures. Raise InputError with what is missing.
+    the folders, or of the shards' class numbers. If all folders are named by numbers, folder N is called by line N,
+    counted from 0 (a part of the folders is enough); if there is no such line, the names follow the numbers' order.
+    By default they are ImageNet's for synset folders and for shards, and otherwise the folders' names with `_` and `-`
+    as spaces. `folder` takes folder names as they are, including synsets. `split` matters to CIFAR, whose two splits
+    share a folder; for the other sets, only the test split has a known number of pictures. Raise InputError with what
+    is missing, and for the folder above train/ and val/.
     """
     if dataset in CIFAR_VERSIONS:
         return _from_cifar(Path(source), classnames, dataset, split)
     root = Path(source)
     if not root.is_dir():
-        return _from_shards(sorted(root.parent.glob(root.name)), source, classnames, dataset, split)
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return _from_shards(matching_paths(root), source, classnames, dataset, split)
+    folders = subfolders(root)
     if not folders and any(is_picture(path) for path in root.iterdir()):
         raise InputError(
             f"{root} holds pictures but no class folders: move them into one folder per class (n01440764/...)"
         )
     if not folders:
-        return _from_shards(sorted(root.glob("*.tar")), source, classnames, dataset, split)
+        return _from_shards(matching_paths(root / "*.tar"), source, classnames, dataset, split)
+    refuse_parent_folder(root, folders, dataset)
     if dataset == "auto" and classnames is None:
         names = {folder.name for folder in folders}
         if names == set(IMAGENET_SETS["imagenet_v2"].folders()):
@@ -100,10 +105,28 @@ def find_labelled_images(
 
 def _from_folders(root: Path, folders: list[Path], classnames: Sequence[str] | None) -> LabelledImages:
     if classnames is None:
-        classnames = [folder.name.replace("_", " ").replace("-", " ") for folder in folders]
-    elif len(classnames) != len(folders):
+        names = [folder.name.replace("_", " ").replace("-", " ") for folder in folders]
+        return LabelledImages(str(root), str(root), names, files=_class_files(root, folders, range(len(folders))))
+    places = _places(folders)
+    if places is not None and max(places) < len(classnames):
+        some = f" ({len(folders)} of {len(classnames)} classes' pictures)" if len(folders) < len(classnames) else ""
+        files = _class_files(root, folders, places)
+        return LabelledImages(f"{root}{some}", str(root), list(classnames), files=files)
+    if len(classnames) != len(folders):
         raise InputError(f"{len(classnames)} class names for the {len(folders)} class folders of {root}: give one each")
-    return LabelledImages(str(root), str(root), list(classnames), files=_class_files(folders, range(len(folders))))
+    if places is not None:
+        folders = sorted(folders, key=lambda folder: int(folder.name))
+    return LabelledImages(
+        str(root), str(root), list(classnames), files=_class_files(root, folders, range(len(folders)))
+    )
+
+
+def _places(folders: list[Path]) -> list[int] | None:
+    """Return the numbers that the folders are named by, or None if not all are numbers, or two are the same."""
+    if not all(folder.name.isascii() and folder.name.isdecimal() for folder in folders):
+        return None
+    places = [int(folder.name) for folder in folders]
+    return places if len(set(places)) == len(places) else None
 
 
 def _from_some_synsets(root: Path, folders: list[Path]) -> LabelledImages:
@@ -112,7 +135,7 @@ def _from_some_synsets(root: Path, folders: list[Path]) -> LabelledImages:
         name=f"imagenet ({len(folders)} of {len(synsets)} classes' pictures)",
         source=str(root),
         classnames=IMAGENET_SETS["imagenet"].classnames(),
-        files=_class_files(folders, [synsets.index(folder.name) for folder in folders]),
+        files=_class_files(root, folders, [synsets.index(folder.name) for folder in folders]),
     )
 
 
@@ -137,7 +160,7 @@ def _from_imagenet_set(
         name=dataset,
         source=str(root),
         classnames=_own_names(classnames, entry.classnames(), entry.title),
-        files=_class_files([root / name for name in wanted], range(len(wanted))),
+        files=_class_files(root, [root / name for name in wanted], range(len(wanted))),
         title=entry.title,
         num_expected=entry.num_images if split == "test" else None,
     )
@@ -186,11 +209,16 @@ def _own_names(given: Sequence[str] | None, own: list[str], title: str) -> list[
     return list(given)
 
 
-def _class_files(folders: Sequence[Path], numbers: Sequence[int]) -> list[tuple[Path, int]]:
+def _class_files(root: Path, folders: Sequence[Path], numbers: Sequence[int]) -> list[tuple[Path, int]]:
     files: list[tuple[Path, int]] = []
+    passed_over: list[str] = []
     for folder, number in zip(folders, numbers, strict=True):
-        pictures = sorted(path for path in folder.rglob("*") if is_picture(path))
-        if not pictures:
+        found = find_pictures(folder, root)
+        names = sorted(found.files + found.missing)
+        passed_over += [f"{folder.name}/{link}" for link in found.passed_over]
+        if not names:
+            tell_passed_over(root, passed_over)
             raise InputError(f"class folder {folder} holds no picture")
-        files += [(picture, number) for picture in pictures]
+        files += [(folder / name, number) for name in names]
+    tell_passed_over(root, passed_over)
     return files

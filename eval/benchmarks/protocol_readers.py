@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.base.folders import pictures_below
 from eval.base.images import is_picture
 from eval.benchmarks.annotation_files import (
     inside_root,
@@ -60,7 +61,7 @@ def read_sharegpt4v_test(root: Path, annotations: Path | None) -> Pairs:
     path = annotations or _sharegpt4v_json(root)
     pairs: Pairs = []
     for row in conversation_rows(path, stop=SHAREGPT4V_TEST_ROWS):
-        if row.image is None or not row.caption:
+        if row.image is None or row.caption is None:
             raise InputError(f"{path}: row {row.number} is not a ShareGPT4V row (image, conversations with an answer)")
         pairs.append((inside_root(root, row.image, path), [row.caption]))
     return pairs
@@ -235,8 +236,7 @@ def read_folder(root: Path, annotations: Path | None) -> Pairs:
     if (root / "image").is_dir() and (root / "caption").is_dir():
         files = _paired_folders(root)
     else:
-        images = sorted(path for path in root.rglob("*") if is_picture(path))
-        files = [(image, image.with_suffix(".txt")) for image in images]
+        files = [(image, image.with_suffix(".txt")) for image in pictures_below(root)]
         _require_captions(files)
     return [(image, [one_line(read_text(text))]) for image, text in files]
 

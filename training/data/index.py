@@ -9,7 +9,6 @@ unpickled.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from rich.progress import track
 
+from eval.base.folders import literal_start, matching_paths
 from eval.base.images import IMAGE_SUFFIXES
 from eval.base.tar_samples import TarMember, tar_samples
 from longclip_teacher.atomic_files import write_text
@@ -146,19 +146,24 @@ def is_remote(shard: str) -> bool:
 
 def expand_patterns(shards: str | Path | Sequence[str | Path]) -> list[str]:
     """Return shard paths or URLs from one pattern or a list: braces, globs, or a folder of tars; sorted within a
-    pattern.
+    pattern. Existing paths are taken literally.
 
     Raise InputError for a pattern without a match and for every URL scheme but https and s3 (http only on loopback).
     """
     patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
     found: list[str] = []
     for pattern in map(str, patterns):
-        for part in expand_braces(pattern):  # checked after expansion: braces could hide a scheme
-            if is_remote(part) and (not _ALLOWED_URL.match(part) or "::" in part):
-                raise InputError(
-                    f"shards {part!r}: only local paths, https:// and s3:// are read (http:// only on localhost)"
-                )
-            found += [part] if is_remote(part) else _local_matches(part)
+        folder, rest = literal_start(pattern)
+        rest = pattern if folder == Path() else rest  # a URL keeps its slashes
+        for part in expand_braces(rest):  # checked after expansion: braces could hide a scheme
+            if folder == Path() and is_remote(part):
+                if not _ALLOWED_URL.match(part) or "::" in part:
+                    raise InputError(
+                        f"shards {part!r}: only local paths, https:// and s3:// are read (http:// only on localhost)"
+                    )
+                found.append(part)
+            else:
+                found += _local_matches(folder / part)
     if not found:
         raise InputError("no shards given: pass a pattern such as 'data/train/*.tar'")
     if len({is_remote(shard) for shard in found}) > 1:
@@ -166,13 +171,10 @@ def expand_patterns(shards: str | Path | Sequence[str | Path]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _local_matches(pattern: str) -> list[str]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        path = path / "*.tar"
-    matches = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
+def _local_matches(pattern: Path) -> list[str]:
+    matches = [str(path) for path in matching_paths(pattern / "*.tar" if pattern.is_dir() else pattern)]
     if not matches:
-        raise InputError(f"no shard matches {pattern!r} (looked in {Path.cwd()})")
+        raise InputError(f"no shard matches {str(pattern)!r} (looked in {Path.cwd()})")
     return matches
 
 

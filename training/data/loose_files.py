@@ -7,7 +7,6 @@ create no Python strings. The files are untrusted: reads are bounded.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.base.folders import find_pictures, matching_paths, tell_passed_over
 from eval.base.images import is_picture
 from eval.benchmarks.annotation_files import one_line, read_json
 from eval.benchmarks.conversations import conversation_rows, held_out_rows
@@ -35,7 +35,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class PictureFolder:
     """The pictures of a folder and its subfolders, sorted by path; samples without captions.
 
-    Hidden files and folders are skipped. Links are followed only within the folder, and never to folders.
+    eval/base/folders.py says which files count and which links are followed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,11 +43,9 @@ class PictureFolder:
         if not folder.is_dir():
             raise InputError(f"--data.images {folder}: no such folder")
         self.folder = folder
-        try:
-            names = sorted(_picture_names(folder.resolve()))
-        except OSError as error:
-            raise InputError(f"--data.images {folder} cannot be read: {error.filename}: {error.strerror}") from None
-        self._names = _Texts(map(os.fsencode, names))
+        found = find_pictures(folder)
+        tell_passed_over(folder, found.passed_over)
+        self._names = _Texts(map(os.fsencode, found.files))
         if not self.num_samples:
             raise InputError(f"--data.images {folder}: no picture in it (.jpg, .png, .webp, ...)")
         self.shard_sizes = np.array([self.num_samples])
@@ -207,7 +205,7 @@ def _json_captions(path: Path) -> Iterator[str]:
     if is_array:
         if held_out := held_out_rows(path):
             _LOGGER.info("--data.captions %s: rows 0 to %d are left out, the test sharegpt4v_1k", path, held_out - 1)
-        captions: Iterable[str] = (row.caption for row in conversation_rows(path, held_out))
+        captions: Iterable[str | None] = (row.caption for row in conversation_rows(path, held_out))
     else:
         captions = _coco_captions(read_json(path))
     num_rows, num_empty = 0, 0
@@ -232,31 +230,10 @@ def _coco_captions(content: Any) -> list[str]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
-    found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
+    found = [path for path in matching_paths(pattern) if path.is_file()]
     if not found:
         raise InputError(f"--data.captions: no file matches {pattern!r} (looked in {Path.cwd()})")
     return found
-
-
-def _picture_names(root: Path) -> Iterator[str]:
-    """Yield the paths of the pictures below `root`, in the order of the file system."""
-    folders = [root]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-                    folders.append(Path(entry.path))
-                elif is_picture(Path(entry.name)) and _is_file_below(entry, root):
-                    yield os.path.relpath(entry.path, root)
-
-
-def _is_file_below(entry: os.DirEntry[str], root: Path) -> bool:
-    if entry.is_symlink():
-        return entry.is_file() and Path(entry.path).resolve().is_relative_to(root)
-    return entry.is_file(follow_symlinks=False)
 
 
 def _read_picture(path: Path) -> bytes | None:

@@ -43,12 +43,17 @@ def test_the_first_answer_is_the_caption(turns: list[Any], tmp_path: Path) -> No
         {}, 7, None, "text", {"conversations": None}, {"conversations": []}, {"conversations": [HUMAN]},
         {"conversations": [HUMAN, SYSTEM]}, {"conversations": [HUMAN, {"from": "gpt", "value": None}]},
         {"conversations": [HUMAN, {"from": "gpt"}]}, {"conversations": [HUMAN, {"from": "gpt", "value": 7}, GPT]},
-        {"image": "", "conversations": "text"}, {"image": []},
+        {"image": [], "conversations": "text"},
     ],
 )  # fmt: skip
 def test_a_row_may_lack_everything(row: object, tmp_path: Path) -> None:
     rows = read(tmp_path / "a.json", [row, {"image": ["1.jpg"], "conversations": [GPT]}])
-    assert rows == [(0, None, ""), (1, "1.jpg", "A red house.")]
+    assert rows == [(0, None, None), (1, "1.jpg", "A red house.")]
+
+
+def test_what_is_empty_is_not_what_is_absent(tmp_path: Path) -> None:
+    row = {"image": "", "conversations": [{"from": "gpt", "value": " \n"}]}
+    assert read(tmp_path / "a.json", [row]) == [(0, "", "")]
 
 
 def test_only_sharegpt4vs_own_file_begins_with_a_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

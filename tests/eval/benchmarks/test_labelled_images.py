@@ -81,6 +81,79 @@ def test_numbers_that_are_not_the_thousand_are_ones_own_classes(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("folders", "num_names"),
+    [(range(12), 12), ([3, 11, 7], 12), (["000", "010", "002"], 1000), ([0], 5)],
+)
+def test_folders_named_by_numbers_are_called_by_that_line(
+    folders: list[object], num_names: int, tmp_path: Path
+) -> None:
+    names = [f"class {number}" for number in range(num_names)]
+    labelled = find_labelled_images(make_folders(tmp_path, list(map(str, folders))), names)
+    assert labelled.files is not None and labelled.classnames == names
+    assert {path.parent.name: names[number] for path, number in labelled.files} == {
+        str(folder): f"class {int(str(folder))}" for folder in folders
+    }
+    assert labelled.name.endswith("classes' pictures)") == (len(list(folders)) < num_names)
+
+
+def test_numbers_beyond_the_lines_go_by_their_order(tmp_path: Path) -> None:
+    labelled = find_labelled_images(
+        make_folders(tmp_path, [str(number) for number in range(1, 13)]), [f"class {number}" for number in range(1, 13)]
+    )
+    assert labelled.files is not None
+    assert all(labelled.classnames[number] == f"class {path.parent.name}" for path, number in labelled.files)
+    with pytest.raises(InputError, match="11 class names for the 12 class folders"):
+        find_labelled_images(tmp_path, [str(number) for number in range(11)])
+
+
+@pytest.mark.parametrize(
+    ("folders", "given", "proposed"),
+    [
+        (["train/n01440764", "val/n01440764", "test/n01440764"], ".", "val"),
+        (["train/cat", "train/dog", "Test/cat", "Test/dog"], ".", "Test"),
+        (["train/cat"], ".", "train"),
+        (["train/cat", "val"], ".", "train"),  # val/ itself holds loose pictures
+        (["ILSVRC/Data/CLS-LOC/train/n01440764", "ILSVRC/Data/CLS-LOC/val/n01440764"], ".", "ILSVRC/Data/CLS-LOC/val"),
+        (["ILSVRC/Data/CLS-LOC/train/n01440764", "ILSVRC/Annotations/x"], "ILSVRC", "ILSVRC/Data/CLS-LOC/train"),
+        (["ILSVRC2012/n01440764", "ILSVRC2012/n01443537"], ".", "ILSVRC2012"),
+        (["a/n01440764", "b/n01443537"], ".", "a"),
+    ],
+)
+def test_the_folder_above_is_refused_and_the_right_one_named(
+    folders: list[str], given: str, proposed: str, tmp_path: Path
+) -> None:
+    root = make_folders(tmp_path / "set", folders)
+    (root / "ILSVRC/Annotations/x/1.png").unlink(missing_ok=True)
+    with pytest.raises(InputError, match=f"is a level too high: .*: give {root / proposed}$") as caught:
+        find_labelled_images(root / given)
+    assert "\n" not in str(caught.value)
+    assert find_labelled_images(root / proposed).files
+    if "n01440764" in folders[0]:
+        with pytest.raises(InputError, match="is a level too high"):
+            find_labelled_images(root / given, dataset="imagenet")
+
+
+def test_shards_in_parts_are_a_level_too_high(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "0.tar").touch()
+    with pytest.raises(InputError, match=f"give {tmp_path / 'val'}$"):
+        find_labelled_images(tmp_path)
+    assert find_labelled_images(tmp_path / "val").shards
+
+
+def test_classes_with_folders_of_their_own_and_classes_called_train(tmp_path: Path) -> None:
+    make_folders(tmp_path / "nested", ["cat/left", "cat/right", "dog/left"])
+    assert find_labelled_images(tmp_path / "nested").classnames == ["cat", "dog"]
+    make_folders(tmp_path / "trains", ["car", "train"])
+    assert find_labelled_images(tmp_path / "trains").classnames == ["car", "train"]
+    make_folders(tmp_path / "parts", ["test", "train"])  # loose pictures: classes only if one says so
+    with pytest.raises(InputError, match="is a level too high"):
+        find_labelled_images(tmp_path / "parts")
+    assert find_labelled_images(tmp_path / "parts", dataset="folder").classnames == ["test", "train"]
+
+
+@pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("imagenet_a", "n01498041", r"is not ImageNet-A: 1 of its 200 .* missing, the first: n01498041 \(stingray\)"),
