@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from training.losses.precision import widened
+
 __all__ = ["clip_loss", "contrastive_targets", "similarity_logits"]
 
 
@@ -15,8 +17,7 @@ def similarity_logits(
 ) -> Float[Tensor, "G G"]:
     """`logit_scale * image_features @ text_features.T` in float32 (float64 for float64 input), also under autocast."""
     with torch.autocast(image_features.device.type, enabled=False):
-        wide = torch.float64 if image_features.dtype == torch.float64 else torch.float32
-        return logit_scale * (image_features.to(wide) @ text_features.to(wide).T)
+        return logit_scale * (widened(image_features) @ widened(text_features, image_features).T)
 
 
 def contrastive_targets(

@@ -7,12 +7,12 @@ normalised. All are means over samples, of what is summed over the D channels; t
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from training.losses.logits import softmax_kl
+from training.losses.precision import widened
 
 __all__ = ["cos_loss", "fd_loss", "kl_loss", "l1_loss"]
 
@@ -20,21 +20,19 @@ __all__ = ["cos_loss", "fd_loss", "kl_loss", "l1_loss"]
 def fd_loss(student: Float[Tensor, "G D"], teacher: Float[Tensor, "G D"]) -> Float[Tensor, ""]:
     """Feature distillation: mean over samples of the squared distance between unit-norm features (CLIP-KD, Yang et
     al. 2024), D times the mean squared error that the paper weighs with 2000."""
-    student, teacher = _wide(student, teacher)
-    return (student - teacher).square().sum(dim=-1).mean()
+    return _difference(student, teacher).square().sum(dim=-1).mean()
 
 
 def l1_loss(student: Float[Tensor, "G D"], teacher: Float[Tensor, "G D"]) -> Float[Tensor, ""]:
     """Mean over samples of the L1 distance, the sum over channels of the absolute differences: D times the mean
     absolute error."""
-    student, teacher = _wide(student, teacher)
-    return (student - teacher).abs().sum(dim=-1).mean()
+    return _difference(student, teacher).abs().sum(dim=-1).mean()
 
 
 def cos_loss(student: Float[Tensor, "G D"], teacher: Float[Tensor, "G D"]) -> Float[Tensor, ""]:
     """Mean over samples of 1 - cosine, whatever the norms: half of `fd_loss` on unit-norm features."""
-    student, teacher = _wide(student, teacher)
-    return (1 - cosine_similarity(student, teacher, dim=-1)).mean()
+    teacher = widened(teacher.detach(), student)
+    return (1 - cosine_similarity(widened(student), teacher, dim=-1)).mean()
 
 
 def kl_loss(
@@ -50,7 +48,6 @@ def kl_loss(
     return softmax_kl(student, teacher, temperature=temperature)
 
 
-def _wide(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32, float64 where the student's are, and the teacher's without gradient."""
-    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return student.to(wide), teacher.detach().to(wide)
+def _difference(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return student - teacher in the losses' precision. The teacher carries no gradient."""
+    return widened(student) - widened(teacher.detach(), student)

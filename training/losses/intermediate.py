@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from training.losses.precision import widened
+
 __all__ = [
     "HeadMatch",
     "LossSum",
@@ -46,14 +48,14 @@ def token_mse(student: Float[Tensor, "B L C"], teacher: Float[Tensor, "B L C"], 
     """Squared distance of hidden states or embeddings, the mean over channels at each valid token (TinyBERT, Jiao et
     al. 2020, equations 8 and 9). The student's come mapped to the teacher's width. The terms are the tokens."""
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher = _widened(student, teacher)
+        student, teacher = widened(student), widened(teacher, student)
         squares = (student - teacher).masked_fill(~valid.unsqueeze(2), 0).square()
         return LossSum(squares.mean(dim=2).sum(), valid.sum().to(student.dtype))
 
 
 def attention_cells(valid: Bool[Tensor, "B L"], *, causal: bool) -> Bool[Tensor, "B L L"]:
     """Which cells of the attention matrices are compared: query and key both valid; with `causal`, no key after its
-    query. Causal if either model is: a bidirectional one is then judged by its lower triangle."""
+    query. Causal if either model is: a bidirectional one is then compared by its lower triangle."""
     cells = valid.unsqueeze(2) & valid.unsqueeze(1)
     return cells.tril() if causal else cells
 
@@ -62,7 +64,7 @@ def relation_scores(left: Float[Tensor, "B H L D"], right: Float[Tensor, "B H L 
     """`left @ right.T / sqrt(D)` of each head of width D: of queries and keys, attention scores before the softmax; of
     values and values, MiniLM's value relation before the softmax (Wang et al. 2020, section 3.2)."""
     with torch.autocast(left.device.type, enabled=False):
-        left, right = _widened(left, right)
+        left, right = widened(left), widened(right, left)
         return (left / math.sqrt(left.shape[-1])) @ right.transpose(-1, -2)
 
 
@@ -76,7 +78,7 @@ def score_mse(
     """Squared difference of scores at the given cells of each head, or of their means over the heads (TinyBERT,
     equation 7). The terms are the cells, of every head if each."""
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher = _widened(student, teacher)
+        student, teacher = widened(student), widened(teacher, student)
         if head_match == "mean":
             student, teacher = student.mean(dim=1, keepdim=True), teacher.mean(dim=1, keepdim=True)
         _check_heads(student, teacher)
@@ -95,7 +97,8 @@ def score_kl(
     alone (MiniLM, equations 1 and 3); with `head_match` mean, of the mean of the heads' distributions. The terms
     are the queries that have a cell, of every head if each."""
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher = (_log_probs(scores, cells, head_match) for scores in _widened(student, teacher))
+        student, teacher = widened(student), widened(teacher, student)
+        student, teacher = (_log_probs(scores, cells, head_match) for scores in (student, teacher))
         _check_heads(student, teacher)
         terms = teacher.exp() * (teacher - student)
         queries = cells.any(dim=2).sum() * student.shape[1]
@@ -124,11 +127,6 @@ def _log_probs(
     if head_match == "each":
         return log_probs
     return log_probs.logsumexp(dim=1, keepdim=True) - math.log(scores.shape[1])
-
-
-def _widened(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return student.to(wide), teacher.to(wide)
 
 
 def _check_heads(student: Tensor, teacher: Tensor) -> None:

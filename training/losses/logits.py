@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from training.losses.precision import widened
+
 __all__ = ["Direction", "deit_hard_loss", "deit_soft_loss", "kd_loss", "softmax_kl"]
 
 Direction = Literal["forward", "reverse", "symmetric"]
@@ -30,7 +32,7 @@ def softmax_kl(
     In float32 (float64 for float64 input). The square keeps the gradient's size as the temperature grows (Hinton et
     al. 2015). The teacher carries no gradient, in either direction.
     """
-    student, teacher = (log_softmax(_wide(x) / temperature, dim=1) for x in (student_logits, teacher_logits.detach()))
+    student, teacher = (log_softmax(widened(x) / temperature, dim=1) for x in (student_logits, teacher_logits.detach()))
     sides = {
         "forward": [(teacher, student)],
         "reverse": [(student, teacher)],
@@ -58,7 +60,7 @@ def kd_loss(
     soft = 2 * kd_lambda * softmax_kl(student_logits, teacher_logits, temperature=temperature, direction=direction)
     if targets is None:
         return soft
-    return cross_entropy(_wide(student_logits), targets, label_smoothing=label_smoothing) + soft
+    return cross_entropy(widened(student_logits), targets, label_smoothing=label_smoothing) + soft
 
 
 def deit_soft_loss(
@@ -81,7 +83,7 @@ def deit_soft_loss(
     soft = alpha * softmax_kl(distillation_logits, teacher_logits, temperature=temperature)
     if targets is None:
         return soft
-    return (1 - alpha) * cross_entropy(_wide(class_logits), targets, label_smoothing=label_smoothing) + soft
+    return (1 - alpha) * cross_entropy(widened(class_logits), targets, label_smoothing=label_smoothing) + soft
 
 
 def deit_hard_loss(
@@ -98,11 +100,7 @@ def deit_hard_loss(
     A student of one head gives its logits twice. `targets` are true classes or their probabilities; without them the
     second cross-entropy is the loss. Smoothing is of `targets` only, as published.
     """
-    hard = cross_entropy(_wide(distillation_logits), teacher_logits.argmax(dim=1))
+    hard = cross_entropy(widened(distillation_logits), teacher_logits.argmax(dim=1))
     if targets is None:
         return hard
-    return (cross_entropy(_wide(class_logits), targets, label_smoothing=label_smoothing) + hard) / 2
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return (cross_entropy(widened(class_logits), targets, label_smoothing=label_smoothing) + hard) / 2

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, linear, mse_loss, normalize
 
 from training.losses.contrastive import clip_loss, contrastive_targets, similarity_logits
 from training.losses.logits import Direction, softmax_kl
+from training.losses.precision import widened
 
 __all__ = [
     "afd_loss",
@@ -191,10 +192,9 @@ def _fused(
     student: Float[Tensor, "G Ds"], teacher: Float[Tensor, "G Dt"], weight: Float[Tensor, "Do Ds+Dt"]
 ) -> Float[Tensor, "G Do"]:
     """Unit-norm rows of weight @ [student; teacher]."""
-    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     with torch.autocast(student.device.type, enabled=False):
-        both = torch.cat([student.to(wide), teacher.detach().to(wide)], dim=1)
-        return normalize(linear(both, weight.to(wide)), dim=1)
+        both = torch.cat([widened(student), widened(teacher.detach(), student)], dim=1)
+        return normalize(linear(both, widened(weight, student)), dim=1)
 
 
 def split_teachers(

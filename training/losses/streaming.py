@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from training.losses.contrastive import clip_loss
+from training.losses.precision import widened
 from training.losses.relational import crd_loss, split_teachers
 from training.losses.tiles import Factors, TiledLogits, Tiles
 
@@ -117,27 +118,29 @@ def paired_losses(
     """
     _check_weights(clip_weight, crd_weight, has_teacher=teacher_image is not None and teacher_text is not None)
     with torch.autocast(student_image.device.type, enabled=False):
-        wide = torch.float64 if student_image.dtype == torch.float64 else torch.float32
-        image, text = student_image.to(wide), student_text.to(wide)
-        scale = torch.as_tensor(student_scale, device=image.device).to(wide)
+        image = widened(student_image)
+        text = widened(student_text, image)
+        scale = widened(torch.as_tensor(student_scale, device=image.device), image)
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale))
         with torch.no_grad():
             tiles = Tiles(image, share, tile)
             student = TiledLogits(image, text, scale, student_factors, tiles)
             teachers = []
             if crd_weight and teacher_image is not None and teacher_text is not None:
-                sides = split_teachers(teacher_image.to(wide), teacher_text.to(wide), teacher_scale, teacher_widths)
+                sides = split_teachers(
+                    widened(teacher_image, image), widened(teacher_text, image), teacher_scale, teacher_widths
+                )
                 teachers = _tiled_teachers(sides, teacher_factors, tiles)
             target = _Target(image, text, label_smoothing, caption_groups) if clip_weight else None
             share_of_crd = crd_weight / (clip_weight + crd_weight)
             gap, products = _second_pass(tiles, student, teachers, text if learns else None, share_of_crd)
-            clip = None if target is None else (student.mean_log_sum - scale * target.similarity).to(wide)
-            crd = None if gap is None else (student.mean_log_sum + gap).to(wide)
+            clip = None if target is None else widened(student.mean_log_sum - scale * target.similarity, image)
+            crd = None if gap is None else widened(student.mean_log_sum + gap, image)
             weighted = [(clip_weight, clip), (crd_weight, crd)]
             total = torch.stack([weight * value for weight, value in weighted if value is not None]).sum()
             gradient = None
             if products is not None:
-                basis = None if student_factors is None else student_factors[1].to(wide)
+                basis = None if student_factors is None else widened(student_factors[1], image)
                 gradient = _gradient(products, image, scale, basis, (clip_weight + crd_weight) / 2)
                 if target is not None:
                     target.add_gradient(gradient, scale, clip_weight)
