@@ -88,7 +88,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from eval.base.memory import keep_freed_memory
+from eval.base.freed_memory import keep_freed_memory
 from eval.base.processes import Runtime, all_results, start
 from eval.towers.models import load_model
 from longclip_teacher import LongCLIP

@@ -46,9 +46,9 @@ def write_run(job: Job, i2t: float, t2i: float, seconds: float = 60.0) -> None:
     steps, batch = job.config.run.max_steps, job.config.run.global_batch_size
     assert steps is not None
     write_text(job.folder / "config.toml", config_to_toml(job.config))
-    judged = {"i2t": {"r1": i2t}, "t2i": {"r1": t2i}}
-    student = {"twins": judged, "random": {"i2t": {"r1": 90.0}, "t2i": {"r1": 80.0}}, "cost": {"params": 5}}
-    write_json(job.folder / "results.json", {"models": {"student": student, "teacher": {"twins": judged}}})
+    evaluated = {"i2t": {"r1": i2t}, "t2i": {"r1": t2i}}
+    student = {"twins": evaluated, "random": {"i2t": {"r1": 90.0}, "t2i": {"r1": 80.0}}, "cost": {"params": 5}}
+    write_json(job.folder / "results.json", {"models": {"student": student, "teacher": {"twins": evaluated}}})
     rows = (
         [(steps - 1, 2.0 * seconds), (steps, seconds)] if steps > 1 else [(1, seconds)]
     )  # the rate doubles at the end

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
+from eval.base.processes import Runtime, start
 from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.config import TEACHERS
 from mobileclip_student import MobileCLIP, create_student
@@ -23,7 +24,6 @@ from mobileclip_student.model import override, variant_config
 from training.data.samples import Batch
 from training.data.store import TeacherInfo
 from training.distillation import assemble
-from training.distributed import Runtime, start
 from training.losses.table import LOSSES, Loss, Part, Stage
 from training.settings.losses import LossOptions
 from training.settings.needs import Tower

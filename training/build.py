@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.base.processes import Runtime
 from eval.benchmarks.class_prompts import OPENAI_TEMPLATES, read_classnames, read_templates
 from eval.benchmarks.labelled_images import find_labelled_images
 from eval.measures.zeroshot import zeroshot_classifier
@@ -18,15 +19,14 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from mobileclip_student import MobileCLIP, create_student, load_student
 from mobileclip_student.inference import compile_towers
+from mobileclip_student.initial_weights import TIMM, LongCLIPText, load_image_tower, load_text_tower, truncated_normal_
 from mobileclip_student.model import override, variant_config
-from mobileclip_student.start import TIMM, LongCLIPText, load_image_tower, load_text_tower, truncated_normal_
 from training.cache.datacompdr import DataCompDRStore, datacompdr_teacher_info
 from training.cache.reader import cached_teacher_info, open_cache
 from training.data.index import ShardIndex, expand_patterns
 from training.data.loader import LoaderSettings, OpenStore, ShardLoader, build_loader
 from training.data.store import TeacherInfo, TeacherStore
 from training.distillation import Distillation, assemble
-from training.distributed import Runtime
 from training.settings.needs import TOWERS, Needs
 from training.settings.options import SpeedOptions
 from training.settings.tree import TrainConfig

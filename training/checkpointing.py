@@ -46,7 +46,7 @@ class TrainState:
     """Steps so far whose loss or gradient was not finite; they changed nothing."""
 
     @property
-    def judged_model(self) -> MobileCLIP | LongCLIP:
+    def evaluated_model(self) -> MobileCLIP | LongCLIP:
         """The model that is evaluated and saved as the run's result: the average if there is one."""
         return self.distiller.model if self.ema is None else self.ema.model
 

@@ -1,4 +1,4 @@
-"""The feature gather of the losses; start-up is eval/base/processes.py's.
+"""Gather features over processes, with gradients. eval/base/processes.py starts the processes.
 
 Every rank computes the same loss on the same gathered features. The gradient of that one loss with respect to a
 rank's own rows is therefore known locally, and multiplying it by the number of ranks undoes DDP's mean: the result is
@@ -12,9 +12,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from eval.base.processes import Runtime, start
-
-__all__ = ["Runtime", "gather", "start"]
+__all__ = ["gather"]
 
 
 def gather(local: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "G ..."]:

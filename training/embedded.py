@@ -9,13 +9,13 @@ import logging
 import sys
 from pathlib import Path
 
+from eval.base.processes import Runtime
 from longclip_teacher.errors import InputError
 from training.build import build_distillation, build_training_loader, frozen_teacher
 from training.cache.manifest import CACHE_MANIFEST, shard_identities, write_cache_manifest
 from training.cache.writer import SidecarWriter, cache_settings
 from training.data.digit_scenes import is_outdated, write_digit_scenes
 from training.data.index import ShardIndex, expand_patterns
-from training.distributed import Runtime
 from training.loop import train
 from training.settings.checks import check_config
 from training.settings.options import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER, DataOptions
@@ -59,8 +59,8 @@ def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
 
 
 def _names_embedded_data(data: DataOptions) -> bool:
-    judged = (data.val, data.zeroshot, *(entry.partition(":")[2] for entry in data.tests))
-    return trains_on_embedded(data) or any(path is not None and is_embedded(path) for path in judged)
+    evaluated = (data.val, data.zeroshot, *(entry.partition(":")[2] for entry in data.tests))
+    return trains_on_embedded(data) or any(path is not None and is_embedded(path) for path in evaluated)
 
 
 def _make_data() -> None:

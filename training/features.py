@@ -16,7 +16,7 @@ from torch import Tensor
 from longclip_teacher import LongCLIP
 from longclip_teacher.trace import Trace
 from mobileclip_student import MobileCLIP
-from training.data.pictures import normalized
+from training.data.decoding import normalized
 from training.data.transforms import ViewSpec
 from training.settings.needs import Tower
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eval.base.memory import peak_memory_gb
+from eval.base.peak_memory import peak_memory_gb
+from eval.base.processes import Runtime
 from longclip_teacher.errors import reported_once
 from training.build import validation_teacher
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
@@ -22,7 +23,6 @@ from training.data.loader import Batch, ShardLoader
 from training.data.mixing import mix
 from training.distill import Distiller
 from training.distillation import Distillation
-from training.distributed import Runtime
 from training.ema import ModelEma
 from training.optim import build_optimizer, learning_rate
 from training.record.evaluate import validate
@@ -143,7 +143,7 @@ def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
 def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog) -> None:
     """Validate on rank 0, and keep the weights and state of the best value so far."""
     if runtime.is_main:
-        figures, encoded = validate(state.judged_model, config, validation_teacher(config, runtime.device))
+        figures, encoded = validate(state.evaluated_model, config, validation_teacher(config, runtime.device))
         if figures:
             log.scalars(state.step, figures, group="val")
         if encoded is not None:
@@ -151,7 +151,7 @@ def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: Run
         score = figures.get("score")
         if state.best is None or score is None or score > state.best:
             state.best = score if score is not None else state.best
-            save_weights(config.run.out_dir / "best.safetensors", state.judged_model)
+            save_weights(config.run.out_dir / "best.safetensors", state.evaluated_model)
             save_checkpoint(config.run.out_dir / "checkpoints" / "best.pt", state, config)
     runtime.barrier()
 
@@ -159,7 +159,7 @@ def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: Run
 def _save(config: TrainConfig, runtime: Runtime, state: TrainState, name: str) -> None:
     if runtime.is_main:
         if name == "last":  # the checkpoint comes after all else of its step: once it is there, nothing is missing
-            save_weights(config.run.out_dir / "last.safetensors", state.judged_model)
+            save_weights(config.run.out_dir / "last.safetensors", state.evaluated_model)
         save_checkpoint(config.run.out_dir / "checkpoints" / f"{name}.pt", state, config)
     runtime.barrier()
 

@@ -14,9 +14,9 @@ def main() -> None:
     with reported_once():
         config, notes = run_config(sys.argv[1:])
     # --help and refused options end above: these imports take seconds
-    from eval.base.memory import keep_freed_memory
+    from eval.base.freed_memory import keep_freed_memory
+    from eval.base.processes import start
     from training.build import build_distillation, build_training_loader
-    from training.distributed import start
     from training.embedded import prepare_embedded
     from training.loop import train
     from training.record.evaluate import check_sets

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from eval.base.processes import Runtime
 from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError
 from training.checkpointing import TrainState
 from training.data.samples import Batch
 from training.distill import MAX_LOG_SCALE
-from training.distributed import Runtime
 from training.settings.tree import TrainConfig
 
 __all__ = ["Statistics", "apply_update", "count_bad_step"]

@@ -19,9 +19,10 @@ from torchvision.transforms import functional as v1
 from torchvision.transforms.autoaugment import _apply_op as v1_rand_augment_op
 
 from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
-from eval.base.memory import keep_freed_memory
-from training.data.pictures import normalized, open_picture, picture_size
-from training.data.transforms import Augmentation, ViewSpec, draw_augmentation, render, sample_generator
+from eval.base.freed_memory import keep_freed_memory
+from training.data.decoding import normalized, open_picture, picture_size
+from training.data.randomness import sample_generator
+from training.data.transforms import Augmentation, ViewSpec, draw_augmentation, render
 from training.settings.augment import AugmentConfig
 
 __all__ = ["bench_data", "photograph"]

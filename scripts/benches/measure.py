@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from eval.base.memory import peak_memory_gb
+from eval.base.peak_memory import peak_memory_gb
 
 __all__ = ["BenchOptions", "Row", "in_own_process", "machine", "medians", "peak_memory_gb", "synchronize"]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
-from eval.base.memory import keep_freed_memory
+from eval.base.freed_memory import keep_freed_memory
 from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT, trim
 from mobileclip_student import create_student

@@ -13,11 +13,11 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from eval.base.processes import start
 from longclip_teacher import create_teacher
 from mobileclip_student import create_student
 from training.data.samples import Batch
 from training.distillation import assemble
-from training.distributed import start
 from training.losses.table import LOSSES
 from training.settings.losses import LossOptions
 from training.step import backward_step

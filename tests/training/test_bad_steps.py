@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from eval.base.processes import Runtime, start
 from longclip_teacher.errors import InputError
 from loss_mixes import Case, batch_of, options_of, student_of, teacher_of
 from ranks import run_ranks
 from training.checkpointing import TrainState, save_checkpoint
 from training.data.samples import Batch
 from training.distillation import Distillation, assemble
-from training.distributed import Runtime, start
 from training.ema import ModelEma
 from training.optim import build_optimizer
 from training.resume import RunInputs

@@ -184,7 +184,7 @@ class TestComparison:
         ]
         assert self.changes(before, replace(before, run=replace(before.run, resume="auto"))) == []
 
-    def test_class_prompts_that_teach_are_no_matter_of_judging(self) -> None:
+    def test_class_prompts_that_teach_do_not_concern_evaluation(self) -> None:
         before = parse_config(["deit_image"])
         with pytest.raises(InputError, match=r"of a run with data\.zeroshot_templates = .*, this one has openai"):
             self.changes(before, parse_config(["deit_image", "--data.zeroshot_templates", "openai"]))

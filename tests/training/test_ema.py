@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eval.base.processes import start
 from mobileclip_student import create_student
 from training import loop
 from training.checkpointing import TrainState
@@ -18,7 +19,6 @@ from training.data.index import Contents
 from training.data.mixing import mix
 from training.data.samples import Batch
 from training.distillation import Distillation
-from training.distributed import start
 from training.ema import ModelEma
 from training.optim import learning_rate
 from training.record.evaluate import Validation
@@ -124,7 +124,7 @@ class Loader:
             yield Batch(images, (), tokens, tokens, [str(i) for i in range(5)], {})
 
 
-def test_the_loop_mixes_scales_the_rates_and_judges_the_average(
+def test_the_loop_mixes_scales_the_rates_and_evaluates_the_average(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config = parse_config(
@@ -136,7 +136,7 @@ def test_the_loop_mixes_scales_the_rates_and_judges_the_average(
     toy = Toy()
     history: list[dict[str, Tensor]] = []
     batches: list[Batch] = []
-    judged: list[tuple[str, dict[str, Tensor]]] = []
+    evaluated: list[tuple[str, dict[str, Tensor]]] = []
 
     def backward_step(module: nn.Module, batch: Batch, *_: Any, **_options: Any) -> dict[str, Tensor]:
         history.append(snapshot(module.model))
@@ -147,23 +147,23 @@ def test_the_loop_mixes_scales_the_rates_and_judges_the_average(
 
     def validate(model: nn.Module, _config: object, teacher: object) -> Validation:
         assert teacher == "the teacher"
-        judged.append(("val", snapshot(model)))
-        return Validation({"score": float(len(judged))}, None)
+        evaluated.append(("val", snapshot(model)))
+        return Validation({"score": float(len(evaluated))}, None)
 
     monkeypatch.setattr(loop, "backward_step", backward_step)
     monkeypatch.setattr(loop, "validate", validate)
     monkeypatch.setattr(loop, "validation_teacher", lambda _config, _device: "the teacher")
-    monkeypatch.setattr(loop, "save_weights", lambda path, model: judged.append((path.stem, snapshot(model))))
+    monkeypatch.setattr(loop, "save_weights", lambda path, model: evaluated.append((path.stem, snapshot(model))))
     with start("cpu") as runtime:
         distillation = Distillation(toy, None, None)  # type: ignore[arg-type]
         state: TrainState = loop.train(config, runtime, distillation, Loader())  # type: ignore[arg-type]
     history.append(snapshot(toy.model))
 
-    assert [name for name, _ in judged] == ["val", "best", "last"] * 3
-    for steps, (name, weights) in zip([2] * 3 + [4] * 3 + [6] * 3, judged, strict=True):
+    assert [name for name, _ in evaluated] == ["val", "best", "last"] * 3
+    for steps, (name, weights) in zip([2] * 3 + [4] * 3 + [6] * 3, evaluated, strict=True):
         for key, average in expected(history[: steps + 1], 0.25).items():
             np.testing.assert_allclose(weights[key].numpy(), average, rtol=1e-5, atol=1e-6, err_msg=f"{name} {key}")
-    assert state.ema is not None and state.judged_model is state.ema.model
+    assert state.ema is not None and state.evaluated_model is state.ema.model
 
     sources = [batch for epoch in (0, 1) for batch in Loader().batches(epoch, 0)]
     for step, (batch, source) in enumerate(zip(batches, sources, strict=False)):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval.base.processes import start
 from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.config import TEACHERS
 from longclip_teacher.errors import InputError
@@ -18,7 +19,6 @@ from training.build import build_distillation, build_student
 from training.data.samples import Batch
 from training.distill import Mask, masked
 from training.distillation import Distillation, assemble
-from training.distributed import start
 from training.features import Features
 from training.losses import crd_loss
 from training.losses.table import LOSSES

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from eval.base.images import open_image
+from eval.base.image_files import open_image
+from eval.base.processes import start
 from eval.benchmarks.protocols import load_retrieval_set
 from eval.measures.retrieval_set import evaluate_retrieval
 from eval.measures.zeroshot import evaluate_zeroshot
@@ -23,8 +24,7 @@ from longclip_teacher import LongCLIP, create_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP, create_student, reparameterize, save_student
 from mobileclip_student.model import variant_config
-from training.distributed import start
-from training.record.evaluate import judged_model, validate
+from training.record.evaluate import evaluated_model, validate
 from training.record.run_report import report_run
 from training.settings.options import DataOptions, RunOptions, StudentOptions, TeacherOptions
 from training.settings.tree import TrainConfig, config_to_toml
@@ -86,7 +86,7 @@ def features(model: LongCLIP | MobileCLIP, data: Path, tower: str) -> Tensor:
 
 
 @pytest.mark.parametrize("stage", ["image", "text"])
-def test_one_tower_is_judged_beside_the_teachers_other(
+def test_one_tower_is_evaluated_beside_the_teachers_other(
     student: MobileCLIP, teacher: LongCLIP, data: Path, stage: str
 ) -> None:
     config = config_of(data, stage)
@@ -118,21 +118,21 @@ def test_only_the_trained_tower_counts(teacher: LongCLIP, data: Path, stage: str
     assert wrong_way["agreement"] < 90
 
 
-def test_two_towers_are_judged_as_before(student: MobileCLIP, teacher: LongCLIP, data: Path) -> None:
+def test_two_towers_are_evaluated_as_before(student: MobileCLIP, teacher: LongCLIP, data: Path) -> None:
     config = config_of(data, "both")
-    assert judged_model(student, config, teacher) is student
+    assert evaluated_model(student, config, teacher) is student
     assert set(validate(student, config).figures) == {"i2t_r1", "t2i_r1", "score", "zeroshot_top1"}
 
 
-def test_what_cannot_be_judged_is_said(teacher: LongCLIP, data: Path) -> None:
-    with pytest.raises(InputError, match=r"\A--run.stage image is judged with the teacher's other tower[^\n]*\Z"):
+def test_what_cannot_be_evaluated_is_said(teacher: LongCLIP, data: Path) -> None:
+    with pytest.raises(InputError, match=r"\A--run.stage image is evaluated with the teacher's other tower[^\n]*\Z"):
         validate(create_student("tiny"), config_of(data, "image"))
     with pytest.raises(InputError, match="96 features and the text tower 128"):
         validate(create_student("tiny"), config_of(data, "image"), teacher)
 
 
 @pytest.mark.parametrize(("stage", "other"), [("image", "text"), ("text", "image")])
-def test_the_report_names_what_was_judged(
+def test_the_report_names_what_was_evaluated(
     student: MobileCLIP,
     teacher: LongCLIP,
     data: Path,
@@ -159,12 +159,12 @@ def test_the_report_names_what_was_judged(
     with start("cpu") as runtime:
         report_run(config, runtime, None)
     results = json.loads((tmp_path / "run/results.json").read_text())
-    judged = f"student's {stage} tower + teacher's {other} tower"
-    assert results["judged"] == judged and set(results["models"]) == {"student", "teacher"}
-    ours, expected = results["models"]["student"], judged_model(student, config, teacher)
+    evaluated = f"student's {stage} tower + teacher's {other} tower"
+    assert results["judged"] == evaluated and set(results["models"]) == {"student", "teacher"}
+    ours, expected = results["models"]["student"], evaluated_model(student, config, teacher)
     assert ours["cost"]["params"] == sum(parameter.numel() for parameter in expected.parameters())
     assert ours["cost"]["bytes"] is None  # the file holds the complete student
-    fused = judged_model(reparameterize(student), config, teacher)
+    fused = evaluated_model(reparameterize(student), config, teacher)
     fused_params = sum(parameter.numel() for parameter in fused.parameters())
     assert ours["cost_reparameterized"]["params"] == fused_params < ours["cost"]["params"]
     page, printed = (tmp_path / "run/report.html").read_text().replace("&#39;", "'"), capsys.readouterr().out
@@ -173,6 +173,6 @@ def test_the_report_names_what_was_judged(
         assert "parameters and ms with branches merged" in told and "batch 1, float32" in told
     found = evaluate_retrieval(expected, load_retrieval_set("folder", data / "boards"))
     assert ours["boards"]["i2t"] == found["i2t"] and ours["boards"]["t2i"] == found["t2i"]
-    assert judged in page and judged in printed
+    assert evaluated in page and evaluated in printed
     assert f"The {stage} tower of the student tiny was distilled from that of the teacher {tmp_path}" in page
-    assert f"on some/place. The figures are those of the {judged}, at the best weights" in page
+    assert f"on some/place. The figures are those of the {evaluated}, at the best weights" in page

@@ -39,10 +39,11 @@ from training.cache.manifest import (
     write_record,
 )
 from training.cache.sidecar import CaptionRows, SampleEntry, write_sidecar
+from training.data.decoding import normalized, open_picture, picture_size
 from training.data.index import RawSample, ShardIndex
-from training.data.pictures import normalized, open_picture, picture_size
+from training.data.randomness import sample_generator
 from training.data.samples import BadSample, read_captions
-from training.data.transforms import ViewSpec, draw_augmentation, render, sample_generator
+from training.data.transforms import ViewSpec, draw_augmentation, render
 from training.settings.augment import AugmentConfig
 
 __all__ = ["SidecarWriter", "cache_settings"]

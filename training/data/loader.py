@@ -21,10 +21,11 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from training.data.index import Contents, RawSample, ShardIndex, Stage, expand_patterns, is_remote
 from training.data.loose_files import CaptionFiles, PictureFolder
+from training.data.randomness import sample_generator
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, collate
 from training.data.store import TeacherStore
 from training.data.stream import ShardStream
-from training.data.transforms import ViewSpec, sample_generator
+from training.data.transforms import ViewSpec
 from training.settings.augment import AugmentConfig
 
 __all__ = ["Batch", "LoaderSettings", "OpenStore", "SampleIndex", "ShardLoader", "build_loader", "epoch_order"]
@@ -236,7 +237,7 @@ class LoaderSettings:
     stored_features: bool = True
     """False leaves the stored features themselves out."""
     fast_decode: bool = True
-    """See training/data/pictures.py."""
+    """See training/data/decoding.py."""
     trim_captions: bool = True
     """False pads captions to `context_length`."""
     pin_memory: bool = False

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
+from training.data.randomness import sample_generator
 from training.data.samples import Batch
-from training.data.transforms import sample_generator
 from training.settings.options import MixOptions
 
 __all__ = ["mix"]

@@ -17,17 +17,11 @@ from torch import Tensor
 from eval.base.foreign_text import HALVES, whole_characters
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, first_sentence, trim
+from training.data.decoding import open_picture, picture_size
 from training.data.index import RawSample, Stage
-from training.data.pictures import open_picture, picture_size
+from training.data.randomness import sample_generator
 from training.data.store import StoredDraw, TeacherStore, choose_captions
-from training.data.transforms import (
-    Augmentation,
-    AugmentConfig,
-    ViewSpec,
-    draw_augmentation,
-    render,
-    sample_generator,
-)
+from training.data.transforms import Augmentation, AugmentConfig, ViewSpec, draw_augmentation, render
 
 __all__ = ["BadSample", "Batch", "Sample", "SampleDecoder", "collate", "read_captions"]
 

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from training.data.index import RawSample
-from training.data.transforms import Augmentation, sample_generator
+from training.data.randomness import sample_generator
+from training.data.transforms import Augmentation
 
 __all__ = ["StoredDraw", "TeacherInfo", "TeacherStore", "choose_captions", "choose_view"]
 

@@ -16,7 +16,7 @@ import fsspec
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from eval.base.images import IMAGE_SUFFIXES
+from eval.base.image_files import IMAGE_SUFFIXES
 from eval.base.tar_samples import streamed_tar_samples
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
@@ -28,8 +28,8 @@ from training.data.index import (
     RawSample,
     Stage,
 )
+from training.data.randomness import sample_generator
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, collate
-from training.data.transforms import sample_generator
 
 __all__ = ["ShardStream"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms import functional as pil_ops
 
 from longclip_teacher.errors import InputError
-from training.data.pictures import Interpolation, Picture, pixels_of_pil, resized_crops
+from training.data.decoding import Interpolation, Picture, pixels_of_pil, resized_crops
 from training.settings.augment import MAGNITUDE_BINS, AugmentConfig
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "draw_augmentation",
     "rand_augment_magnitude",
     "render",
-    "sample_generator",
 ]
 
 RAND_AUGMENT_OPS: tuple[str, ...] = (
@@ -98,11 +97,6 @@ class Augmentation:
                 raise InputError(f"augmentation: {name} cannot have the magnitude {magnitude}")
 
 
-def sample_generator(*key: int) -> np.random.Generator:
-    """Return a random generator that depends only on `key`, for example (seed, epoch, index)."""
-    return np.random.default_rng(key)
-
-
 def draw_augmentation(size: tuple[int, int], config: AugmentConfig, generator: np.random.Generator) -> Augmentation:
     """Draw a random resized crop of a picture of `size` (width, height), and flip and RandAugment if they are on.
 
@@ -142,7 +136,7 @@ def rand_augment_magnitude(name: str, magnitude_bin: int, image_size: int = Augm
 def render(picture: Picture, augmentation: Augmentation, views: Sequence[ViewSpec]) -> list[Tensor]:
     """Render the augmented picture at each view's resolution: uint8 [3, S, S], contiguous.
 
-    Without RandAugment, pixels rendered from the two forms of Picture (training.data.pictures) differ by at most 2
+    Without RandAugment, pixels rendered from the two forms of Picture (training.data.decoding) differ by at most 2
     levels. The operations of RandAugment are PIL's in both forms. With them the mean difference stays below 1 level
     (Contrast rounds the mean to one), but a pixel at a threshold of Solarize, Posterize or Equalize may fall on its
     other side.

@@ -17,7 +17,7 @@ from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP
 from training.settings.tree import TrainConfig
 
-__all__ = ["Validation", "check_sets", "evaluate_tests", "judged_model", "test_sets", "validate"]
+__all__ = ["Validation", "check_sets", "evaluate_tests", "evaluated_model", "test_sets", "validate"]
 
 
 class Validation(NamedTuple):
@@ -26,17 +26,17 @@ class Validation(NamedTuple):
     figures: dict[str, float]
     """Percentages by name."""
     encoded: EncodedSet | None
-    """The validation set as the judged model encodes it, None without such a set."""
+    """The validation set as the evaluated model encodes it, None without such a set."""
 
 
-def judged_model(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None) -> ClipModel:
+def evaluated_model(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None) -> ClipModel:
     """The model that a run is evaluated by: `model` itself or, if one tower was trained, that tower with the teacher's
     other one. Raises InputError if the two towers have different widths."""
     if config.run.stage == "both":
         return model
     if teacher is None:
         raise InputError(
-            f"--run.stage {config.run.stage} is judged with the teacher's other tower: give --teacher.checkpoint"
+            f"--run.stage {config.run.stage} is evaluated with the teacher's other tower: give --teacher.checkpoint"
         )
     assert isinstance(model, LongCLIP | MobileCLIP)
     image, text = (model, teacher) if config.run.stage == "image" else (teacher, model)
@@ -47,24 +47,24 @@ def validate(model: ClipModel, config: TrainConfig, teacher: LongCLIP | None = N
     """Percentages on the validation set: i2t_r1, t2i_r1, their mean as `score`, and zeroshot_top1 if data.zeroshot is
     set.
 
-    If one tower is trained, the figures are those of `judged_model`. It needs the whole `teacher`, on the model's
+    If one tower is trained, the figures are those of `evaluated_model`. It needs the whole `teacher`, on the model's
     device. `agreement` is then 100 times the mean cosine between that tower's features of the validation set's pictures
     or captions and the teacher's features of the same.
     """
-    judged = judged_model(model, config, teacher)
+    evaluated = evaluated_model(model, config, teacher)
     values: dict[str, float] = {}
     encoded = None
     if config.data.val is not None:
         found = load_retrieval_set(config.data.val_protocol, config.data.val)
-        encoded = encode_retrieval_set(judged, found, _encoding(config))
-        figures = retrieval_figures(judged, found, encoded)
+        encoded = encode_retrieval_set(evaluated, found, _encoding(config))
+        figures = retrieval_figures(evaluated, found, encoded)
         i2t, t2i = figures["i2t"]["r1"], figures["t2i"]["r1"]
         values |= {"i2t_r1": i2t, "t2i_r1": t2i, "score": (i2t + t2i) / 2}
-        if judged is not model:
+        if evaluated is not model:
             assert teacher is not None
             values["agreement"] = _agreement(encoded, teacher, config)
     if config.data.zeroshot is not None:
-        values["zeroshot_top1"] = _zeroshot(judged, config)["top1"]
+        values["zeroshot_top1"] = _zeroshot(evaluated, config)["top1"]
     return Validation(values, encoded)
 
 
@@ -78,7 +78,7 @@ def _agreement(student: EncodedSet, teacher: LongCLIP, config: TrainConfig) -> f
 
 def evaluate_tests(model: ClipModel, config: TrainConfig) -> dict[str, Any]:
     """The retrieval JSON of every test set by its name, and the zero-shot JSON as `zeroshot`. For a run of one tower,
-    pass its `judged_model`."""
+    pass its `evaluated_model`."""
     results: dict[str, Any] = {
         name: evaluate_retrieval(model, found, _encoding(config)) for name, found in test_sets(config).items()
     }

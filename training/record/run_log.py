@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from eval.base.environment import environment_record, uncommitted_changes
+from eval.base.processes import Runtime
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import EncodedSet
 from eval.pages.example_sheet import draw_examples
 from longclip_teacher.atomic_files import write_json, write_text
-from training.distributed import Runtime
 from training.settings.tree import TrainConfig, config_to_toml
 
 __all__ = ["RunLog", "read_metrics"]

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from eval.base.processes import Runtime
 from eval.measures.costs import cost_conditions, measure_costs
 from eval.measures.figures import (
     Column,
@@ -28,9 +29,8 @@ from eval.towers.models import ClipModel, load_model
 from longclip_teacher.atomic_files import write_json
 from mobileclip_student import MobileCLIP, reparameterize
 from training.build import DATACOMPDR, frozen_teacher, validation_teacher
-from training.distributed import Runtime
 from training.record.curves import run_provenance, training_curves
-from training.record.evaluate import evaluate_tests, judged_model, test_sets
+from training.record.evaluate import evaluate_tests, evaluated_model, test_sets
 from training.settings.tree import TrainConfig, config_from_toml
 
 __all__ = ["report_run"]
@@ -54,14 +54,14 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
     best = out_dir / "best.safetensors"
     whole_teacher = validation_teacher(config, runtime.device)
     saved = load_model(out_dir, device=str(runtime.device))
-    models: dict[str, ClipModel] = {trained_as: judged_model(saved, config, whole_teacher)}
+    models: dict[str, ClipModel] = {trained_as: evaluated_model(saved, config, whole_teacher)}
     if (teacher := whole_teacher or teacher or _teacher_of_cache(config, runtime)) is not None:
         models["teacher"] = teacher
     results = {name: evaluate_tests(model, config) for name, model in models.items()}
     timed = dict(models)
     if isinstance(saved, MobileCLIP):
-        timed[_FUSED] = judged_model(reparameterize(saved), config, whole_teacher)
-    # the file of a run of one tower holds a whole student: its size is not that of what is judged
+        timed[_FUSED] = evaluated_model(reparameterize(saved), config, whole_teacher)
+    # the file of a run of one tower holds a whole student: its size is not that of what is evaluated
     costs = measure_costs(timed, dict.fromkeys((trained_as, _FUSED), best) if config.run.stage == "both" else {})
     content: dict[str, Any] = {name: {**results[name], "cost": costs[name]} for name in models}
     if _FUSED in costs:
@@ -117,7 +117,7 @@ def _write_page(
     conditions: Sequence[str],
 ) -> None:
     out_dir, title = config.run.out_dir, _trained_title(config)
-    # a finished run may be judged on other sets than those it was trained with
+    # a finished run may be evaluated on other sets than those it was trained with
     summary = _summary(config_from_toml(out_dir / "config.toml"), "teacher" in models)
     write_report(
         out_dir / "report.html",

@@ -1,7 +1,7 @@
 """The configuration of a run on the user's own data: embedded defaults that do not belong to it fall away.
 
 Every preset validates, tests and teaches with the embedded digit scenes unless told otherwise. A run that names other
-training data is not judged by digits, and learns from a teacher of digits only where its user names that teacher.
+training data is not evaluated on digits, and learns from a teacher of digits only if its user names that teacher.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _without_sets(config: TrainConfig, named: Collection[str], source: str, note
     sets, fields = _and([_SETS[name] for name in dropped]), _and([f"--data.{name}" for name in dropped])
     notes.append(
         f"the default {sets} {'are' if len(dropped) > 1 or dropped == ['tests'] else 'is'} made of digit scenes: left "
-        f"out, since {source} names other data; give {fields} to judge the run"
+        f"out, since {source} names other data; give {fields} to evaluate the run"
     )
     return _replaced(config, "data", {name: () if name == "tests" else None for name in dropped})
 

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from longclip_teacher.errors import InputError
 from training.cache.sidecar import CaptionRows, SampleEntry, Sidecar, write_sidecar
-from training.data.transforms import Augmentation, draw_augmentation, sample_generator
+from training.data.randomness import sample_generator
+from training.data.transforms import Augmentation, draw_augmentation
 from training.settings.augment import AugmentConfig
 
 WIDTH, VIEWS, OPS, SAMPLES = 32, 3, 2, 40

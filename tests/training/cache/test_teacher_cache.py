@@ -23,8 +23,8 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from training.cache.manifest import CACHE_MANIFEST, read_cache
 from training.cache.reader import TeacherCacheStore, cached_teacher_info, open_cache
+from training.data.decoding import normalized, open_picture
 from training.data.index import ShardIndex
-from training.data.pictures import normalized, open_picture
 from training.data.samples import BadSample
 from training.data.store import choose_captions, choose_view
 from training.data.transforms import ViewSpec, render

@@ -18,7 +18,8 @@ from torchvision.transforms import functional as v1
 
 from benches.data import photograph
 from longclip_teacher.errors import InputError
-from training.data.pictures import Picture, pixels_of_pil
+from training.data.decoding import Picture, pixels_of_pil
+from training.data.randomness import sample_generator
 from training.data.transforms import (
     RAND_AUGMENT_OPS,
     Augmentation,
@@ -28,7 +29,6 @@ from training.data.transforms import (
     draw_augmentation,
     rand_augment_magnitude,
     render,
-    sample_generator,
 )
 
 SIGNED = RAND_AUGMENT_OPS[1:10]

@@ -30,7 +30,7 @@ def test_presets_on_the_embedded_data_stay_as_they_are(preset: str) -> None:
         ["two_stage_image", "--data.images", f"{EMBEDDED_DATA}/digits/val"],
     ],
 )
-def test_a_part_of_the_embedded_data_is_judged_as_all_of_it(args: list[str]) -> None:
+def test_a_part_of_the_embedded_data_is_evaluated_as_all_of_it(args: list[str]) -> None:
     assert run_config(args) == (parse_config(args), [])
 
 
@@ -39,7 +39,7 @@ def test_other_shards_leave_the_digits_out() -> None:
     assert (config.data.val, config.data.tests, config.data.zeroshot) == (None, (), None)
     assert notes == [
         "the default validation, tests and zero-shot set are made of digit scenes: left out, since --data.shards names "
-        "other data; give --data.val, --data.tests and --data.zeroshot to judge the run"
+        "other data; give --data.val, --data.tests and --data.zeroshot to evaluate the run"
     ]
 
 

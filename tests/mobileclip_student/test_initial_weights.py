@@ -20,8 +20,8 @@ from longclip_teacher.config import ImageTowerConfig, TeacherConfig, TextTowerCo
 from longclip_teacher.errors import InputError
 from longclip_teacher.positions import stretch_positions
 from mobileclip_student import MobileCLIP, StudentConfig, create_student, override, reparameterize, save_student
+from mobileclip_student.initial_weights import LongCLIPText, load_image_tower, load_text_tower, truncated_normal_
 from mobileclip_student.model import variant_config
-from mobileclip_student.start import LongCLIPText, load_image_tower, load_text_tower, truncated_normal_
 
 WIDTH, HEADS, LAYERS, EMBED_DIM = 48, 3, 5, 20
 

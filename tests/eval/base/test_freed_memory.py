@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from eval.base import memory
+from eval.base import freed_memory
 
 ROOT = Path(__file__).parents[3]
 
 CHILD = """
 import resource, threading
-from eval.base.memory import keep_freed_memory
+from eval.base.freed_memory import keep_freed_memory
 agreed = keep_freed_memory()
 def allocate():
     block = bytearray(100_000_000)
@@ -50,11 +50,11 @@ def test_a_large_block_is_reused_without_page_faults() -> None:
 @pytest.mark.parametrize("system", ["darwin", "win32"])
 def test_elsewhere_it_says_no(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(memory.ctypes, "CDLL", None)  # not called
-    assert memory.keep_freed_memory() is False
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", None)  # not called
+    assert freed_memory.keep_freed_memory() is False
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1.2"))
-    monkeypatch.setattr(memory.ctypes, "CDLL", None)
-    assert memory.keep_freed_memory() is False
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", None)
+    assert freed_memory.keep_freed_memory() is False

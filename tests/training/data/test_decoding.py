@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-import eval.base.images
+import eval.base.image_files
 from benches.data import photograph
-from eval.base.images import open_image
+from eval.base.image_files import open_image
 from longclip_teacher.errors import InputError
-from training.data import pictures
-from training.data.pictures import normalized, open_picture, picture_size, pixels_of_pil, resized_crops
-from training.data.transforms import ViewSpec, draw_augmentation, render, sample_generator
+from training.data import decoding
+from training.data.decoding import normalized, open_picture, picture_size, pixels_of_pil, resized_crops
+from training.data.randomness import sample_generator
+from training.data.transforms import ViewSpec, draw_augmentation, render
 from training.settings.augment import AugmentConfig
 
 JPEGS: dict[str, dict[str, Any]] = {
@@ -50,7 +51,7 @@ def test_jpegs_decode_to_the_same_pixels(options: dict[str, Any], mode: str) -> 
         options = {"quality": 90}
     for size in ((250, 187), (33, 64), (1, 1)):
         data = encoded(photograph(3, size).convert(mode), **options)
-        assert pictures._jpeg_pixels(data) is not None  # not left to PIL
+        assert decoding._jpeg_pixels(data) is not None  # not left to PIL
         assert picture_size(open_picture(data, True)) == picture_size(open_picture(data, False)) == size
         assert torch.equal(levels(data, True), levels(data, False))
 
@@ -66,7 +67,7 @@ def test_both_forms_are_upright(orientation: int) -> None:
         1: as_stored, 2: as_stored.flip(2), 3: as_stored.flip(1, 2), 4: as_stored.flip(1),
         5: as_stored.mT, 6: as_stored.mT.flip(2), 7: as_stored.mT.flip(1, 2), 8: as_stored.mT.flip(1),
     }  # fmt: skip
-    assert pictures._jpeg_pixels(data) is not None  # not left to PIL
+    assert decoding._jpeg_pixels(data) is not None  # not left to PIL
     assert torch.equal(levels(data, True), levels(data, False))
     assert torch.equal(levels(data, True), turned[orientation].int())
     views: list[Any] = [(64, "bilinear")]
@@ -79,11 +80,11 @@ def test_both_forms_are_upright(orientation: int) -> None:
 @pytest.mark.parametrize("fast", [True, False])
 def test_training_has_a_bound_of_its_own(fast: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(Image.new("RGB", (10, 10)), kind)
-    monkeypatch.setattr(pictures, "MAX_TRAINING_PIXELS", 100)
+    monkeypatch.setattr(decoding, "MAX_TRAINING_PIXELS", 100)
     assert picture_size(open_picture(data, fast)) == (10, 10)
-    monkeypatch.setattr(pictures, "MAX_TRAINING_PIXELS", 99)
+    monkeypatch.setattr(decoding, "MAX_TRAINING_PIXELS", 99)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
-    monkeypatch.setattr(pictures, "_decode_jpeg", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(decoding, "_decode_jpeg", lambda *_: pytest.fail("decoded"))
     with pytest.raises(InputError, match="more than 99 pixels"):
         open_picture(data, fast)
 
@@ -177,8 +178,8 @@ def test_other_formats_are_pils(kind: str) -> None:
 def test_what_torchvision_cannot_do_is_pils(available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cmyk, plain = (encoded(photograph(7, (40, 30)).convert(mode)) for mode in ("CMYK", "RGB"))
     if not available:
-        monkeypatch.setattr(pictures, "_decode_jpeg", None)
-    assert pictures._jpeg_pixels(cmyk) is None and (pictures._jpeg_pixels(plain) is not None) == available
+        monkeypatch.setattr(decoding, "_decode_jpeg", None)
+    assert decoding._jpeg_pixels(cmyk) is None and (decoding._jpeg_pixels(plain) is not None) == available
     for data in (cmyk, plain):
         assert torch.equal(levels(data, True), levels(data, False))
 
@@ -215,8 +216,8 @@ def test_oversized_and_foreign_files_are_refused_before_decoding(monkeypatch: py
     for data in (b"plain text", b"\xff\xd8", encoded(Image.new("RGB", (4, 4)), "EPS")):
         with pytest.raises(InputError, match="not a picture"):
             open_picture(data, True)
-    monkeypatch.setattr(eval.base.images, "MAX_IMAGE_PIXELS", 99)
-    monkeypatch.setattr(pictures, "_decode_jpeg", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(eval.base.image_files, "MAX_IMAGE_PIXELS", 99)
+    monkeypatch.setattr(decoding, "_decode_jpeg", lambda *_: pytest.fail("decoded"))
     with pytest.raises(InputError, match="more than 99 pixels"):
         open_picture(encoded(Image.new("RGB", (10, 10))), True)
 

@@ -1,4 +1,4 @@
-"""Pictures of training samples: decoding, cropping and resizing, with torchvision and torch or with PIL alone.
+"""Decode the pictures of training samples, crop and resize them, with torchvision and torch or with PIL alone.
 
 The fast form is a uint8 tensor [3, H, W]: torchvision's libjpeg-turbo decodes JPEGs, PIL decodes all other files, and
 torch resizes the bytes. The slow form is a PIL image. Both refuse the same files, turn pictures upright as their EXIF
@@ -24,7 +24,7 @@ import torchvision.io
 from PIL import Image
 from torch import Tensor
 
-from eval.base import images
+from eval.base import image_files
 from longclip_teacher.errors import InputError
 from training.data.index import MAX_TRAINING_PIXELS
 
@@ -50,13 +50,13 @@ _decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
 def open_picture(data: bytes, fast: bool) -> Picture:
     """Decode the bytes of a picture's file to RGB: to a tensor if `fast`, else to a PIL image.
 
-    Raise InputError for what eval.base.images.open_image refuses, with the same message, and for a picture of more than
-    MAX_TRAINING_PIXELS, before it is decoded.
+    Raise InputError for what eval.base.image_files.open_image refuses, with the same message, and for a picture of
+    more than MAX_TRAINING_PIXELS, before it is decoded.
     """
     if not fast:
-        return images.open_image(data, MAX_TRAINING_PIXELS)
+        return image_files.open_image(data, MAX_TRAINING_PIXELS)
     pixels = _jpeg_pixels(data)
-    return pixels_of_pil(images.open_image(data, MAX_TRAINING_PIXELS)) if pixels is None else pixels
+    return pixels_of_pil(image_files.open_image(data, MAX_TRAINING_PIXELS)) if pixels is None else pixels
 
 
 def picture_size(picture: Picture) -> tuple[int, int]:
@@ -116,8 +116,8 @@ def _jpeg_pixels(data: bytes) -> Tensor | None:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:  # reads no pixels
             width, height = header.size
             plain = header.format == "JPEG" and header.mode in ("RGB", "L")  # not CMYK, not several pictures in one
-            turn = images.orientation(header)
-        if not plain or width * height > min(MAX_TRAINING_PIXELS, images.MAX_IMAGE_PIXELS):
+            turn = image_files.orientation(header)
+        if not plain or width * height > min(MAX_TRAINING_PIXELS, image_files.MAX_IMAGE_PIXELS):
             return None
         file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         pixels: Tensor = _decode_jpeg(file, torchvision.io.ImageReadMode.RGB)
@@ -127,7 +127,10 @@ def _jpeg_pixels(data: bytes) -> Tensor | None:
 
 
 def _upright(pixels: Tensor, orientation: int) -> Tensor:
-    """Turn pixels [3, H, W] as PIL's transpose does by images.TURNS. The orientations 5 to 8 swap height and width."""
+    """Turn pixels [3, H, W] as PIL's transpose does by image_files.TURNS.
+
+    The orientations 5 to 8 swap height and width.
+    """
     if orientation >= 5:
         pixels = pixels.transpose(1, 2)
     mirrored = [dim for dim, those in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in those]
