@@ -118,8 +118,7 @@ def paired_losses(
     """
     _check_weights(clip_weight, crd_weight, has_teacher=teacher_image is not None and teacher_text is not None)
     with torch.autocast(student_image.device.type, enabled=False):
-        image = widened(student_image)
-        text = widened(student_text, image)
+        image, text = widened(student_image), widened(student_text, student_image)
         scale = widened(torch.as_tensor(student_scale, device=image.device), image)
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (image, text, scale))
         with torch.no_grad():
@@ -127,9 +126,8 @@ def paired_losses(
             student = TiledLogits(image, text, scale, student_factors, tiles)
             teachers = []
             if crd_weight and teacher_image is not None and teacher_text is not None:
-                sides = split_teachers(
-                    widened(teacher_image, image), widened(teacher_text, image), teacher_scale, teacher_widths
-                )
+                theirs = widened(teacher_image, image), widened(teacher_text, image)
+                sides = split_teachers(*theirs, teacher_scale, teacher_widths)
                 teachers = _tiled_teachers(sides, teacher_factors, tiles)
             target = _Target(image, text, label_smoothing, caption_groups) if clip_weight else None
             share_of_crd = crd_weight / (clip_weight + crd_weight)
