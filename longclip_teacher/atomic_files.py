@@ -57,10 +57,13 @@ def remove_leftovers(folder: Path, names: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 and make the folder if need be. Raises InputError if the place cannot be written."""
+    """Write `text` as UTF-8 and make the folder if need be. Raises InputError if the place cannot be written.
+
+    What UTF-8 cannot hold, as in file names of other encodings, becomes an escape (\\udce9), which JSON reads back.
+    """
     with atomic_file(path) as temporary:
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise _cannot_write(path, error) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -288,9 +289,9 @@ def make_shards(args: Output, rows: Iterator[Row]) -> None:
     present, missing = select(progress(rows, "reading captions"), args.include, args.exclude, args.limit)
     num_rows, listing = len(present) + len(missing), args.out / "missing.txt"
     args.out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(args.out, f"{args.name}-*.tar")
+    remove_leftovers(args.out, f"{glob.escape(args.name)}-*.tar")
     check_missing(listing, num_rows, missing, args.max_missing_share)
-    is_val = [zlib.crc32(pair.name.encode()) / 2**32 < args.val_share for pair in present]
+    is_val = [zlib.crc32(pair.name.encode("utf-8", "surrogatepass")) / 2**32 < args.val_share for pair in present]
     train = [pair for pair, val in zip(present, is_val, strict=True) if not val]
     val = [pair for pair, val in zip(present, is_val, strict=True) if val]
     if not train:

@@ -115,11 +115,11 @@ def all_results(compute: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tens
     try:
         mine = compute()
     except InputError as error:
-        mine = {_ERROR: _to_bytes(str(error).encode())}
+        mine = {_ERROR: _to_bytes(str(error).encode("utf-8", "surrogatepass"))}
     results = [load(part) for part in _all_gather_bytes(save({name: value.cpu() for name, value in mine.items()}))]
     for result in results:
         if _ERROR in result:
-            raise InputError(bytes(result[_ERROR].tolist()).decode())
+            raise InputError(bytes(result[_ERROR].tolist()).decode("utf-8", "surrogatepass"))
     return results
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from importer_runs import Run, contents, run, sharegpt4v, write_pictures
+from importer_runs import SCRIPTS, Run, contents, run, sharegpt4v, write_pictures
+from training.data.index import ShardIndex
 
 __all__ = ["run"]  # a fixture
 
@@ -123,3 +128,38 @@ def test_absolute_paths_below_the_root_are_accepted(run: Run, tmp_path: Path) ->
         (tmp_path / "t.csv").write_text(f"{tmp_path}/in/a/0.jpg,A\n{root}/1.jpg,B\n")
         assert run("csv", "--file", tmp_path / "t.csv", "--images", root, "--out", tmp_path / f"out-{root.name}") == 0
         assert len(contents(tmp_path / f"out-{root.name}")) == 2
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """Packed, listed, indexed and printed, in processes whose streams take UTF-8 alone."""
+    folder = tmp_path / "in"
+    write_pictures(folder, [f"caf\udce9{number}.jpg" for number in range(30)])
+    for number in range(29):
+        (folder / f"caf\udce9{number}.txt").write_text(f"Caption {number}")
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+
+    def make_shards(*arguments: object) -> str:
+        command = [sys.executable, str(SCRIPTS / "make_shards.py"), *map(str, arguments), "--workers", "2"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    out = tmp_path / "caf\udce9"
+    told = make_shards("folder", "--images", folder, "--out", out, "--val-share", 0.3, "--max-missing-share", 0.1)
+    assert f"{tmp_path}/caf\\udce9: " in told and "1 pictures left out (1 no caption; " in told
+    assert (out / "missing.txt").read_text() == "caf\\udce929.jpg\n"
+    captions = [path.read_text().strip() for path in (out / "val/caption").iterdir()]
+    captions += [str(row["caption_long"]) for row in contents(out).values()]
+    assert sorted(captions) == sorted(f"Caption {number}" for number in range(29)) and len(captions) > len(
+        contents(out)
+    )
+    tar = tmp_path / "t.tar"
+    with tarfile.open(tar, "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, path.name)
+    scanned = ShardIndex([tar])
+    assert "30 samples in 1 shards" in make_shards("index", "--shards", tar)
+    manifest = json.loads((tmp_path / "manifest.json").read_bytes().decode("utf-8", "strict"))
+    assert manifest["shards"][0]["index"]["key"][0] == "caf\udce90"
+    for index in (scanned, ShardIndex([tar])):
+        assert index.key(0) == "caf\udce90" and index.read(0).txt == b"Caption 0"

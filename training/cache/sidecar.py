@@ -143,7 +143,7 @@ def _arrays(
             boxes[row, view], flips[row, view] = augmentation.box, augmentation.flip
             for place, (name, magnitude) in enumerate(augmentation.ops):
                 op_ids[row, view, place], op_magnitudes[row, view, place] = RAND_AUGMENT_OPS.index(name), magnitude
-    keys = np.array([entry.key.encode() for entry in entries], np.bytes_)
+    keys = np.array([entry.key.encode("utf-8", "surrogateescape") for entry in entries], np.bytes_)
     arrays: dict[str, np.ndarray] = {
         "image_features": np.ascontiguousarray(image_features, np.float16),
         "boxes": boxes,
@@ -261,7 +261,7 @@ class Sidecar:
 
     def key(self, row: int) -> str:
         """Return the key of sample `row`."""
-        return self._arrays["keys"][row].tobytes().rstrip(b"\0").decode(errors="replace")
+        return self._arrays["keys"][row].tobytes().rstrip(b"\0").decode("utf-8", "surrogateescape")
 
     def damage(self) -> Iterator[str]:
         """Read everything, and name each view and each caption whose checksum differs."""

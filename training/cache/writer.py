@@ -9,6 +9,7 @@ Shapes: N samples of a shard, V views, M samples of a piece, U distinct captions
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -137,7 +138,9 @@ class _Pieces(Dataset):
         except (BadSample, InputError):
             return _ReadSample(SampleEntry(raw.key), [], []), []
         size = picture_size(picture)
-        name = zlib.crc32(self.index.paths[shard].name.encode())  # not its place in a list, which may differ next time
+        name = zlib.crc32(
+            os.fsencode(self.index.paths[shard].name)
+        )  # not its place in a list, which may differ next time
         augmentations = [
             draw_augmentation(size, settings.augment, sample_generator(settings.seed, name, row, view))
             for view in range(settings.num_stored_views)

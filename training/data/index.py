@@ -95,7 +95,7 @@ class ShardRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for the manifest. A kind of member that no sample has is left out."""
-        index: dict[str, Any] = {"key": [key.decode() for key in self.keys]}
+        index: dict[str, Any] = {"key": [_text_of(key) for key in self.keys]}
         for column, name in enumerate(_COLUMNS):
             if self.spans[:, column, 1].any():
                 index[name] = self.spans[:, column].tolist()
@@ -113,7 +113,7 @@ class ShardRecord:
     def from_json(cls, data: dict[str, Any]) -> ShardRecord:
         """Invert `to_json`. Raise ValueError, KeyError or TypeError for anything else."""
         index, num_bytes = data["index"], int(data["bytes"])
-        keys = np.array([key.encode() for key in index["key"]], dtype=np.bytes_)
+        keys = np.array([_key_of(key) for key in index["key"]], dtype=np.bytes_)
         spans = np.zeros((len(keys), len(_COLUMNS), 2), dtype=np.int64)
         for column, name in enumerate(_COLUMNS):
             if name in index:
@@ -126,6 +126,14 @@ class ShardRecord:
         if len(keys) != data["num_samples"] or any(_is_outside(part, num_bytes) for part in (spans, *extra.values())):
             raise ValueError("an index that points outside its shard")
         return cls(str(data["name"]), num_bytes, str(data["sha256"]), keys, spans, str(data.get("inputs", "")), extra)
+
+
+def _key_of(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")  # a name in a tar need not be UTF-8
+
+
+def _text_of(key: bytes) -> str:
+    return key.decode("utf-8", "surrogateescape")
 
 
 def _contents(record: ShardRecord) -> Contents:
@@ -184,7 +192,7 @@ def scan_tar(path: Path) -> ShardRecord:
     samples = list(tar_samples(path, lambda _: -1))
     if not samples:
         raise InputError(f"{path} is an empty shard: remove it or make it again")
-    keys = np.array([key.encode() for key, _ in samples], dtype=np.bytes_)
+    keys = np.array([_key_of(key) for key, _ in samples], dtype=np.bytes_)
     spans = np.array([_spans(members) for _, members in samples], dtype=np.int64)
     extra = {
         name: np.array([_span(members.get(name)) for _, members in samples], dtype=np.int64)
@@ -279,7 +287,7 @@ class ShardIndex:
 
     def key(self, index: int) -> str:
         """Return the key of sample `index`: the name of its members without the suffix."""
-        return bytes(self._keys[index]).decode()
+        return _text_of(bytes(self._keys[index]))
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the shard of sample `index`, as its place in `paths`, and the sample's row in that shard."""

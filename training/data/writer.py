@@ -23,7 +23,7 @@ def caption_member(caption_long: str | Sequence[str], caption_short: str | Seque
     captions: dict[str, Any] = {"caption_long": caption_long}
     if caption_short:
         captions["caption_short"] = caption_short
-    return json.dumps(captions, ensure_ascii=False).encode()
+    return json.dumps(captions, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardRecord:

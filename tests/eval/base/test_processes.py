@@ -55,6 +55,20 @@ def run(command: list[str], world_size: int) -> list[subprocess.CompletedProcess
     ]
 
 
+def test_an_error_about_a_name_that_is_not_utf8_reaches_every_process(tmp_path: Path) -> None:
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "from eval.base.processes import all_results, start\n"
+        "from longclip_teacher.errors import InputError, run_command\n"
+        "def fail(): raise InputError('no picture: caf\\udce9.jpg')\n"
+        "def main():\n"
+        "    with start('cpu') as runtime: all_results(fail if runtime.rank else dict)\n"
+        "run_command(main)\n"
+    )
+    for process in run([str(script)], 2):
+        assert (process.returncode, process.stderr.splitlines()[-1]) == (2, "error: no picture: caf\\udce9.jpg")
+
+
 @pytest.fixture
 def boards(tmp_path: Path) -> Path:
     """Write 101 pictures, one of them unreadable."""
