@@ -1,8 +1,8 @@
 """Losses as pure functions of gathered features or logits, one family a file.
 
-Features are unit-norm rows [G, D] of the global batch, row i of images and texts being a pair; every `logit_scale` is
-linear (the inverse temperature, not its logarithm). All arithmetic is float32 with autocast off: at scale 100 a
-bfloat16 product is off by 0.24 in a logit.
+Features are unit-norm rows [G, D] of the global batch; row i of the images and row i of the texts are a pair. Every
+`logit_scale` is linear (the inverse temperature, not its logarithm). All arithmetic is float32 with autocast off,
+because at scale 100 a bfloat16 product changes a logit by up to 0.24.
 """
 
 from __future__ import annotations

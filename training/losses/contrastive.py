@@ -23,8 +23,8 @@ def similarity_logits(
 def contrastive_targets(
     logits: Float[Tensor, "G G"], caption_groups: Int[Tensor, " G"] | None = None
 ) -> Int[Tensor, " G"] | Float[Tensor, "G G"]:
-    """Targets of the rows of `logits`, and of its columns: the pair's own number, or with `caption_groups` the
-    probabilities that rows of equal group share (symmetric)."""
+    """Targets for the rows, and for the columns, of `logits`: the number of the pair, or with `caption_groups` a
+    symmetric matrix of probabilities in which rows of the same group share the target."""
     if caption_groups is None:
         return torch.arange(logits.shape[0], device=logits.device)
     same = (caption_groups[:, None] == caption_groups[None, :]).to(logits.dtype)
@@ -41,8 +41,8 @@ def clip_loss(
 ) -> Float[Tensor, ""]:
     """Mean of the image-to-text and the text-to-image cross-entropy over the global batch (ITC).
 
-    Rows of `image_features` need not be unit-norm (the PCA'd ones of the short branch are not). With
-    `caption_groups`, rows of equal group carry the same caption and share the target equally instead of being each
+    Rows of `image_features` need not be unit-norm (those after PCA, for the short captions, are not). With
+    `caption_groups`, rows of the same group have the same caption and share the target equally instead of being each
     other's negatives.
     """
     logits_per_image = similarity_logits(image_features, text_features, logit_scale)  # [G, G]

@@ -1,9 +1,9 @@
-"""Losses between what two transformers compute on the way: token vectors, attention and value relations.
+"""Losses between the intermediate results of two transformers: token vectors, attention and value relations.
 
-Each gives a sum and the number of things summed, because processes hold captions of different lengths: the mean over
-all of them is the joined sum over the joined number. Arithmetic is float32 (float64 for a float64 student) with
-autocast off; the teacher carries no gradient. What stands at pads, and above the diagonal where attention is causal,
-enters neither values nor gradients.
+Each loss returns a sum and the number of its terms, because processes hold captions of different lengths: the mean over
+all processes is the total sum divided by the total number. Arithmetic is float32 (float64 for a float64 student) with
+autocast off. The teacher carries no gradient. Pads, and the cells above the diagonal of causal attention, affect
+neither values nor gradients.
 
 Shapes: B samples, L tokens, C width, H heads of each model.
 """
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 HeadMatch = Literal["each", "mean"]
-"""each: head by head, as many in both models. mean: the means over the heads, whatever their numbers."""
+"""each: head by head; both models need the same number. mean: the means over the heads, for any numbers."""
 
 
 class LossSum(NamedTuple):
@@ -41,12 +41,12 @@ class LossSum(NamedTuple):
     total: Float[Tensor, ""]
     """Sum of the values."""
     terms: Float[Tensor, ""]
-    """How many values they are; carries no gradient."""
+    """Number of values in the sum; carries no gradient."""
 
 
 def token_mse(student: Float[Tensor, "B L C"], teacher: Float[Tensor, "B L C"], valid: Bool[Tensor, "B L"]) -> LossSum:
-    """Squared distance of hidden states or embeddings, the mean over channels at each valid token (TinyBERT, Jiao et
-    al. 2020, equations 8 and 9). The student's come mapped to the teacher's width. The terms are the tokens."""
+    """Squared difference of hidden states or embeddings at each valid token, averaged over channels (TinyBERT, Jiao et
+    al. 2020, equations 8 and 9). The caller maps the student's to the teacher's width. The terms are the tokens."""
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = widened(student), widened(teacher, student)
         squares = (student - teacher).masked_fill(~valid.unsqueeze(2), 0).square()
@@ -54,15 +54,16 @@ def token_mse(student: Float[Tensor, "B L C"], teacher: Float[Tensor, "B L C"], 
 
 
 def attention_cells(valid: Bool[Tensor, "B L"], *, causal: bool) -> Bool[Tensor, "B L L"]:
-    """Which cells of the attention matrices are compared: query and key both valid; with `causal`, no key after its
-    query. Causal if either model is: a bidirectional one is then compared by its lower triangle."""
+    """The cells of the attention matrices that are compared: query and key are both valid, and with `causal` the key
+    does not come after its query. Pass True if either model is causal: a bidirectional one then counts with its lower
+    triangle alone."""
     cells = valid.unsqueeze(2) & valid.unsqueeze(1)
     return cells.tril() if causal else cells
 
 
 def relation_scores(left: Float[Tensor, "B H L D"], right: Float[Tensor, "B H L D"]) -> Float[Tensor, "B H L L"]:
-    """`left @ right.T / sqrt(D)` of each head of width D: of queries and keys, attention scores before the softmax; of
-    values and values, MiniLM's value relation before the softmax (Wang et al. 2020, section 3.2)."""
+    """`left @ right.T / sqrt(D)` for each head of width D. Queries and keys give the attention scores before the
+    softmax; values and values give MiniLM's value relation before the softmax (Wang et al. 2020, section 3.2)."""
     with torch.autocast(left.device.type, enabled=False):
         left, right = widened(left), widened(right, left)
         return (left / math.sqrt(left.shape[-1])) @ right.transpose(-1, -2)
@@ -76,7 +77,7 @@ def score_mse(
     head_match: HeadMatch = "each",
 ) -> LossSum:
     """Squared difference of scores at the given cells of each head, or of their means over the heads (TinyBERT,
-    equation 7). The terms are the cells, of every head if each."""
+    equation 7). The terms are the cells, counted once per head if `head_match` is each."""
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = widened(student), widened(teacher, student)
         if head_match == "mean":
@@ -93,9 +94,9 @@ def score_kl(
     *,
     head_match: HeadMatch = "each",
 ) -> LossSum:
-    """KL(teacher || student) of each query's distribution over its keys, the softmax of the scores at the given cells
-    alone (MiniLM, equations 1 and 3); with `head_match` mean, of the mean of the heads' distributions. The terms
-    are the queries that have a cell, of every head if each."""
+    """KL(teacher || student) of each query's distribution over its keys: the softmax of the scores at the given cells
+    (MiniLM, equations 1 and 3). With `head_match` mean, the heads' distributions are averaged first. The terms are the
+    queries that have a cell, counted once per head if `head_match` is each."""
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = widened(student), widened(teacher, student)
         student, teacher = (_log_probs(scores, cells, head_match) for scores in (student, teacher))
@@ -121,7 +122,8 @@ def value_loss(
 def _log_probs(
     scores: Float[Tensor, "B H L L"], cells: Bool[Tensor, "B L L"], head_match: HeadMatch
 ) -> Float[Tensor, "B H L L"]:
-    """Not -inf outside the cells: a row without any would be NaN, and so would -inf - (-inf)."""
+    """Log softmax within the cells. Outside them the scores are very low, not -inf, because a row without cells, and
+    -inf - (-inf), would give NaN."""
     lowest = torch.finfo(scores.dtype).min / 2
     log_probs = log_softmax(scores.masked_fill(~cells.unsqueeze(1), lowest), dim=3)
     if head_match == "each":

@@ -1,6 +1,6 @@
-"""Losses that compare the student's logits with the teacher's, and with the true classes where there are any.
+"""Losses that compare the student's logits with the teacher's, and with the true classes if they are known.
 
-Shapes: N rows to be told apart (images, or captions), C classes (captions or images of the batch, or prompts).
+Shapes: N rows to classify (images or captions), C classes (captions or images of the batch, or prompts).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def softmax_kl(
 ) -> Float[Tensor, ""]:
     """`temperature`^2 times the KL between softmax(logits / temperature) of teacher and student, mean over rows.
 
-    In float32 (float64 for float64 input). The square keeps the gradient's size as the temperature grows (Hinton et
-    al. 2015). The teacher carries no gradient, in either direction.
+    Computed in float32 (float64 for float64 input). The factor `temperature`^2 keeps the size of the gradient as the
+    temperature grows (Hinton et al. 2015). The teacher carries no gradient in any direction.
     """
     student, teacher = (log_softmax(widened(x) / temperature, dim=1) for x in (student_logits, teacher_logits.detach()))
     sides = {
@@ -54,8 +54,8 @@ def kd_loss(
 ) -> Float[Tensor, ""]:
     """Logit distillation (Hinton et al. 2015): cross-entropy + `kd_lambda` * 2 * `temperature`^2 * KL.
 
-    `targets` are true classes or their probabilities; without them there is no cross-entropy. The KL is that of
-    `softmax_kl`, a mean over rows, at `temperature`; the cross-entropy is at temperature 1.
+    `targets` are true classes or their probabilities; without them there is no cross-entropy. `softmax_kl` gives the
+    KL at `temperature`, as a mean over rows. The cross-entropy is at temperature 1.
     """
     soft = 2 * kd_lambda * softmax_kl(student_logits, teacher_logits, temperature=temperature, direction=direction)
     if targets is None:
@@ -76,9 +76,9 @@ def deit_soft_loss(
     """Soft distillation of DeiT (Touvron et al. 2021, eq. 2): (1 - `alpha`) cross-entropy + `alpha` * T^2 KL(teacher
     || student).
 
-    The cross-entropy is of the class head, the KL of the distillation head; a student of one head gives its logits
-    twice. `targets` are true classes or their probabilities; without them the KL is left, still times `alpha`. The KL
-    is a mean over rows, as the paper has it; the published code divides it by the number of classes too.
+    The cross-entropy uses the class head and the KL uses the distillation head. A student with one head passes its
+    logits twice. `targets` are true classes or their probabilities; without them only the KL remains, still times
+    `alpha`. The KL is a mean over rows, as in the paper; the published code also divides it by the number of classes.
     """
     soft = alpha * softmax_kl(distillation_logits, teacher_logits, temperature=temperature)
     if targets is None:
@@ -97,8 +97,8 @@ def deit_hard_loss(
     """Hard-label distillation of DeiT (Touvron et al. 2021, eq. 3): mean of the class head's cross-entropy with
     `targets` and the distillation head's with the teacher's best class.
 
-    A student of one head gives its logits twice. `targets` are true classes or their probabilities; without them the
-    second cross-entropy is the loss. Smoothing is of `targets` only, as published.
+    A student with one head passes its logits twice. `targets` are true classes or their probabilities; without them the
+    second cross-entropy is the loss. Label smoothing applies to `targets` only, as published.
     """
     hard = cross_entropy(widened(distillation_logits), teacher_logits.argmax(dim=1))
     if targets is None:

@@ -1,8 +1,8 @@
 """Losses that compare how the student and the teacher relate images to texts.
 
-Row i of images and texts is a pair. G global batch, Ds and Dt embedding widths, D one width of both: where they differ,
-the student's features have been mapped to the teacher's by a learned linear layer and normalised again.
-"""
+Row i of the images and row i of the texts are a pair. G global batch, Ds and Dt embedding widths of student and
+teacher. D stands for a width that both share: if theirs differ, a learned linear layer has mapped the student's
+features to the teacher's width, and they were normalised again."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def crd_loss(
 ) -> Float[Tensor, ""]:
     """Contrastive relational distillation (CLIP-KD, Yang et al. 2024; the KL term of MobileCLIP, Vasu et al. 2024).
 
-    Mean over image-to-text and text-to-image of `temperature`^2 * KL(teacher || student), the distributions being the
-    softmax over the batch of each model's scaled similarities divided by `temperature`. `direction` may turn the KL
-    round. The teacher carries no gradient.
+    Mean over image-to-text and text-to-image of `temperature`^2 * KL(teacher || student). The distributions are
+    softmaxes over the batch of each model's scaled similarities divided by `temperature`. `direction` can reverse the
+    KL. The teacher carries no gradient.
 
-    Several teachers lie side by side in the rows, as wide as `teacher_widths` says; `teacher_scale` is theirs all or
-    one for each. Their KLs are averaged, as in MobileCLIP: the gradient of the forward KL is that of the KL to their
-    mean distribution, the value is larger by how much they disagree among themselves.
+    Several teachers stand side by side in the rows; `teacher_widths` gives their widths, and `teacher_scale` one scale
+    for all or one for each. Their KLs are averaged, as in MobileCLIP: the forward KL has the gradient of the KL to
+    their mean distribution, and its value is larger by how much the teachers disagree.
 
     Affinity mimicking (TinyCLIP, Wu et al. 2023) is the cross-entropy with the same targets. It differs from the
-    forward KL by the teacher's entropy alone, so it has this gradient.
+    forward KL only by the teacher's entropy, so it has the same gradient.
     """
     student = similarity_logits(student_image, student_text, student_scale)  # [G, G]
     losses = []
@@ -77,8 +77,8 @@ def icl_loss(
     """Interactive contrastive learning (CLIP-KD, Yang et al. 2024): mean of the cross-entropies of student images
     against teacher texts and of student texts against teacher images.
 
-    `logit_scale` is this loss's own, learned. Rows of equal `caption_groups` share the target, as in `clip_loss`. The
-    teacher carries no gradient.
+    `logit_scale` is learned by this loss alone. Rows of the same group in `caption_groups` share the target, as in
+    `clip_loss`. The teacher carries no gradient.
     """
     per_image = similarity_logits(student_image, teacher_text.detach(), logit_scale)  # [G, G]
     per_text = similarity_logits(student_text, teacher_image.detach(), logit_scale)
@@ -95,13 +95,13 @@ def gd_loss(
     student_scale: Tensor | float,
     teacher_scale: Tensor | float,
 ) -> Float[Tensor, ""]:
-    """Gradient distillation (CLIP-KD, Yang et al. 2024): mean squared error between the gradients that the contrastive
-    loss has at the student's and at the teacher's features, summed over images and texts.
+    """Gradient distillation (CLIP-KD, Yang et al. 2024): mean squared error between the gradients of the contrastive
+    loss with respect to the student's and to the teacher's features, summed over images and texts.
 
-    The gradients are those of `clip_loss`, itself a mean over the batch, and the error is a mean over the G x D
-    elements: the value goes as (scale / G)^2 / D and needs a large weight that grows with the square of the batch.
-    CLIP-KD's is 1e8, with an implementation that divides similarities by the logit scale where the loss multiplies:
-    it does not carry over. The teacher carries no gradient.
+    The gradients are those of `clip_loss`, which is a mean over the batch, and the error is a mean over the G x D
+    elements. The value is therefore of order (scale / G)^2 / D and needs a large weight that grows with the square of
+    the batch. CLIP-KD's weight of 1e8 does not carry over, because its implementation divides similarities by the logit
+    scale where the loss multiplies them. The teacher carries no gradient.
     """
     student = _contrastive_gradients(student_image, student_text, student_scale)
     with torch.no_grad():
@@ -121,10 +121,10 @@ def afd_loss(
     label_smoothing: float = 0.0,
     caption_groups: Int[Tensor, " G"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Augmented feature distillation (CLIP-KD, Yang et al. 2024): `clip_loss` of fused features, which are the
-    unit-norm image of student and teacher features side by side under a learned linear map for each modality.
+    """Augmented feature distillation (CLIP-KD, Yang et al. 2024): `clip_loss` of fused features. A learned linear map
+    for each modality fuses student and teacher features side by side, and the result is normalised.
 
-    `logit_scale` is this loss's own, learned. The teacher carries no gradient.
+    `logit_scale` is learned by this loss alone. The teacher carries no gradient.
     """
     image = _fused(student_image, teacher_image, image_weight)
     text = _fused(student_text, teacher_text, text_weight)
@@ -138,14 +138,14 @@ def vrd_loss(
     teacher_text: Float[Tensor, "G D"],
     logit_scale: Tensor | float,
 ) -> Float[Tensor, ""]:
-    """Vertical relational distillation (CLIP-RD, Chung et al. 2026): within each modality the student's features find
-    their teacher's, and as surely among images as among texts.
+    """Vertical relational distillation (CLIP-RD, Chung et al. 2026): within each modality, student and teacher features
+    of the same sample match, with equal confidence for images and for texts.
 
-    The relations are softmaxes over the batch of scaled similarities between the teacher's and the student's features
+    A relation is the softmax over the batch of the scaled similarities between the teacher's and the student's features
     of one modality. The loss is the mean over teacher-to-student and student-to-teacher of KL(relation of texts ||
-    relation of images), the texts' carrying no gradient, plus for each modality the cross-entropy with the true pairs
-    (the contrastive loss of teacher and student). `logit_scale` is this loss's own, learned, one for both modalities
-    where the published code has two. The teacher carries no gradient.
+    relation of images), where the relation of texts carries no gradient, plus for each modality the cross-entropy with
+    the true pairs (the contrastive loss of teacher and student). `logit_scale` is learned by this loss alone, one for
+    both modalities; the published code has two. The teacher carries no gradient.
     """
     image = similarity_logits(teacher_image.detach(), student_image, logit_scale)  # [G, G], teacher to student
     text = similarity_logits(teacher_text.detach(), student_text, logit_scale)
@@ -165,9 +165,10 @@ def xrd_loss(
     """Cross relational distillation (CLIP-RD, Chung et al. 2026): relations of teacher images to student texts and of
     teacher texts to student images follow each other, and likewise those of student to teacher.
 
-    Mean of four KLs between softmaxes over the batch of scaled similarities: either relation of a couple is once the
-    target, without gradient, and once the follower. Zero also where all relations are flat: it is meant beside a loss
-    that tells pairs apart. `logit_scale` is linear, CLIP-RD's that of `icl_loss`. The teacher carries no gradient.
+    Mean of four KLs between softmaxes over the batch of scaled similarities: each relation of a couple is the target
+    once, without gradient, and the follower once. The loss is also zero if all relations are flat, so combine it with a
+    loss that tells pairs apart. `logit_scale` is linear; CLIP-RD uses that of `icl_loss`. The teacher carries no
+    gradient.
     """
     teacher_image, teacher_text = teacher_image.detach(), teacher_text.detach()
     image = similarity_logits(teacher_image, student_text, logit_scale)  # [G, G], teacher images to student texts
@@ -179,7 +180,7 @@ def xrd_loss(
 def _contrastive_gradients(
     image: Float[Tensor, "G D"], text: Float[Tensor, "G D"], logit_scale: Tensor | float
 ) -> tuple[Float[Tensor, "G D"], Float[Tensor, "G D"]]:
-    """Gradients of `clip_loss` with respect to image and text features, in closed form, themselves differentiable."""
+    """Gradients of `clip_loss` with respect to image and text features, in closed form. They are differentiable."""
     logits = similarity_logits(image, text, logit_scale)  # [G, G]
     count = len(logits)
     own = torch.eye(count, dtype=logits.dtype, device=logits.device)
@@ -205,7 +206,7 @@ def split_teachers(
 ) -> list[tuple[Tensor, Tensor, Tensor | float]]:
     """Image features, text features and logit scale of each of the teachers side by side.
 
-    Raises ValueError where the widths do not add up to the rows', or the scales are not as many as the teachers.
+    Raises ValueError if the widths do not add up to that of a row, or if there are more or fewer scales than teachers.
     """
     widths = [image.shape[1]] if widths is None else list(widths)
     if sum(widths) != image.shape[1]:

@@ -1,15 +1,16 @@
-"""Contrastive loss and KL to the teacher of one pair of sides, in tiles: the G x G matrices are never held.
+"""Contrastive loss and KL to the teacher of one pair of sides, in tiles: no G x G matrix is ever in memory.
 
 Both losses depend on the logits through softmaxes over rows and over columns, so two passes over tiles of logits
-suffice: the first sums exponentials, the second adds up values and gradient. With p, c the student's row and column
-softmax, q_k, r_k those of teacher k of K, and T the contrastive target (symmetric, rows summing to one):
+suffice: the first sums exponentials, the second adds up values and gradient. Let p and c be the student's row and
+column softmax, q_k and r_k those of teacher k of K, and T the contrastive target (symmetric, with rows that sum to
+one):
 
     clip = mean of row and column log-sum-exps - <T, logits> / G
     crd  = 1/K sum_k [<q_k + r_k, teacher logits - logits> / 2G + difference of the mean log-sum-exps]
     d / d logits = (w_clip + w_crd) / 2G (p + c) - w_crd / 2GK sum_k (q_k + r_k) - w_clip / G T
 
-The losses share their logits and their two gradient products, which is why the weights are arguments. T needs no
-tiles: it is a mean over equal captions plus a constant, and its products cost O(G D).
+Both losses share the logits and the two gradient products, so the weights are arguments. T needs no tiles: it is a mean
+over equal captions plus a constant, and products with it cost O(G D).
 
 Shapes: G global batch, D student width, Dt width of the teachers side by side, R rank of PCA'd images, K teachers.
 """
@@ -36,7 +37,7 @@ class PairedLosses(NamedTuple):
     """Losses of one pair of sides."""
 
     total: Float[Tensor, ""]
-    """clip_weight * clip + crd_weight * crd: the one that carries the gradient."""
+    """clip_weight * clip + crd_weight * crd; only this value carries a gradient."""
     clip: Float[Tensor, ""] | None
     """Unweighted contrastive loss, detached; None at weight 0."""
     crd: Float[Tensor, ""] | None
@@ -57,7 +58,7 @@ def full_matrix_losses(
     caption_groups: Int[Tensor, " G"] | None = None,
     teacher_widths: Sequence[int] | None = None,
 ) -> PairedLosses:
-    """What `paired_losses` computes, by `clip_loss` and `crd_loss` on full matrices: its reference."""
+    """The result of `paired_losses`, computed by `clip_loss` and `crd_loss` on full matrices: its reference."""
     clip = crd = None
     total = student_image.new_zeros(())
     if clip_weight:
@@ -108,13 +109,13 @@ def paired_losses(
     Computed in float32 (float64 for float64 input) with autocast off. The gradient with respect to the student's
     features and scale is computed here; `total.backward()` only multiplies it.
 
-    `teacher_widths` and `teacher_scale` are those of `crd_loss`. Factors of PCA'd images (`teacher_factors` one pair
-    for each teacher) must multiply to the images given and only save time: logits are then products of width R.
+    `teacher_widths` and `teacher_scale` are as in `crd_loss`. Factors, whose product is the given images (one pair per
+    teacher), only save time: logits are then products of width R. `tile`: rows and columns of a tile.
 
-    `share` = (rank, number of processes): every process brings the same features, takes its share of the rows, and ends
-    with the complete losses and gradient. Backward communicates nothing. `tile`: rows and columns of a tile.
+    `share` = (rank, number of processes): every process passes the same features, computes its share of the rows, and
+    returns the complete losses and gradient. The backward pass does not communicate.
 
-    Raises ValueError where a weight is negative or both are 0, or the KL lacks a teacher.
+    Raises ValueError if a weight is negative, if both are 0, or if the KL has no teacher.
     """
     _check_weights(clip_weight, crd_weight, has_teacher=teacher_image is not None and teacher_text is not None)
     with torch.autocast(student_image.device.type, enabled=False):
@@ -169,7 +170,7 @@ class _Target:
         self.similarity = (image * self._texts).sum(dim=1).mean(dtype=torch.float64)  # <T, image @ text.T> / G
 
     def add_gradient(self, gradient: tuple[Tensor, Tensor, Tensor], scale: Tensor, weight: float) -> None:
-        """Add that of -weight * scale * similarity to the gradient of images, texts and scale, in place."""
+        """Add the gradient of -weight * scale * similarity to that of images, texts and scale, in place."""
         of_image, of_text, of_scale = gradient
         step = -weight / len(of_image) * scale
         of_image.addcmul_(self._texts, step)
@@ -190,9 +191,9 @@ def _smoothed_means(features: Tensor, smoothing: float, groups: Tensor | None) -
 def _second_pass(
     tiles: Tiles, student: TiledLogits, teachers: list[TiledLogits], text: Tensor | None, share_of_crd: float
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-    """Two sums over the tiles, each None where it is not wanted.
+    """Two sums over the tiles; each is None if it is not needed.
 
-    With teachers: what the KL is above the student's mean log-sum-exp. With `text`: M @ text [G, D] and
+    With teachers: the difference of the KL and the student's mean log-sum-exp. With `text`: M @ text [G, D] and
     M.T @ student.left [G, D or R], where M = p + c - share_of_crd * mean_k (q_k + r_k).
     """
     gap = student.left.new_zeros((), dtype=torch.float64)
@@ -224,7 +225,7 @@ def _second_pass(
 def _gradient(
     products: tuple[Tensor, Tensor], image: Tensor, scale: Tensor, basis: Tensor | None, weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of images, texts and scale from the products of the second pass, which are overwritten."""
+    """The gradient of images, texts and scale from the products of the second pass. Overwrites the products."""
     of_image, of_text = (product.mul_(weight / len(image)) for product in products)
     of_scale = (image * of_image).sum(dim=1).sum(dtype=torch.float64)
     return of_image.mul_(scale), of_text if basis is None else of_text @ basis, of_scale

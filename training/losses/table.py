@@ -23,7 +23,7 @@ Family = Literal["pair", "across", "feature", "layer"]
 feature: compares each feature of the student with the teacher's of the same sample. layer: compares matched layers."""
 Stage = Literal["both", "image", "text"]
 Part = Literal["long", "short", "image", "text"]
-"""What one weight of a loss belongs to: a caption length (pair, across) or a tower (feature, layer)."""
+"""Where one weight of a loss applies: a caption length (pair, across) or a tower (feature, layer)."""
 
 _PARTS: dict[Family, tuple[Part, ...]] = {
     "pair": ("long", "short"),
@@ -40,18 +40,18 @@ class Loss:
     `arguments` maps the function's parameters to values of the step, which training/objective.py (pair, across,
     feature) and training/layer_losses.py (layer) compute under these names:
 
-        image, text                      the student's features that answer to the pairs
-        answering_image                  the student's image features that answer to the teacher: those of the
-                                         distillation token where the student has one, otherwise `image`
+        image, text                      the student's features that are trained on the pairs
+        answering_image                  the student's image features that follow the teacher: those of the
+                                         distillation token if the student has one, otherwise `image`
         mapped_image, mapped_text        the same, mapped to the teacher's width where the widths differ
-        mapped, mapped_masked_image      one feature of the student in the teacher's width; of masked pictures
+        mapped, mapped_masked_image      one feature of the student in the teacher's width; the same of masked pictures
         teacher_image, teacher_text      the teacher's; several teachers lie side by side, each part of unit norm
         whole_teacher_image, ..._text    the same with rows of unit norm; `whole_teacher` is the one that `mapped` meets
         class_logits, answering_logits   logits of `image` and of `answering_image` against the texts
-        teacher_logits, targets          the teacher's logits, and the true pairs (None where there are none)
+        teacher_logits, targets          the teacher's logits, and the true pairs (None if there are none)
         caption_groups                   equal numbers for equal captions, or None
         logit_scale, own_scale           linear scales: the model's, and one that the loss learns for itself
-        relation_scale                   that of icl where it is on, otherwise the model's, without gradient
+        relation_scale                   that of icl if it is on, otherwise the model's, without gradient
         teacher_scale, teacher_scales    the teacher's linear scale (a mean), and one for each teacher
         teacher_widths                   widths of the teachers' parts of a row
         image_mixture, text_mixture      learned matrices over student and teacher features side by side
@@ -82,11 +82,11 @@ class Loss:
             object.__setattr__(self, "parts", _PARTS[self.family])
 
     def option(self, part: Part) -> str:
-        """Name of the weight under --loss: NAME_PART, or NAME where the loss has one part alone."""
+        """Name of the weight under --loss: NAME_PART, or NAME if the loss has only one part."""
         return self.name if len(self.parts) == 1 else f"{self.name}_{part}"
 
     def resolve(self) -> Callable[..., Any]:
-        """The function itself."""
+        """Import and return the function."""
         module, name = self.function.split(".")
         return getattr(import_module(f"training.losses.{module}"), name)
 
@@ -120,12 +120,12 @@ class Loss:
 
     @property
     def needs_same_width(self) -> bool:
-        """True if both models' features must have one width: the student's are mapped where they have not."""
+        """True if both models' features must have the same width; if they do not, the student's are mapped."""
         return self.reads("mapped", "mapped_image", "mapped_text", "mapped_masked_image", "hidden", "embedding")
 
     @property
     def learns(self) -> tuple[str, ...]:
-        """What the loss learns beside the model: scale, mixture; maps to the teacher's width where widths differ."""
+        """What the loss learns beside the model: scale, mixture, and map if the student's width may need mapping."""
         found = {"own_scale": "scale", "image_mixture": "mixture"}
         learned = [kind for value, kind in found.items() if self.reads(value)]
         return (*learned, "map") if self.needs_same_width else tuple(learned)
@@ -133,9 +133,8 @@ class Loss:
     def student_features(self, part: Part, stage: Stage) -> set[str]:
         """Features of the student that get a gradient: image, distilled_image, masked_image, text.
 
-        `distilled_image` is `image` where the student has no distillation token. In a run of the image tower alone the
-        class token answers to the teacher's features, and the distillation token to its decisions among prompts.
-        """
+        `distilled_image` is `image` if the student has no distillation token. If a run trains the image tower alone,
+        the class token follows the teacher's features and the distillation token its decisions among prompts."""
         if self.family == "layer":
             return set()
         if self.family == "feature":

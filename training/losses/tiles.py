@@ -1,4 +1,4 @@
-"""Similarity logits in tiles and their row and column softmaxes, on one process or shared by several.
+"""Similarity logits in tiles, with their row and column softmaxes, on one process or shared by several.
 
 Shapes: G global batch, D width, R rank of PCA'd images.
 """
@@ -20,7 +20,8 @@ _CPU_TILE, _GPU_TILE = (512, 1024), (4096, 8192)  # rows, columns; the CPU's sta
 
 
 class Tiles:
-    """The tiles of this process' share of the rows of a G x G matrix, memory of a tile's size, sums over processes."""
+    """The tiles in this process's share of the rows of a G x G matrix, reusable memory for a tile, and sums over
+    processes."""
 
     def __init__(self, like: Tensor, share: tuple[int, int], shape: tuple[int, int] | None) -> None:
         rank, self._processes = share
@@ -36,7 +37,7 @@ class Tiles:
                 yield rows, slice(column, min(column + self._width, self._count))
 
     def memory(self, name: str, rows: slice, columns: slice) -> Tensor:
-        """Uninitialised memory for a tile: contiguous, the same at every call with this name."""
+        """Uninitialised, contiguous memory for a tile; the same at every call with this name."""
         if name not in self._memory:
             largest = min(self._height, self._count) * min(self._width, self._count)
             self._memory[name] = self._like.new_empty(largest)
@@ -44,13 +45,13 @@ class Tiles:
         return self._memory[name][: height * width].view(height, width)
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
-        """The sum, in place."""
+        """Sum a tensor over all processes, in place."""
         if self._processes > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def max_over_processes(self, tensor: Tensor) -> Tensor:
-        """The maximum, in place."""
+        """Take the maximum over all processes, in place."""
         if self._processes > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
@@ -59,9 +60,9 @@ class Tiles:
 class TiledLogits:
     """The logits `scale * image @ text.T` of one model, and both their softmaxes, tile by tile.
 
-    Making one is the first pass over its tiles. One exponential of a logit serves its row and its column as long as no
-    row or column lies so far below the rest that it would underflow (at scale 100: a picture whose cosines are all
-    below -0.3); then each row and column has its own maximum and its own exponential.
+    The constructor makes the first pass over the tiles. One exponential of a logit serves both its row and its column,
+    unless a row or column lies so far below the rest that it would underflow (at scale 100, a picture whose cosines are
+    all below -0.3). In that case each row and column has its own maximum and its own exponential.
     """
 
     def __init__(
@@ -75,16 +76,18 @@ class TiledLogits:
         bound = scale * torch.linalg.vector_norm(image, dim=1).max() * torch.linalg.vector_norm(text, dim=1).max()
         self._shift = float((bound - 0.8 * math.log(limits.max)).clamp_min(0))  # 0.2: a sum of G is larger than a term
         sums = self._exponential_sums()
-        self._shared = bool(sums.min() > len(image) * limits.tiny / limits.eps)  # what underflowed is below rounding
+        self._shared = bool(
+            sums.min() > len(image) * limits.tiny / limits.eps
+        )  # anything that underflowed is below rounding
         self._log_sums = sums.log() + self._shift if self._shared else self._online_log_sums()
-        # of rows and of columns [2, G]: softmax = exp(logit - shift) * factor, the shift being self._shift if shared;
-        # else the factor makes up for the rounding of the log-sum-exp
+        # for rows and columns [2, G]: softmax = exp(logit - shift) * factor. The shift is self._shift if shared;
+        # otherwise the factor corrects the rounding of the log-sum-exp
         self._shifts = self._log_sums.to(image.dtype)
         self._factors = (sums.reciprocal() if self._shared else (self._shifts - self._log_sums).exp()).to(image.dtype)
 
     @property
     def mean_log_sum(self) -> Tensor:
-        """Mean of the log-sum-exps of all rows and columns, float64."""
+        """Mean log-sum-exp over all rows and columns, float64."""
         return self._log_sums.mean()
 
     def tile(self, rows: slice, columns: slice, name: str) -> Tensor:
@@ -92,7 +95,7 @@ class TiledLogits:
         return torch.mm(self.left[rows], self._right[columns].T, out=self._tiles.memory(name, rows, columns))
 
     def to_softmaxes(self, tile: Tensor, rows: slice, columns: slice, scratch: Tensor) -> Tensor:
-        """A tile of logits turned in place into row softmax + column softmax."""
+        """Turn a tile of logits into row softmax + column softmax, in place."""
         row_factors, column_factors = self._factors[0, rows, None], self._factors[1, columns]
         if self._shared:
             return self._exponentials(tile).mul_(torch.add(row_factors, column_factors, out=scratch))
