@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from eval.base.arguments import answer_early, read_options
@@ -60,6 +59,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from eval.base.consoles import plain_console
 from eval.base.processes import is_main_process, start
 from eval.benchmarks.protocols import load_retrieval_set
 from eval.measures.recall import DirectionRanks, retrieval_ranks
@@ -260,9 +260,9 @@ def main() -> None:
     with start(options.device, allow_tf32=False) as runtime:
         result = run(options, options.root)
         if runtime.is_main:
-            print_agreement(result)
             if options.json is not None:
                 write_json(options.json, result)
+            print_agreement(result)
 
 
 def run(options: Options, root: Path) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def print_agreement(result: Mapping[str, Any]) -> None:
     retention = result["retention"]
     for name, figures in {"any": retention["overall"], **retention["by_num_tokens"]}.items():
         table.add_row(name, *(_shown(figures[way]) for way in ("i2t", "t2i")))
-    console = Console()
+    console = plain_console()
     console.print(features, table)
     overlaps = (
         f"{name.replace('_', ' to ')} {'-' if value is None else f'{value:.1f}%'}"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from eval.base.arguments import answer_early, read_options
 from eval.towers.encoding_options import EncodingOptions
@@ -71,6 +70,7 @@ if __name__ == "__main__":
 
 
 from eval.agreement import agreement
+from eval.base.consoles import plain_console
 from eval.base.environment import environment_record
 from eval.benchmarks.labelled_images import find_labelled_images
 from eval.benchmarks.named_sets import is_plain_name, parse_sets, set_digest
@@ -89,7 +89,7 @@ from eval.towers.models import ClipModel, describe_model, weights_file
 from eval.towers.named_models import ReadSettings, parse_models
 from longclip_teacher.atomic_files import write_json, write_text
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = plain_console(stderr=True, soft_wrap=True)
 
 
 def main() -> None:
@@ -101,8 +101,8 @@ def main() -> None:
     write_json(options.out / "results.json", comparison_json(comparison, summary))
     write_text(options.out / "table.md", markdown)
     write_report(options.out / "report.html", comparison_report(comparison, summary))
-    Console(soft_wrap=True).print(markdown, markup=False, highlight=False)
-    console.print(f"Report: {options.out / 'report.html'}", markup=False)
+    plain_console(soft_wrap=True).print(markdown)
+    console.print(f"Report: {options.out / 'report.html'}")
 
 
 def compare(options: Options) -> Comparison:
@@ -115,7 +115,7 @@ def compare(options: Options) -> Comparison:
     for name in (*models, *sets, *folders):
         if not is_plain_name(name):
             raise InputError(f"{name!r} cannot name a file: use letters, digits, . _ + and -, as in NAME=...")
-    console.print("checking every model and set", markup=False)
+    console.print("checking every model and set")
     candidates = {
         name: [Candidate(options, checkpoint, model.settings) for checkpoint in model.checkpoints]
         for name, model in models.items()
@@ -197,7 +197,7 @@ class Work:
     def measure(self, name: str, seed: int) -> dict[str, Any]:
         """All measurements of one checkpoint, by kind and by test name."""
         candidate = self.candidates[name][seed]
-        console.print(f"{name}: {candidate.checkpoint}", markup=False)
+        console.print(f"{name}: {candidate.checkpoint}")
         result: dict[str, Any] = {"retrieval": {}, "zeroshot": {}, "agreement": {}, "behaviour": {}}
         for test in self.sets:
             for kind, measured in self._on_set(candidate, f"{name}.{seed}.{test}", test, name).items():
@@ -261,7 +261,7 @@ class Work:
         }
 
         def measure() -> dict[str, Any]:
-            console.print("measuring what the models cost", markup=False)
+            console.print("measuring what the models cost")
             files = {name: file for name, first in firsts.items() if (file := weights_file(first.checkpoint))}
             costs = measure_costs({name: candidate.model for name, candidate in firsts.items()}, files)
             for candidate in firsts.values():

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from eval.base.arguments import answer_early, read_options
@@ -49,6 +48,7 @@ if __name__ == "__main__":
 
 import torch
 
+from eval.base.consoles import plain_console
 from eval.measures.costs import BATCH_SIZES, FULL_CAPTION_TOKENS, FullCost, measure_full_costs, threads_in_words
 from eval.towers.models import ClipModel, describe_model, weights_file
 from longclip_teacher.atomic_files import write_json
@@ -71,9 +71,9 @@ def main() -> None:
             weights["reparameterised"] = Path(folder) / "fused.safetensors"
             save_student(fused, weights["reparameterised"])
         costs = measure_full_costs(models, weights, repeats=options.repeats, precision=options.precision)
-    print_table(costs, describe_model(model))
     if options.json is not None:
         write_json(options.json, {"checkpoint": options.checkpoint, "costs": costs})
+    print_table(costs, describe_model(model))
 
 
 _ROWS = (  # label, key, divisor of the figure, format
@@ -105,7 +105,7 @@ def print_table(costs: Mapping[str, FullCost], model: str) -> None:
         table.add_row(
             label, *("-" if figure is None else f"{float(figure) / unit:{number}} {symbol}" for figure in figures)
         )
-    console = Console()
+    console = plain_console()
     console.print(table)
     notes = [
         f"{first['machine']} ({first['device']}), {threads_in_words(first['threads'])}, {first['precision']}",
@@ -115,7 +115,7 @@ def print_table(costs: Mapping[str, FullCost], model: str) -> None:
     if len(costs) > 1:
         notes.insert(0, "reparameterised: the branches of the loaded model are fused; the features stay the same")
     for note in notes:
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        console.print(note, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from eval.base.arguments import answer_early, read_options
@@ -84,6 +83,7 @@ if __name__ == "__main__":
 
 from PIL import Image
 
+from eval.base.consoles import plain_console
 from eval.base.folders import matching_paths, pictures_below
 from eval.base.image_files import open_image
 from eval.benchmarks.annotation_files import inside_root
@@ -230,10 +230,10 @@ def print_table(figures: dict[str, Any]) -> None:
     for sign, title in SIGNS.items():
         row = figures["signs"][sign]
         table.add_row("leak" if row["is_leak"] else "hint", title, str(row["num_train"]), str(row["num_benchmark"]))
-    console = Console()
+    console = plain_console()
     console.print(table)
     for note in _notes(figures):
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        console.print(note, soft_wrap=True)
 
 
 def _notes(figures: dict[str, Any]) -> list[str]:

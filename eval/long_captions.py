@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from eval.base.arguments import answer_early, read_options
@@ -62,6 +61,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from eval.base.consoles import plain_console
 from eval.base.processes import start
 from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
 from eval.measures.caption_edits import (
@@ -250,11 +250,11 @@ def main() -> None:
         result |= long_caption_behaviour(options.load(), retrieval_set, options.encoding())
         if not runtime.is_main:
             return
-        print_behaviour(result)
         if options.json is not None:
             write_json(options.json, result)
         if options.out_dir is not None:
             plot_long_captions(result, options.out_dir / "long_captions.png")
+        print_behaviour(result)
 
 
 def print_behaviour(result: dict[str, Any]) -> None:
@@ -272,7 +272,7 @@ def print_behaviour(result: dict[str, Any]) -> None:
         table.add_row(name, *_shown(step), end_section=step is result["only_sentence"][-1])
     for step in result["cut"]:
         table.add_row(f"cut at {step['num_tokens']} tokens ({step['num_cut']} cut)", *_shown(step))
-    console = Console()
+    console = plain_console()
     console.print(table)
     notes = []
     for edit, name in (("first_dropped", "first sentence dropped"), ("shuffled", "sentences shuffled")):
@@ -283,7 +283,7 @@ def print_behaviour(result: dict[str, Any]) -> None:
         verdict = "as without padding" if step["min_cosine"] >= EXACT_COSINE else "padding changes the features"
         notes.append(f"padded to {step['num_tokens']} tokens: cosine {step['min_cosine']:.6f} at least, {verdict}")
     for note in notes:
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        console.print(note, soft_wrap=True)
 
 
 def _shown(figures: dict[str, Any]) -> list[str]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from eval.base.arguments import answer_early, read_options
@@ -61,6 +60,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from eval.base.consoles import plain_console
 from eval.benchmarks.labelled_features import LabelledFeatures, encode_labelled
 from eval.benchmarks.labelled_images import LabelledImages, find_labelled_images
 from eval.measures.confusion import confusion_matrix, mean_recall
@@ -138,7 +138,7 @@ def linear_answers(
     fit, validation = stratified_split(targets, seed)
     if len(np.unique(targets)) < 2:
         raise InputError("all training pictures are of one class: give at least two classes")
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
 
     def try_c(c: float) -> SweepStep:
         model, converged = _fit(features[fit], targets[fit], c)
@@ -148,7 +148,7 @@ def linear_answers(
         log_loss = -np.log(np.maximum(own, np.finfo(own.dtype).tiny)).mean()
         step = SweepStep(c, float(correct.mean() * 100), float(log_loss), converged)
         if show_progress:
-            console.print(f"C {c:.3g}: {step.accuracy:.1f}% on the validation split", highlight=False)
+            console.print(f"C {c:.3g}: {step.accuracy:.1f}% on the validation split")
         return step
 
     sweep = search_c(try_c)
@@ -259,9 +259,9 @@ def main() -> None:
         raise InputError(f"--train and --test are both {options.test}: hold pictures out, in a folder of their own")
     result = {"checkpoint": options.checkpoint, "precision": options.precision}
     result |= evaluate_probes(options.load(), train, test, options.encoding(), options.seed)
-    print_table(result)
     if options.json is not None:
         write_json(options.json, result)
+    print_table(result)
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -275,14 +275,14 @@ def print_table(result: dict[str, Any]) -> None:
     rows |= {f"{k} nearest neighbour{'s' * (k != '1')}": figures for k, figures in result["knn"].items()}
     for name, figures in rows.items():
         table.add_row(name, f"{figures['top1']:.1f}", f"{figures['mean_per_class']:.1f}")
-    Console().print(table)
+    plain_console().print(table)
     if result["num_unreadable"]:
         print(f"{result['num_unreadable']} unreadable pictures were left out, the first: {result['unreadable'][0]}")
     unfinished = sum(not step["converged"] for step in linear["sweep"])
     if unfinished:
         print(f"{unfinished} of {len(linear['sweep'])} fits of the sweep stopped at {MAX_ITERATIONS} iterations")
     if result["count_mismatch"]:
-        Console(stderr=True).print(f"warning: {result['count_mismatch']}", highlight=False, soft_wrap=True)
+        plain_console(stderr=True).print(f"warning: {result['count_mismatch']}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -61,6 +60,7 @@ if __name__ == "__main__":
 
 from torch import Tensor
 
+from eval.base.consoles import plain_console
 from eval.base.processes import all_results, is_main_process, start
 from eval.benchmarks.checksums import SHA256SUMS, verify_sha256sums
 from eval.benchmarks.protocols import PROTOCOLS, TIES, load_retrieval_set
@@ -80,9 +80,9 @@ def main() -> None:
     with start(options.device, allow_tf32=False) as runtime:
         result = run(options, options.root)
         if runtime.is_main:
-            print_table(result)
             if options.json is not None:
                 write_json(options.json, result)
+            print_table(result)
 
 
 def run(options: Options, root: Path) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def print_table(result: dict[str, Any]) -> None:
     for way, name in (("i2t", "image to text"), ("t2i", "text to image")):
         figures = result[way]
         table.add_row(name, *(f"{figures[key]:.1f}" for key in ("r1", "r5", "r10", "mean_rank", "median_rank")))
-    console = Console()
+    console = plain_console()
     console.print(table)
     notes = [
         "R@k: per cent of the queries with a right answer among the first k of all "
@@ -148,18 +148,17 @@ def print_table(result: dict[str, Any]) -> None:
     if best_case:
         notes.append(f"R@1, 5, 10 if every tie were won (do not report these): {'; '.join(best_case)}")
     for note in notes:
-        console.print(note, soft_wrap=True, markup=False, highlight=False)
+        console.print(note, soft_wrap=True)
 
 
 def print_protocols() -> None:
     """Print each protocol on stdout: what it is, which files it needs and what it compares with."""
-    console = Console()
+    console = plain_console()
     for protocol in PROTOCOLS.values():
         about = "about " if protocol.count_tolerance else ""
         counts = f"{about}{protocol.num_images} pictures, {protocol.num_captions} captions"
-        console.print(
-            f"[bold]{protocol.name}[/bold] ({counts if protocol.num_images else 'any number'})", highlight=False
-        )
+        shown = f" ({counts if protocol.num_images else 'any number'})"
+        console.print(Text.assemble((protocol.name, "bold"), shown))
         for label, text in (
             ("What", protocol.about),
             ("Files", protocol.files),

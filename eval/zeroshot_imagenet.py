@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from eval.base.arguments import answer_early, read_options
@@ -65,6 +64,7 @@ class Options(EvaluationOptions):
 if __name__ == "__main__":
     answer_early(Options)  # --help and refused options end here: the imports below take seconds
 
+from eval.base.consoles import plain_console
 from eval.base.processes import start
 from eval.benchmarks.class_prompts import read_classnames, read_templates
 from eval.benchmarks.labelled_images import find_labelled_images
@@ -87,12 +87,12 @@ def main() -> None:
         if not runtime.is_main:
             return
         result = {"checkpoint": options.checkpoint, "precision": options.precision} | zeroshot_figures(answers)
-        print_table(result)
+        if options.json is not None:
+            write_json(options.json, result)
         if options.plot is not None:
             title = f"{labelled.name}: top-1 {result['top1']:.1f}%, mean per class {result['mean_per_class']:.1f}%"
             draw_confusion(answers.confusion(), labelled.classnames, title, options.plot)
-        if options.json is not None:
-            write_json(options.json, result)
+        print_table(result)
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def print_table(result: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     counts = (str(result[key]) for key in ("num_images", "num_classes", "num_templates"))
     table.add_row(*counts, *(f"{result[key]:.1f}" for key in ("top1", "top5", "mean_per_class")))
-    Console().print(table)
+    plain_console().print(table)
     if result["confusion"]:
         true, answer, count = result["confusion"][0]
         print(f"most frequent mistake: {true}, taken for {answer} {count} times")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from longclip_teacher.errors import InputError
 
-__all__ = ["atomic_file", "remove_leftovers", "write_json", "write_text"]
+__all__ = ["atomic_file", "remove_leftovers", "without_nan", "write_json", "write_text"]
 
 _NUM_BYTES = 8
 _RANDOM = "[0-9a-f]" * 2 * _NUM_BYTES  # the part of a temporary name that differs
@@ -69,8 +70,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented JSON. Raises ValueError for a NaN or an infinity, InputError as `write_text`."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    """Write `content` as indented JSON, NaN and infinities as null. Raises InputError as `write_text`."""
+    write_text(path, json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
+
+
+def without_nan(content: Any) -> Any:
+    """The same values for JSON, which knows no NaN and no infinity: they become None."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: without_nan(value) for key, value in content.items()}
+    return [without_nan(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def _cannot_write(path: Path, error: OSError) -> InputError:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from longclip_teacher.terminal import print_anywhere
 
 __all__ = ["InputError", "reported_once", "run_command"]
 
@@ -19,11 +20,9 @@ class InputError(ValueError):
 def run_command(main: Callable[[], None]) -> None:
     """Call `main()` as a program: an InputError becomes `error: ...` on stderr and exit code 2, Ctrl-C exit code 130.
 
-    What stdout and stderr cannot hold, as in file names that are not UTF-8, is printed as an escape such as \\udce9.
+    What stdout and stderr cannot hold, as in file names that are not UTF-8, is printed in ASCII (`print_anywhere`).
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    print_anywhere()
     try:
         main()
     except InputError as error:

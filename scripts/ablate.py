@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from eval.base.arguments import answer_early, read_options
@@ -74,13 +73,14 @@ if __name__ == "__main__":
 from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
 from ablation_runs import RECORD, comparison_conditions, config_differences, gather
 from ablation_table import write_table
+from eval.base.consoles import plain_console
 from longclip_teacher.atomic_files import write_json, write_text
 from training.record.run_log import read_metrics
 
 LOG, FAILURE = "log.txt", "failed.json"  # in a run's folder
 _TAIL = 15  # lines of a failed run's log that failed.json keeps
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = plain_console(stderr=True, soft_wrap=True)
 
 
 def main() -> None:
@@ -117,13 +117,13 @@ def report(out: Path, grid: Grid, jobs: Sequence[Job]) -> None:
     if not rows:
         say(f"no run in {out} has finished: there is no table yet")
         return
-    Console(soft_wrap=True).print(write_table(out, grid, rows), markup=False, highlight=False)
+    plain_console(soft_wrap=True).print(write_table(out, grid, rows))
     say(f"Table: {out / 'table.md'}, table.csv, table.png, results.json")
 
 
 def say(message: str) -> None:
     """Print a line on stderr."""
-    console.print(message, markup=False)
+    console.print(message)
 
 
 # --- shares of a job array -------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> list[Job]:
     say(f"{len(jobs)} runs: {len(finished)} finished, {len(waiting)} to do")
     clock, failed = Clock(waiting), []
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from eval.base.arguments import answer_early, read_options
@@ -88,6 +87,7 @@ if __name__ == "__main__":
     answer_early(Options)  # --help and refused options end here: the imports below take seconds
 
 from benches.measure import BenchOptions, Row, machine
+from eval.base.consoles import plain_console
 from eval.base.processes import process_device
 from longclip_teacher.atomic_files import write_json
 
@@ -101,7 +101,7 @@ def print_rows(name: str, rows: list[Row]) -> None:
         difference = "" if row.max_abs_diff is None else f"{row.max_abs_diff:.1e}"
         figures = (f"{row.ours:.3g}", f"{row.baseline:.3g}", f"{row.ratio:.2f}", difference, f"{row.peak_gb:.2f}")
         table.add_row(row.case, row.unit, *figures)
-    Console().print(table)
+    plain_console().print(table)
 
 
 def main() -> None:
@@ -121,9 +121,9 @@ def main() -> None:
     )
     module, function = BENCHES[options.name]
     rows = list(getattr(import_module(f"benches.{module}"), function)(told))
-    print_rows(options.name, rows)
     if options.json is not None:
         write_json(options.json, {"bench": options.name, "machine": found, "rows": [asdict(row) for row in rows]})
+    print_rows(options.name, rows)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eval.base.arguments import answer_early, read_options
+from eval.base.consoles import plain_console
 from eval.towers.precision import Precision
 from longclip_teacher.activation import Activation
 from longclip_teacher.errors import InputError, run_command
@@ -110,7 +110,7 @@ from training.cache.sidecar import Sidecar
 from training.cache.writer import SidecarWriter, cache_settings
 from training.data.index import ShardIndex, expand_patterns, is_remote
 
-_STDERR = Console(stderr=True)
+_STDERR = plain_console(stderr=True)
 _MAY_DIFFER = ("teacher", "libraries")  # settings in which the sidecars of a cache may differ
 
 

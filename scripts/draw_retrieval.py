@@ -47,8 +47,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
 
+from eval.base.consoles import plain_console
 from eval.base.image_files import open_image
 from eval.benchmarks.protocols import load_retrieval_set
 from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
@@ -78,9 +78,7 @@ def main() -> None:
     figure = _draw(number, encoded, first, min(contexts.values()))
     with atomic_file(options.out) as temporary:
         figure.savefig(temporary, format=options.out.suffix[1:], dpi=_DPI)
-    Console().print(
-        f"caption {number} of {len(reference.captions)}: {options.out}", markup=False, highlight=False, soft_wrap=True
-    )
+    plain_console(soft_wrap=True).print(f"caption {number} of {len(reference.captions)}: {options.out}")
 
 
 def _first_pictures(encoded: EncodedSet) -> torch.Tensor:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 
 from eval.base.arguments import answer_early, read_options
+from eval.base.consoles import plain_console
 from longclip_teacher.errors import InputError, run_command
 
 
@@ -68,7 +68,7 @@ from training.data.samples import BadSample, read_captions
 from training.data.store import TeacherInfo
 from training.data.writer import write_manifest, write_shard
 
-_STDERR = Console(stderr=True)
+_STDERR = plain_console(stderr=True)
 
 
 @dataclass(frozen=True)

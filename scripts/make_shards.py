@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.progress import track
 
 from caption_sources import LeftOut, Pair, Row, Split, read_coco, read_folder, read_sharegpt4v, read_table
@@ -163,12 +162,13 @@ Command = (
 if __name__ == "__main__":
     answer_early(Command, __doc__)  # --help and refused options end here: the imports below take seconds
 
+from eval.base.consoles import plain_console
 from longclip_teacher.atomic_files import remove_leftovers
 from packed_pictures import left_out, picture_bytes
 from training.data.index import ShardRecord, expand_patterns, read_manifest
 from training.data.writer import caption_member, index_shard, write_manifest, write_shard
 
-_STDERR = Console(stderr=True)
+_STDERR = plain_console(stderr=True)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from eval.base.arguments import answer_early, read_options
@@ -92,6 +91,7 @@ if __name__ == "__main__":
 
 import torch
 
+from eval.base.consoles import plain_console
 from eval.measures.costs import count_flops
 from eval.towers.features import evaluation_mode
 from eval.towers.models import ClipModel
@@ -271,7 +271,7 @@ def _bench_rate(path: Path, case: str, flag: str) -> Rate:
 
 def print_plans(options: Options, rates: Rates, plans: list[Plan]) -> None:
     """Print the table, one column per data set size, and the assumptions below it."""
-    console = Console()
+    console = plain_console()
     title = f"teacher {options.teacher}, student {options.student}, A = {options.views}, {options.epochs:g} epochs"
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -296,7 +296,7 @@ def print_plans(options: Options, rates: Rates, plans: list[Plan]) -> None:
         f"cache and online cost the same at {break_even_epochs(options, rates):.2f} epochs",
         *_basis(options, rates),
     ):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(line, soft_wrap=True)
 
 
 def _basis(options: Options, rates: Rates) -> list[str]:
@@ -336,7 +336,6 @@ def main() -> None:
     options = read_options(Options)
     rates = find_rates(options)
     plans = [plan(options, rates, samples) for samples in ((options.samples,) if options.samples else _SAMPLES)]
-    print_plans(options, rates, plans)
     if options.json is not None:
         figures = {
             "options": {name: value for name, value in asdict(options).items() if name != "json"},
@@ -348,6 +347,7 @@ def main() -> None:
             "plans": [asdict(one) for one in plans],
         }
         write_json(options.json, figures)
+    print_plans(options, rates, plans)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from typing import Annotated, Any
 import joblib
 import tyro
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -95,6 +93,7 @@ if __name__ == "__main__":
 
 import torch
 
+from eval.base.consoles import plain_console
 from eval.measures.costs import Cost, cost_conditions, measure_costs
 from eval.measures.figures import Column, best_models, figure_columns, figure_conditions, format_figure, model_figures
 from eval.measures.retrieval_examples import retrieval_examples
@@ -118,7 +117,7 @@ TWINS_CEILING = (25.0, "the most that a model reading 77 tokens can reach (25%)"
 JSON_NAMES = {"twins_i2t_r1": "i2t_r1", "twins_t2i_r1": "t2i_r1"}
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "training" / "main.py"
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = plain_console(stderr=True, soft_wrap=True)
 Figures = dict[str, float]
 
 
@@ -145,10 +144,10 @@ def main() -> None:
         figure_conditions(teacher_results),
         f"ms: {cost_conditions('cpu')}; students with branches merged (reparameterized), as they are used",
     ]
-    print_table(shown, spreads, conditions, notes)
     write_results(options, models, spreads, by_seed, seconds)
     report(options, shown, spreads, conditions, notes)
-    Console(soft_wrap=True).print(f"Report: {options.out / 'report.html'}", highlight=False)
+    print_table(shown, spreads, conditions, notes)
+    plain_console(soft_wrap=True).print(f"Report: {options.out / 'report.html'}")
 
 
 # --- making ----------------------------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ def launch(command: list[str]) -> int:
 
 def say(step: str, message: str) -> None:
     """Print a line of progress on stderr."""
-    console.print(f"[bold]{step}[/bold]: {escape(message)}")
+    console.print(Text.assemble((step, "bold"), f": {message}"))
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
@@ -301,7 +300,7 @@ def print_table(
     models: Mapping[str, Figures], spreads: Mapping[str, Figures], conditions: list[str], notes: list[str]
 ) -> None:
     """Print the table, under it how its figures were measured, and the notes, on stdout."""
-    output = Console(highlight=False)
+    output = plain_console()
     padding = 1 if output.width >= 92 else 0  # to fit a terminal of 80 columns
     caption = Text("\n".join(["The best of each column is bold.", *conditions]))
     table = Table(
@@ -317,13 +316,13 @@ def print_table(
         cells = []
         for column in columns():
             text = format_figure(figures[column.key], column.unit)
-            text = f"[bold]{text}[/bold]" if name in best_models(column, models) else text
             spread = spreads.get(name, {}).get(column.key)
-            cells.append(text if spread is None else f"{text}\n±{format_figure(spread, column.unit)}")
+            below = "" if spread is None else f"\n±{format_figure(spread, column.unit)}"
+            cells.append(Text.assemble((text, "bold" if name in best_models(column, models) else ""), below))
         table.add_row(name, *cells)
     output.print(table)
     for note in notes:
-        output.print(note, markup=False)
+        output.print(note)
 
 
 def write_results(

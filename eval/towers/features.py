@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from eval.base.consoles import plain_console
 from eval.base.image_files import open_image
 from eval.base.processes import all_results, is_main_process, my_share
 from eval.towers.feature_cache import FeatureCache
@@ -300,7 +300,7 @@ def show_track(items: Iterable[Item], description: str | None, total: int | None
     """`items`, with a progress bar on stderr if there is a description and stderr is a terminal."""
     if description is None or not sys.stderr.isatty() or not is_main_process():
         return items
-    return track(items, description, total=total, console=Console(stderr=True))
+    return track(items, description, total=total, console=plain_console(stderr=True))
 
 
 def _collate(items: Sequence[tuple[int, Tensor | Unreadable]]) -> ImageBatch:

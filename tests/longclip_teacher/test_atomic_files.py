@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -89,3 +90,10 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
             write_json(path, {"a": 1})
     assert list((tmp_path / "folder").iterdir()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    content = {"a": float("nan"), "b": [1.5, float("inf"), (-float("inf"), True, None, "NaN")], "c": {"d": 2}}
+    write_json(tmp_path / "x.json", content)
+    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert found == {"a": None, "b": [1.5, None, [None, True, None, "NaN"]], "c": {"d": 2}}

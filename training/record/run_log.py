@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from textwrap import indent
+from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from eval.base.consoles import plain_console
 from eval.base.environment import environment_record, uncommitted_changes
 from eval.base.processes import Runtime
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import EncodedSet
 from eval.pages.example_sheet import draw_examples
-from longclip_teacher.atomic_files import write_json, write_text
+from longclip_teacher.atomic_files import without_nan, write_json, write_text
 from training.settings.tree import TrainConfig, config_to_toml
 
 __all__ = ["RunLog", "read_metrics"]
@@ -32,7 +34,7 @@ class RunLog:
     def __init__(self, config: TrainConfig, runtime: Runtime, *, step: int, total_steps: int) -> None:
         self.enabled = runtime.is_main
         self.total_steps = total_steps
-        self.console = Console(stderr=True, quiet=not self.enabled, soft_wrap=True)
+        self.console = plain_console(stderr=True, quiet=not self.enabled, soft_wrap=True)
         if not self.enabled:
             return
         out_dir = config.run.out_dir
@@ -68,13 +70,14 @@ class RunLog:
         """Record named numbers at `step`: a line of metrics.jsonl, TensorBoard scalars, and a console line."""
         if not self.enabled:
             return
-        self._metrics.write(json.dumps({"step": step, "group": group, **values}) + "\n")
+        row = without_nan({"step": step, "group": group, **values})
+        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{group}/{name}", value, step)
         if group != "train":
             shown = "  ".join(f"{name} {value:.2f}" for name, value in values.items())
-            self.console.print(f"step {step} {group}: {shown}", highlight=False)
+            self.console.print(f"step {step} {group}: {shown}")
             return
         loss, rate = f"{values['loss']:.3f}", f"{values['samples_per_second']:.0f}"
         self._progress.update(self._task, loss=loss, rate=rate)
@@ -92,7 +95,7 @@ class RunLog:
 
     def say(self, message: str) -> None:
         """A line on the console."""
-        self.console.print(message, highlight=False, markup=False)
+        self.console.print(message)
 
     def close(self) -> None:
         """Flush and close; call also when the run failed."""
@@ -103,17 +106,24 @@ class RunLog:
 
 
 def read_metrics(run_dir: Path, group: str = "train") -> list[dict[str, float]]:
-    """Lines of a run's metrics.jsonl of one group, in order; a half-written last line is left out."""
-    rows = []
-    path = run_dir / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """Lines of a run's metrics.jsonl of one group, in order. A value that was not finite, null in the file, is NaN. A
+    half-written line and one of anything but numbers are left out."""
+    rows = (row for _, row in _rows(run_dir / "metrics.jsonl") if row.pop("group") == group)
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines that hold a step, a group and numbers, each with its values."""
+    content = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in content.split("\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if row.pop("group", None) == group:
-            rows.append(row)
-    return rows
+        if not isinstance(row, dict) or not isinstance(row.get("group"), str) or not isinstance(row.get("step"), int):
+            continue
+        if all(value is None or isinstance(value, (int, float)) for key, value in row.items() if key != "group"):
+            yield line, row
 
 
 def _code_block(text: str) -> str:
@@ -125,14 +135,9 @@ def _forget_after(path: Path, step: int, *, is_validated_again: bool) -> None:
     """Drop the records of what a run resumed at `step` does again: later steps, and perhaps the validation at this."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            if row["step"] < step + (row["group"] == "train" or not is_validated_again):
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
+    kept = [
+        line for line, row in _rows(path) if row["step"] < step + (row["group"] == "train" or not is_validated_again)
+    ]
     write_text(path, "".join(line + "\n" for line in kept))
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from eval.base.consoles import plain_console
 from eval.base.processes import Runtime
 from eval.measures.costs import cost_conditions, measure_costs
 from eval.measures.figures import (
@@ -80,10 +79,10 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
         title if name == trained_as else name: {**model_figures(results[name]), **shown[name]} for name in models
     }
     columns = figure_columns(test_sets(config), zeroshot=config.data.zeroshot is not None)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(_table(columns, figures, [f"Best weights of {out_dir}. The best of each row is bold.", *conditions]))
     _write_page(config, models, figures, columns, conditions)
-    console.print(f"Report: {out_dir / 'report.html'}", markup=False)
+    console = plain_console(soft_wrap=True)
+    console.print(_table(columns, figures, [f"Best weights of {out_dir}. The best of each row is bold.", *conditions]))
+    console.print(f"Report: {out_dir / 'report.html'}")
 
 
 def _teacher_of_cache(config: TrainConfig, runtime: Runtime) -> ClipModel | None:
@@ -103,9 +102,9 @@ def _table(columns: Sequence[Column], figures: Mapping[str, Figures], caption: S
     for column in columns:
         best_names = best_models(column, figures)
         cells = ((name, format_figure(values[column.key], column.unit)) for name, values in figures.items())
-        marked = (f"[bold]{cell}[/bold]" if name in best_names else cell for name, cell in cells)
+        marked = (Text(cell, "bold" if name in best_names else "") for name, cell in cells)
         title = f"{column.title}, {column.unit}" if column.unit in ("%", "ms") else column.title
-        table.add_row(escape(title), *marked)
+        table.add_row(title, *marked)
     return table
 
 
