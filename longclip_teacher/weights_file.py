@@ -7,6 +7,7 @@ code.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import pickle
 import warnings
@@ -28,6 +29,7 @@ __all__ = [
     "RECOGNISED",
     "RUN_WEIGHTS",
     "WeightsFile",
+    "content_sha256",
     "file_sha256",
     "load_strictly",
     "read_weights",
@@ -41,6 +43,9 @@ RECOGNISED = logging.getLogger("longclip_teacher.recognised")
 """Logs at INFO which model was recognised in a file that holds no configuration; the commands show it on stderr."""
 RUN_WEIGHTS = ("best.safetensors", "last.safetensors")
 """The weight files of a run folder, in order of preference."""
+# in the metadata of our safetensors files: the kind of checksum, and the checksum of everything else; two entries, so
+# that damage to the name of one of them is found too
+_CHECKSUM = ("checksum", "sha256")
 _SAFE_TORCH_LOAD = (2, 10)  # weights_only=True had bypasses before this release
 
 
@@ -53,6 +58,7 @@ class WeightsFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     sha256: str
+    """Of the file's bytes."""
     place: str = ""
     """Where in a torch file the state dict was, such as `state_dict_ema (an averaged copy)`; "" if the file is one."""
 
@@ -83,7 +89,11 @@ def read_weights(path: str | Path) -> WeightsFile:
             raise InputError(f"{path} is not a whole safetensors file ({_first_line(error)}): fetch it again") from None
         tensors = find_state_dict(found, path)[0] if found else found
     else:
+        found = {}
         tensors, place = find_state_dict(torch_load(path), path)
+    recorded = [metadata.pop(name) for name in _CHECKSUM if name in metadata]
+    if recorded and recorded != ["sha256", content_sha256(found, metadata)]:
+        raise InputError(f"{path} is damaged: its weights are not those that were written; copy or fetch it again")
     sha256 = file_sha256(path)
     logger.info("read %s (%d tensors, sha256 %s)", path, len(tensors), sha256)
     return WeightsFile(path, tensors, metadata, sha256, place)
@@ -128,10 +138,37 @@ def torch_load(path: Path) -> object:
 
 
 def write_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write safetensors atomically: readers see the old file or the whole new one, also after a crash."""
+    """Write safetensors atomically: readers see the old file or the whole new one, also after a crash.
+
+    Equal weights and metadata give equal files. The metadata gain a checksum, which `read_weights` compares.
+    """
     contents = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with atomic_file(Path(path)) as temporary:
-        save_file(contents, temporary, dict(metadata))
+        checksum = dict(zip(_CHECKSUM, ("sha256", content_sha256(contents, metadata)), strict=True))
+        save_file(contents, temporary, {**metadata, **checksum})
+        _sort_metadata(temporary)
+
+
+def content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """A hash of tensors and metadata that depends on neither their order nor the layout of the file."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, in place: its writer takes them in a random one."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > length:
+            raise ValueError(f"{path}: the header grew from {length} to {len(ordered)} bytes")
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

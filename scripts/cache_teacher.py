@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,6 +104,7 @@ from training.cache.manifest import (
     refuse_same_names,
     shard_identities,
     sidecar_path,
+    teacher_hashes,
     write_cache_manifest,
 )
 from training.cache.sidecar import Sidecar
@@ -166,6 +167,8 @@ def _folder(options: Options, paths: Sequence[Path]) -> Path:
 def _refuse_other_settings(folder: Path, settings: CacheSettings) -> None:
     """Raise InputError if the cache in `folder` has other settings. Only warn about other library versions."""
     before, _ = read_cache(folder)
+    if before.teacher_sha256 in teacher_hashes(settings.teacher):
+        settings = replace(settings, teacher_sha256=before.teacher_sha256)
     for item in fields(CacheSettings):
         old, new = getattr(before, item.name), getattr(settings, item.name)
         if old == new or item.name in _MAY_DIFFER:

@@ -23,7 +23,7 @@ from longclip_teacher.atomic_files import write_json
 from longclip_teacher.checkpoint import teacher_file
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
-from longclip_teacher.weights_file import file_sha256
+from longclip_teacher.weights_file import content_sha256, file_sha256, read_weights
 from training.data.index import BAD_JSON, ShardIndex
 from training.data.transforms import Interpolation
 from training.settings.augment import AugmentConfig
@@ -44,6 +44,7 @@ __all__ = [
     "refuse_same_names",
     "shard_identities",
     "sidecar_path",
+    "teacher_hashes",
     "teacher_sha256",
     "tokenizer_digest",
     "write_cache_manifest",
@@ -64,6 +65,7 @@ class CacheSettings:
 
     teacher: str
     teacher_sha256: str
+    """The first of `teacher_hashes`; in older caches the second."""
     embed_dim: int
     logit_scale: float
     """Linear."""
@@ -218,6 +220,17 @@ def _record_path(folder: Path, shard: str) -> Path:
 def teacher_sha256(checkpoint: str) -> str:
     """Return the sha256 of the weight file that `checkpoint` (a file, a run's folder or a hub name) refers to."""
     return file_sha256(weights_file(checkpoint) or teacher_file(checkpoint))
+
+
+def teacher_hashes(checkpoint: str) -> tuple[str, str]:
+    """Return the hash of a teacher's weights and configuration, and the sha256 of its file.
+
+    Caches name their teacher by the first. Those made before name it by the second, which says the same only of the
+    very same file.
+    """
+    path = weights_file(checkpoint) or teacher_file(checkpoint)
+    weights = read_weights(path)
+    return content_sha256(weights.tensors, weights.metadata), weights.sha256
 
 
 def cache_sha256(folder: Path, shards: Iterable[str]) -> str:

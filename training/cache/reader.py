@@ -26,7 +26,7 @@ from training.cache.manifest import (
     refuse_same_names,
     shard_identities,
     sidecar_path,
-    teacher_sha256,
+    teacher_hashes,
     tokenizer_digest,
 )
 from training.cache.sidecar import Sidecar
@@ -63,9 +63,9 @@ def open_cache(
     """
     settings, records = read_cache(folder)
     if teacher_checkpoint is not None:
-        sha256 = teacher_sha256(teacher_checkpoint)
-        if sha256 != settings.teacher_sha256:
-            raise _misfit(folder, "teacher sha256", settings.teacher_sha256, sha256, f" ({teacher_checkpoint})")
+        hashes = teacher_hashes(teacher_checkpoint)
+        if settings.teacher_sha256 not in hashes:
+            raise _misfit(folder, "teacher sha256", settings.teacher_sha256, hashes[0], f" ({teacher_checkpoint})")
     digest = tokenizer_digest(settings.context_length)
     if digest != settings.tokenizer:
         raise _misfit(folder, "tokenizer", settings.tokenizer, digest)

@@ -35,7 +35,7 @@ from training.cache.manifest import (
     decoder_name,
     library_versions,
     sidecar_path,
-    teacher_sha256,
+    teacher_hashes,
     tokenizer_digest,
     write_record,
 )
@@ -66,7 +66,7 @@ def cache_settings(
     preprocess = model.preprocess_cfg
     return CacheSettings(
         teacher=teacher,
-        teacher_sha256=teacher_sha256(teacher),
+        teacher_sha256=teacher_hashes(teacher)[0],
         embed_dim=model.embed_dim,
         logit_scale=float(model.linear_logit_scale),
         activation=model.config.activation,
