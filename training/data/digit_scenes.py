@@ -17,8 +17,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import secrets
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -261,7 +261,8 @@ def write_digit_scenes(
     if _is_finished(out, settings):
         return False
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    folder = out.parent / f".{out.name}.{secrets.token_hex(8)}"
+    folder.mkdir()  # not mkdtemp, whose permissions are not the umask's
 
     def boards(
         name: str, draw: Callable[[random.Random, Part], Iterable[Board]], part: Part, count: int
@@ -279,7 +280,6 @@ def write_digit_scenes(
         _write_pairs(folder / "twins", boards("twins", draw_twins, "test", num_test))
         _write_singles(folder / "digits", boards("digits", _draw_singles, "test", num_test))
         (folder / "manifest.json").write_text(json.dumps(settings, indent=2) + "\n")
-        folder.chmod(0o755)
         if out.is_dir():
             out.rmdir()  # empty, as _is_finished has checked
         folder.rename(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter
 from itertools import islice
@@ -179,3 +180,14 @@ def test_a_foreign_folder_is_left_alone_and_an_error_leaves_nothing(
     with pytest.raises(OSError, match="disk full"):
         write_digit_scenes(tmp_path / "new", **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o002, 0o775), (0o077, 0o700)])
+def test_permissions_are_those_of_any_new_folder(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_digit_scenes(tmp_path / "scenes", num_train=2, num_val=1, num_test=1, num_val_twins=1)
+    finally:
+        os.umask(before)
+    folders = [tmp_path / "scenes", *(path for path in (tmp_path / "scenes").rglob("*") if path.is_dir())]
+    assert {path.stat().st_mode & 0o777 for path in folders} == {mode}
