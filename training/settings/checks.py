@@ -15,6 +15,7 @@ __all__ = ["check_config"]
 def check_config(config: TrainConfig, world_size: int) -> None:
     """Raise InputError for a configuration that cannot run on `world_size` processes."""
     run, loss, needs = config.run, config.loss, config.needs
+    _check_names(config)
     if run.global_batch_size % world_size:
         raise InputError(f"--run.global_batch_size {run.global_batch_size} does not divide by {world_size} processes")
     local = run.global_batch_size // world_size
@@ -37,6 +38,18 @@ def check_config(config: TrainConfig, world_size: int) -> None:
     _check_stage(config)
     _check_teachers(config)
     _check_towers(config, needs)
+
+
+def _check_names(config: TrainConfig) -> None:
+    """Refuse paths that are not UTF-8, because config.toml cannot hold them. Names below a given folder are free."""
+    for section, fields in config.to_dict().items():
+        for name, value in fields.items():
+            for text in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+                    raise InputError(
+                        f"--{section}.{name} {text}: config.toml cannot hold a name that is not UTF-8; rename it, or "
+                        "give a link to it that has another name"
+                    )
 
 
 def _check_stage(config: TrainConfig) -> None:

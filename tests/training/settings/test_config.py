@@ -141,3 +141,11 @@ def test_the_configuration_of_an_old_run_is_read_without_what_is_gone(tmp_path: 
     assert text.count("trim = true") == 1
     assert config_from_toml(old) == config
     assert parse_config([str(old)]) == config
+
+
+@pytest.mark.parametrize("option", [["--data.shards", "a.tar", "caf\udce9/b.tar"], ["--run.out_dir", "caf\udce9"]])
+def test_a_name_that_config_toml_cannot_hold_is_refused(option: list[str]) -> None:
+    with pytest.raises(
+        InputError, match=rf"\A{option[0]} caf\udce9.*: config\.toml cannot hold a name that is not UTF-8"
+    ):
+        check_config(parse_config(option), world_size=1)
