@@ -85,7 +85,7 @@ from PIL import Image
 
 from eval.base.consoles import plain_console
 from eval.base.folders import matching_paths, pictures_below
-from eval.base.image_files import open_image
+from eval.base.images import open_image
 from eval.benchmarks.annotation_files import inside_root
 from eval.benchmarks.conversations import conversation_rows, count_conversations, held_out_rows
 from eval.benchmarks.protocols import load_retrieval_set

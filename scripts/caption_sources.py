@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from eval.base.folders import pictures_below
 from eval.base.foreign_text import HALVES
-from eval.base.image_files import IMAGE_SUFFIXES, is_picture
+from eval.base.images import IMAGE_SUFFIXES, is_picture
 from eval.benchmarks.annotation_files import inside_root, one_line, read_json, read_text
 from eval.benchmarks.conversations import SHAREGPT4V_TEST_ROWS, conversation_rows, held_out_rows
 from eval.benchmarks.table_columns import Columns, is_header, read_header

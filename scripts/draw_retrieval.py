@@ -49,7 +49,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eval.base.consoles import plain_console
-from eval.base.image_files import open_image
+from eval.base.images import open_image
 from eval.benchmarks.protocols import load_retrieval_set
 from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
 from eval.towers.named_models import parse_models

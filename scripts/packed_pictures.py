@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from caption_sources import LeftOut
-from eval.base.image_files import open_image
+from eval.base.images import open_image
 from longclip_teacher.errors import InputError
 from training.data.index import MAX_IMAGE_BYTES, MAX_TRAINING_PIXELS
 

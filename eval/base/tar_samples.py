@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from webdataset.tariterators import base_plus_ext
 
-from eval.base.image_files import IMAGE_SUFFIXES
+from eval.base.images import IMAGE_SUFFIXES
 from eval.base.plain_files import check_plain
 from eval.base.tar_headers import BoundedTar
 from longclip_teacher.errors import InputError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.base.folders import subfolders
-from eval.base.image_files import is_picture
+from eval.base.images import is_picture
 from longclip_teacher.errors import InputError
 
 __all__ = ["refuse_parent_folder"]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from eval.base.folders import find_pictures, matching_paths, subfolders, tell_passed_over
-from eval.base.image_files import is_picture
+from eval.base.images import is_picture
 from eval.benchmarks.cifar import CIFAR_VERSIONS, CifarImages, CifarPictures, read_cifar
 from eval.benchmarks.class_folders import refuse_parent_folder
 from eval.benchmarks.dataset_names import DatasetName

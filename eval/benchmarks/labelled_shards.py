@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from eval.base.image_files import IMAGE_SUFFIXES, open_image
+from eval.base.images import IMAGE_SUFFIXES, open_image
 from eval.benchmarks.shard_samples import shard_samples
 from eval.towers.features import Unreadable
 from longclip_teacher.errors import InputError

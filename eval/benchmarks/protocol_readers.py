@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.base.folders import pictures_below
-from eval.base.image_files import is_picture
+from eval.base.images import is_picture
 from eval.benchmarks.annotation_files import (
     inside_root,
     json_lines,

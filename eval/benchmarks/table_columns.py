@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.base.image_files import is_picture
+from eval.base.images import is_picture
 from longclip_teacher.errors import InputError
 
 __all__ = ["Columns", "is_header", "read_header"]

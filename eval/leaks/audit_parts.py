@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from eval.base.foreign_text import HALVES, whole_characters
-from eval.base.image_files import IMAGE_SUFFIXES, open_image
+from eval.base.images import IMAGE_SUFFIXES, open_image
 from eval.base.plain_files import check_plain
 from eval.benchmarks.shard_samples import MAX_MEMBER_BYTES, shard_samples
 from eval.leaks.picture_hashes import THUMBNAIL_SIZE, hash_picture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from eval.base.image_files import open_image
+from eval.base.images import open_image
 from eval.measures.retrieval_examples import Example
 
 __all__ = ["draw_examples"]

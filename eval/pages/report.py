@@ -17,7 +17,7 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval.base.image_files import open_image
+from eval.base.images import open_image
 from eval.measures.figures import Column, Figures, best_models, format_figure
 from eval.measures.retrieval_examples import Answer, Example
 from eval.pages.charts import NUM_COLOURS

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from eval.base.consoles import plain_console
-from eval.base.image_files import open_image
+from eval.base.images import open_image
 from eval.base.processes import all_results, is_main_process, my_share
 from eval.towers.feature_cache import FeatureCache
 from eval.towers.models import ClipModel

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import training.data.index
-from eval.base.image_files import open_image
+from eval.base.images import open_image
 from importer_runs import Run, contents, run, write_pictures
 from training.data.index import ShardIndex
 

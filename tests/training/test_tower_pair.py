@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from eval.base.image_files import open_image
+from eval.base.images import open_image
 from eval.base.processes import start
 from eval.benchmarks.protocols import load_retrieval_set
 from eval.measures.retrieval_set import evaluate_retrieval

@@ -24,7 +24,7 @@ import torchvision.io
 from PIL import Image
 from torch import Tensor
 
-from eval.base import image_files
+from eval.base import images
 from longclip_teacher.errors import InputError
 from training.data.index import MAX_TRAINING_PIXELS
 
@@ -50,13 +50,13 @@ _decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
 def open_picture(data: bytes, fast: bool) -> Picture:
     """Decode the bytes of a picture's file to RGB: to a tensor if `fast`, else to a PIL image.
 
-    Raise InputError for what eval.base.image_files.open_image refuses, with the same message, and for a picture of
+    Raise InputError for what eval.base.images.open_image refuses, with the same message, and for a picture of
     more than MAX_TRAINING_PIXELS, before it is decoded.
     """
     if not fast:
-        return image_files.open_image(data, MAX_TRAINING_PIXELS)
+        return images.open_image(data, MAX_TRAINING_PIXELS)
     pixels = _jpeg_pixels(data)
-    return pixels_of_pil(image_files.open_image(data, MAX_TRAINING_PIXELS)) if pixels is None else pixels
+    return pixels_of_pil(images.open_image(data, MAX_TRAINING_PIXELS)) if pixels is None else pixels
 
 
 def picture_size(picture: Picture) -> tuple[int, int]:
@@ -116,8 +116,8 @@ def _jpeg_pixels(data: bytes) -> Tensor | None:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:  # reads no pixels
             width, height = header.size
             plain = header.format == "JPEG" and header.mode in ("RGB", "L")  # not CMYK, not several pictures in one
-            turn = image_files.orientation(header)
-        if not plain or width * height > min(MAX_TRAINING_PIXELS, image_files.MAX_IMAGE_PIXELS):
+            turn = images.orientation(header)
+        if not plain or width * height > min(MAX_TRAINING_PIXELS, images.MAX_IMAGE_PIXELS):
             return None
         file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         pixels: Tensor = _decode_jpeg(file, torchvision.io.ImageReadMode.RGB)
@@ -127,7 +127,7 @@ def _jpeg_pixels(data: bytes) -> Tensor | None:
 
 
 def _upright(pixels: Tensor, orientation: int) -> Tensor:
-    """Turn pixels [3, H, W] as PIL's transpose does by image_files.TURNS.
+    """Turn pixels [3, H, W] as PIL's transpose does by images.TURNS.
 
     The orientations 5 to 8 swap height and width.
     """

@@ -24,7 +24,7 @@ import numpy as np
 from rich.progress import track
 
 from eval.base.folders import literal_start, matching_paths
-from eval.base.image_files import IMAGE_SUFFIXES
+from eval.base.images import IMAGE_SUFFIXES
 from eval.base.tar_samples import TarMember, tar_samples
 from longclip_teacher.atomic_files import write_text
 from longclip_teacher.errors import InputError

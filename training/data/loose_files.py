@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from eval.base.folders import find_pictures, matching_paths, tell_passed_over
-from eval.base.image_files import is_picture
+from eval.base.images import is_picture
 from eval.benchmarks.annotation_files import one_line, read_json
 from eval.benchmarks.conversations import conversation_rows, held_out_rows
 from eval.benchmarks.table_columns import is_header, read_header

@@ -16,7 +16,7 @@ import fsspec
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from eval.base.image_files import IMAGE_SUFFIXES
+from eval.base.images import IMAGE_SUFFIXES
 from eval.base.tar_samples import streamed_tar_samples
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer

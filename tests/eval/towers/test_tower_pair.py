@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from eval.base.image_files import open_image
+from eval.base.images import open_image
 from eval.benchmarks.protocols import load_retrieval_set
 from eval.measures.costs import measure_cost, measure_full_cost
 from eval.measures.recall import recall_metrics

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-import eval.base.image_files
+import eval.base.images
 from benches.data import photograph
-from eval.base.image_files import open_image
+from eval.base.images import open_image
 from longclip_teacher.errors import InputError
 from training.data import decoding
 from training.data.decoding import normalized, open_picture, picture_size, pixels_of_pil, resized_crops
@@ -216,7 +216,7 @@ def test_oversized_and_foreign_files_are_refused_before_decoding(monkeypatch: py
     for data in (b"plain text", b"\xff\xd8", encoded(Image.new("RGB", (4, 4)), "EPS")):
         with pytest.raises(InputError, match="not a picture"):
             open_picture(data, True)
-    monkeypatch.setattr(eval.base.image_files, "MAX_IMAGE_PIXELS", 99)
+    monkeypatch.setattr(eval.base.images, "MAX_IMAGE_PIXELS", 99)
     monkeypatch.setattr(decoding, "_decode_jpeg", lambda *_: pytest.fail("decoded"))
     with pytest.raises(InputError, match="more than 99 pixels"):
         open_picture(encoded(Image.new("RGB", (10, 10))), True)

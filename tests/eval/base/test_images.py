@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import eval.base.image_files
-from eval.base.image_files import TURNS, is_picture, open_image
+import eval.base.images
+from eval.base.images import TURNS, is_picture, open_image
 from longclip_teacher.errors import InputError
 
 INVERSE = {**TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
@@ -167,7 +167,7 @@ def test_formats_that_run_programs_are_refused() -> None:
 
 
 def test_oversized_pictures_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eval.base.image_files, "MAX_IMAGE_PIXELS", 99)
+    monkeypatch.setattr(eval.base.images, "MAX_IMAGE_PIXELS", 99)
     with pytest.raises(InputError, match="more than 99 pixels"):
         open_image(encoded(Image.new("RGB", (10, 10)), "PNG"))
 
