@@ -154,6 +154,7 @@ def refusals(content: bytes, path: Path) -> tuple[str, str]:
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer: fetch the file itself"),
         (b"<!DOCTYPE html><html>404</html>", "a web page: fetch the file itself"),
     ],
+    ids=["gzip", "bzip2", "xz", "zstd", "zip", "lfs", "html"],  # the bytes hold the time of day
 )
 def test_what_is_served_in_place_of_a_tar_is_named(content: bytes, cause: str, tmp_path: Path) -> None:
     of_file, of_stream = refusals(content, tmp_path / "0.tar")
