@@ -47,11 +47,10 @@ __all__ = [
 
 
 def build_distillation(config: TrainConfig, runtime: Runtime) -> Distillation:
-    """The trained model, its objective and the frozen teachers, on the run's device; the same initial weights on every
-    process.
+    """Build the trained model, its objective and the frozen teachers on the run's device.
 
-    Where the teacher's features are stored, no teacher is loaded. A run of one tower keeps only that tower of it.
-    Raises InputError where no loss reaches a part of the model that would be trained.
+    Every process gets the same initial weights. No teacher is loaded if its features are stored, and a run of one tower
+    keeps only that tower of the teacher. Raises InputError if no loss reaches a part of the model that trains.
     """
     needs = config.needs
     teachers, prompts = _teachers(config, needs)
@@ -133,7 +132,7 @@ def build_student(config: TrainConfig, teacher_width: int | None) -> MobileCLIP:
 
 
 def _whole_student(config: TrainConfig, changes: dict[str, Any]) -> MobileCLIP:
-    """What student.init names, which brings its shape; refused where the options ask for another."""
+    """Load the student that student.init names. It brings its own shape; options that ask for another are refused."""
     options = config.student
     if config.init.image is not None or config.init.text is not None:
         raise InputError("--student.init brings both towers: leave --init.image and --init.text out")
@@ -155,7 +154,7 @@ def _teacher_to_train(config: TrainConfig) -> LongCLIP:
 
 
 def _teachers(config: TrainConfig, needs: Needs) -> tuple[Teachers | None, Tensor | None]:
-    """The frozen teachers, and the first one's features of class prompts where pictures are compared with those."""
+    """The frozen teachers, and the first one's features of class prompts if pictures are compared with prompts."""
     if not config.distils:
         return None, None
     if not config.runs_teacher:
@@ -198,12 +197,12 @@ def _frozen(checkpoint: str, activation: Activation | None, context_length: int 
 
 
 def validation_teacher(config: TrainConfig, device: torch.device) -> LongCLIP | None:
-    """The whole teacher, whose other tower a run of one tower is validated with; None where both are trained."""
+    """The complete teacher, whose other tower validates a run of one tower; None if both towers train."""
     return None if config.run.stage == "both" else frozen_teacher(config).to(device)
 
 
 def _stored_teacher_info(config: TrainConfig) -> TeacherInfo | None:
-    """What the stored features say of their teacher; None without a store."""
+    """What the stored features say about their teacher; None if no features are stored."""
     cache = config.teacher.cache
     if not config.distils or cache is None:
         return None
@@ -228,7 +227,7 @@ def _apply_speed(speed: SpeedOptions, model: MobileCLIP | LongCLIP, teachers: li
 
 
 def build_training_loader(config: TrainConfig, runtime: Runtime, distillation: Distillation) -> ShardLoader:
-    """The loader of this process: the model's view of each picture, and the teachers' where they differ."""
+    """The loader of this process. It shows the model's view of each picture, and the teachers' views if they differ."""
     data, savings = config.data, config.speed.savings
     model, teachers = distillation.distiller.model, distillation.teachers
     teacher_info = {} if teachers is None else teachers.info

@@ -52,7 +52,7 @@ class TrainState:
 
 
 def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
-    """Write the whole state; a crash leaves the old file or the new one, never half of one."""
+    """Write the complete state. A crash leaves the old file or the new one, never half of one."""
     content = {
         "distiller": state.distiller.state_dict(),
         "optimizer": state.optimizer.state_dict(),
@@ -74,7 +74,7 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
 
 
 def _refuse_nonfinite(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise InputError where a weight, a moment or a statistic is not finite: the file at `path` stays as it is."""
+    """Raise InputError if a weight, a moment or a statistic is not finite. The file at `path` then stays as it is."""
     tensors = {
         f"{part}.{name}": value for part in ("distiller", "ema") for name, value in (content[part] or {}).items()
     }

@@ -1,6 +1,6 @@
 """The trained model with what its losses learn: the module under DDP.
 
-It gives features and traces of layers; which losses read them, and with which weights, is the objective's affair.
+It returns features and traces of layers. The objective decides which losses read them, and with which weights.
 
 Shapes: B pairs of this process, D embedding width, L tokens of the longest caption.
 """
@@ -44,7 +44,7 @@ class Mask:
 
 
 class Distiller(nn.Module):
-    """The trained model with the parameters that belong to losses. A run without a teacher has it too."""
+    """The trained model and the parameters that its losses learn. A run without a teacher uses it too."""
 
     def __init__(
         self,
@@ -146,8 +146,8 @@ class Distiller(nn.Module):
         return dict(zip(captions, texts, strict=True)), trace
 
     def _mapped(self, raw: Mapping[str, Tensor]) -> Features:
-        """Unit-norm features in the teacher's width, where that is another."""
-        # without pairs the class token answers to the teacher's features (Loss.student_features says the same)
+        """Unit-norm features in the teacher's width, if that differs from the student's."""
+        # without pairs, the class token learns the teacher's features (Loss.student_features says the same)
         answering = raw.get("image") if self.needs.stage == "image" else raw.get("distilled_image", raw.get("image"))
         sources = {
             "image": ("image", answering),
@@ -181,7 +181,7 @@ def tower_of(model: MobileCLIP | LongCLIP, tower: Tower) -> nn.Module:
 
 @contextmanager
 def _statistics_kept(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    """Leave the running statistics of BatchNorms as they are: at inference no picture is masked."""
+    """Leave the running statistics of BatchNorms unchanged, because no picture is masked at inference."""
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:

@@ -1,4 +1,4 @@
-"""What a run trains and by what, put together from its parts."""
+"""The parts of a run put together: the trained model, its losses and its teachers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Distillation:
 
     @property
     def teacher(self) -> LongCLIP | None:
-        """The first teacher, where one is run with both towers."""
+        """The first teacher, if the run loads one with both towers."""
         if self.teachers is None or not self.teachers.long or self.objective.needs.stage != "both":
             return None
         return self.teachers.long[0]
@@ -46,12 +46,12 @@ def assemble(
     prompts: Tensor | None = None,
     streaming: bool = True,
 ) -> Distillation:
-    """The distillation of `model` by `teachers` (None: it learns from the pairs alone) with the losses of `options`.
+    """Put together `model`, `teachers` (None: it learns from pairs alone) and the losses of `options`.
 
     `frozen` towers stay as they are. `prompts` are the teacher's features of class prompts. `streaming` computes
     image-text losses in tiles.
 
-    Raises InputError where layers cannot be matched, or where no loss reaches a part of the model.
+    Raises InputError if layers cannot be matched, or if no loss reaches a part of the model.
     """
     short = None if teachers is None else teachers.short
     needs = needs_of(options, stage=stage, with_teacher=teachers is not None, short_teacher=short is not None)

@@ -2,7 +2,7 @@
 
 Every rank computes the same loss on the same gathered features. The gradient of that one loss with respect to a
 rank's own rows is therefore known locally, and multiplying it by the number of ranks undoes DDP's mean: the result is
-the gradient of one process on the whole batch, without communication in the backward pass.
+the gradient of one process on the complete batch, without communication in the backward pass.
 """
 
 from __future__ import annotations

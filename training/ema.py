@@ -14,7 +14,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class ModelEma(Generic[Model]):
-    """Beside a model in training, a copy that holds the average of its weights (Polyak and Juditsky 1992).
+    """A copy of a model in training that holds the average of its weights (Polyak and Juditsky 1992).
 
     The average runs over all floating tensors of the state_dict, BatchNorm's statistics included; counters are copied.
     The copy is on the model's device, in evaluation mode and without gradients, and is no part of the model: no

@@ -25,18 +25,18 @@ __all__ = ["Features", "LossParameters", "Outputs", "TeacherOutputs", "normalize
 
 @dataclass(frozen=True)
 class Features:
-    """Unit-norm rows of one model, of several teachers side by side (each part has unit norm). None: not needed."""
+    """Unit-norm rows of one model, or of several teachers side by side, each part of unit norm. None: not needed."""
 
     image: Float[Tensor, "B D"] | None = None
-    """Pictures; of a student with a distillation token, what its class token says."""
+    """Pictures. For a student with a distillation token, the output of its class token."""
     long: Float[Tensor, "B D"] | None = None
     """Long captions."""
     short: Float[Tensor, "B D"] | None = None
     """Short captions."""
     distilled_image: Float[Tensor, "B D"] | None = None
-    """Student with a distillation token: what that token says of the pictures."""
+    """Pictures, from the distillation token of a student that has one."""
     masked_image: Float[Tensor, "B D"] | None = None
-    """Student: pictures of which a part is hidden."""
+    """Pictures of which the student sees a part."""
     short_image: Float[Tensor, "B D"] | None = None
     """Pictures in the space of another teacher, which reads the short captions."""
     reduced: Features | None = None
@@ -61,7 +61,7 @@ class Features:
 
     @property
     def answering(self) -> str:
-        """The image feature that answers to the teacher: the distillation token's where there is one."""
+        """Name of the image feature that learns from the teacher: the distillation token's if there is one."""
         return "image" if self.distilled_image is None else "distilled_image"
 
     @staticmethod
@@ -77,7 +77,7 @@ class Features:
 
 @dataclass(frozen=True)
 class LossParameters:
-    """What the losses learn, handed out by the forward pass so that DDP and gradient caching see it used."""
+    """What the losses learn. The forward pass returns it, so that DDP and gradient caching see that it is used."""
 
     logit_scale: Float[Tensor, ""]
     """The model's scale, linear."""
@@ -106,12 +106,12 @@ class Outputs:
     features: Features
     """The student's own rows, with gradient."""
     mapped: Features
-    """Rows mapped to the teacher's width by a learned layer and of unit norm again; only where the widths differ.
-    `image` is the feature that answers to the teacher."""
+    """Rows mapped to the teacher's width by a learned layer, of unit norm again; empty if the widths agree. `image` is
+    the feature that learns from the teacher."""
     parameters: LossParameters
     traces: dict[Tower, Trace] = field(default_factory=dict)
-    """What the layers of a tower compute, where a layer loss reads it, with `hidden` and `embedding` mapped to the
-    teacher's width."""
+    """What the layers of a tower compute, for layer losses. `hidden` and `embedding` are mapped to the teacher's
+    width."""
 
 
 @dataclass(frozen=True)

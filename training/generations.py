@@ -1,9 +1,8 @@
-"""Files of which the last two generations are kept, each verified by its sha256.
+"""Keep the last two generations of a file, and verify each by its sha256.
 
-torch's reader accepts flipped bytes without a word, so a checkpoint is hashed when it is written and again before it is
-read. Beside the files lies sha256.json with the hashes that are known for each name. The hash of a new generation is in
-it before the file has its name, and the one before keeps a name of its own: at any moment a crash leaves a file that is
-verified.
+torch's reader accepts flipped bytes silently. A checkpoint is therefore hashed when it is written, and again before it
+is read. sha256.json beside the files holds the known hashes of each name. It gets a new hash before the new file gets
+its name, and the old file keeps a second name. A crash at any moment therefore leaves a file that can be verified.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ def write_generation(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def verified_file(path: Path) -> Path:
-    """`path` if its bytes are those that were written, otherwise its previous generation, with a line that says so.
+    """Return `path` if its bytes are those that were written. Otherwise warn, and return its previous generation.
 
-    A file whose hash was never recorded is taken as it is. Raises InputError if no generation is undamaged.
+    A file whose hash was never recorded is returned as it is. Raises InputError if both generations are damaged.
     """
     hashes = _known(path.parent).get(path.name)
     if not hashes or file_sha256(path) in hashes:
@@ -72,7 +71,7 @@ def previous_generation(path: Path) -> Path:
 
 
 def _known(folder: Path) -> dict[str, list[str]]:
-    """The recorded hashes by file name; none where the record cannot be read."""
+    """The recorded hashes by file name; none if the record cannot be read."""
     try:
         found = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
         return {str(name): [str(value) for value in values] for name, values in found.items()}

@@ -75,8 +75,8 @@ def match_layers(
 ) -> LayerMatch:
     """The match of two towers for the given layer losses.
 
-    Raises InputError where the layer map does not fit the towers, or where heads are to be compared one by one and
-    their numbers differ.
+    Raises InputError if the layer map does not fit the towers, or if heads are compared one by one and their numbers
+    differ.
     """
     match = LayerMatch(
         tower, tuple(losses), tuple(layer_pairs(options.layer_map, student.layers, teacher.layers)), student, teacher
@@ -92,8 +92,8 @@ def match_layers(
 class LayerMaps(nn.Module):
     """Learned linear maps of a student's hidden states and embeddings to the teacher's width.
 
-    All layers share one map of hidden states; embeddings have another (TinyBERT, section 3.1). Where the widths agree,
-    there is no map.
+    All layers share one map of hidden states; embeddings have another (TinyBERT, section 3.1). There is no map if the
+    widths agree.
     """
 
     def __init__(self, match: LayerMatch) -> None:
@@ -105,7 +105,7 @@ class LayerMaps(nn.Module):
         )
 
     def forward(self, trace: Trace) -> Trace:
-        """`trace` with what the losses read of it in the teacher's width."""
+        """Return `trace` with the hidden states and embeddings that losses read mapped to the teacher's width."""
         if "hidden" in self.maps:
             map_hidden = self.maps["hidden"]
             hidden = [map_hidden(x) if i in self._layers else x for i, x in enumerate(trace.hidden)]
@@ -139,7 +139,7 @@ def layer_losses(
 
 
 def layer_sums(match: LayerMatch, options: LossOptions, student: Trace, teacher: Trace) -> dict[str, LossSum]:
-    """The losses before their means are taken, of this process's batch or of a chunk of it; see `sum_parts`."""
+    """Sums and counts of the losses over this process's batch, or over a chunk of it; see `sum_parts`."""
     student, teacher, valid = _aligned(match.tower, student, teacher)
     cells = attention_cells(valid, causal=student.causal or teacher.causal)
     layers = [
@@ -159,7 +159,7 @@ def layer_sums(match: LayerMatch, options: LossOptions, student: Trace, teacher:
 
 
 class _LayerValues:
-    """What the layer losses read of one pair of layers, by the names that the table uses; the teacher's is detached."""
+    """What layer losses read from one pair of layers, by the names in the table. The teacher's values are detached."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ def _value(layer: tuple[Trace, int]) -> Tensor:
 
 
 def traced_tensors(match: LayerMatch, trace: Trace, *, embedding_positions: bool) -> list[Tensor]:
-    """What the losses of `match` read of a student's trace: through these, and no others, a gradient reaches it."""
+    """The tensors of a student's trace that the losses of `match` read, through which alone gradients reach it."""
     read: list[Tensor] = []
     if match.reads("embedding"):
         read.append(trace.embedding if embedding_positions else trace.tokens)

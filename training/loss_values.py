@@ -68,12 +68,12 @@ class PairValues:
         return self.image_and_factors(answering=True)[0]
 
     def image_and_factors(self, *, answering: bool = False) -> tuple[Float[Tensor, "G D"], list[Factors] | None]:
-        """Image features and, where PCA has reduced them, the factors whose product they are."""
+        """Image features and, if PCA has reduced them, the factors whose product they are."""
         return self._image_of(self._student, self._student.answering if answering else "image")
 
     @property
     def has_token(self) -> bool:
-        """True if another feature than `image` answers to the teacher."""
+        """True if a feature other than `image` learns from the teacher."""
         return self._student.answering != "image"
 
     @property
@@ -138,7 +138,7 @@ class PairValues:
 
     @property
     def own_scale(self) -> dict[str, Float[Tensor, ""]]:
-        """By loss: each reads its own."""
+        """Scales by loss; each loss reads its own."""
         return self._parameters.scales
 
     @property
@@ -214,7 +214,7 @@ class FeatureValues:
     teacher: Features
     teacher_info: TeacherInfo
     without_pairs: bool
-    """The run trains the image tower alone: the class token answers to the teacher's features."""
+    """True if the run trains the image tower alone. The class token then learns the teacher's features."""
 
     @property
     def mapped(self) -> Float[Tensor, "G Dt"]:
@@ -243,7 +243,7 @@ def teacher_scale(teacher_info: TeacherInfo, options: LossOptions) -> float | tu
 def reduced(
     features: Float[Tensor, "G D"], rank: int, widths: Sequence[int] | None
 ) -> tuple[Float[Tensor, "G D"], list[Factors] | None]:
-    """PCA of each teacher's part by itself, and the factors where every part has them."""
+    """PCA of each teacher's part separately, and the factors if every part has them."""
     parts = [pca_factors(part, rank) for part in features.split(widths or features.shape[1], dim=1)]
     factors = [found for _, found in parts if found is not None]
     return torch.cat([part for part, _ in parts], dim=1), factors if len(factors) == len(parts) else None

@@ -1,7 +1,7 @@
-"""The objective of a step: features and traces of both models to named losses and their one weighted sum.
+"""The objective of a step. It turns features and traces of both models into named losses and their weighted sum.
 
-Which function a loss calls, and with what, is in its row of training/losses/table.py; training/loss_values.py has the
-values that the rows name. G global batch, D width, C class prompts.
+The rows of training/losses/table.py say which function a loss calls, and with which values. training/loss_values.py
+computes these values. G global batch, D width, C class prompts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_CONTEXT = 8192  # positions that have a hash weight: more than any model re
 
 @dataclass(frozen=True)
 class Objective:
-    """The losses of a run, their weights and settings, and what they must know of the teachers."""
+    """The losses of a run, with their weights, their settings and what they must know about the teachers."""
 
     options: LossOptions
     needs: Needs
@@ -54,10 +54,10 @@ class Objective:
         long_tokens: Int[Tensor, "B L"],
         short_tokens: Int[Tensor, "B L2"],
     ) -> dict[str, Float[Tensor, ""]]:
-        """Unweighted losses of the global batch by their name in LossOptions, and their weighted sum as `loss`.
+        """Return the unweighted losses of the global batch by name, and their weighted sum as `loss`.
 
-        The arguments are those of this process, which gathers the features of all. Only `loss` is sure to carry a
-        gradient.
+        The arguments belong to this process. Features are gathered from all processes here. Only `loss` is sure to
+        carry a gradient.
         """
         student, mapped = self._gathered(outputs.features), self._gathered(outputs.mapped)
         theirs = None if teacher is None else self._gathered_of_teacher(teacher.features)
@@ -93,9 +93,9 @@ class Objective:
         return summands.result()
 
     def _gathered(self, local: Features) -> Features:
-        """The student's features of the global batch [G, D] from those of each process [B, D].
+        """Gather the student's features [B, D] of every process into those of the global batch [G, D].
 
-        With PCA over each process's share, its results come along.
+        If PCA runs over each process's share, its results are gathered too.
         """
         sides = ("short",) if self.options.pca_side == "text" else ("image", "distilled_image", "short_image")
         return self._with_reduced(local, sides).map(gather)
@@ -202,7 +202,7 @@ class Objective:
                 summands.add(term, factor * torch.stack([self._call(term.loss, values[name]) for name in names]).mean())
 
     def _call(self, loss: Loss, values: PairValues | LogitValues | FeatureValues) -> Tensor:
-        """The value of a loss: its function, called as its row says."""
+        """Call the function of a loss as its row says."""
         arguments = {keyword: getattr(values, name) for keyword, name in loss.arguments.items()}
         arguments |= {keyword: scales[loss.name] for keyword, scales in arguments.items() if isinstance(scales, dict)}
         settings = {keyword: getattr(self.options, option) for keyword, option in loss.settings.items()}
@@ -232,7 +232,7 @@ class _Summands:
 
 
 def caption_groups(tokens: Int[Tensor, "B L"]) -> Int[Tensor, " G"]:
-    """A number for each caption of the global batch, equal for equal captions whatever their padding."""
+    """Give each caption of the global batch a number. Equal captions get equal numbers, whatever their padding."""
     weights = _hash_weights(tokens.device)[: tokens.shape[1]]
     return gather((tokens * weights).sum(dim=1))  # int64 arithmetic wraps: a hash
 

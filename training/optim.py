@@ -22,16 +22,16 @@ _HEAD = re.compile(r"(norm|fc_norm|final_conv|head|head_dist|ln_final|ln_post|pr
 
 
 def build_optimizer(module: nn.Module, options: OptimOptions, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; those of fewer than two dimensions, positions and class tokens do not
-    decay.
+    """Build AdamW over the trainable parameters. Parameters of fewer than two dimensions, positions and class tokens do
+    not decay.
 
-    Each group has an `lr_share`, the factor of its learning rate: that of its tower (`image_lr_share`,
-    `text_lr_share`), times `layer_decay` for each block between the parameter and the head of its tower (BEiT, Bao et
-    al. 2022, appendix): the last block has it once, the embeddings or the stem once more than the first block. Heads
-    and what is no tower's, such as the logit scale and the learned parts of losses, have none of it.
+    Each group has an `lr_share`, the factor of its learning rate. It is the share of the tower (`image_lr_share`,
+    `text_lr_share`) times `layer_decay` for each block between the parameter and the head of its tower (BEiT, Bao et
+    al. 2022, appendix). The last block has that factor once; the embeddings or the stem have it once more than the
+    first block. Heads, and parameters outside the towers such as the logit scale, do not have it.
 
-    `fused` updates each parameter in one pass over memory where the device has a kernel for it; otherwise, and
-    elsewhere, one operation runs over all parameters at a time. The weights differ by rounding.
+    `fused` updates each parameter in one pass over memory if the device has a kernel for it. Otherwise each operation
+    runs over all parameters in turn. The weights differ by rounding.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     shares = _lr_shares((name for name, _ in module.named_parameters()), options)
@@ -58,8 +58,8 @@ def build_optimizer(module: nn.Module, options: OptimOptions, fused: bool = True
 
 
 def learning_rate(step: int, total_steps: int, options: OptimOptions) -> float:
-    """Learning rate of step `step` (from 0), of groups whose share is 1: linear warm-up, then down to `min_lr_share` of
-    the peak, along a cosine, or constant until the linear cool-down over the last `cooldown_share` of the run."""
+    """Learning rate of step `step` (from 0) for groups with a share of 1. It warms up linearly, then falls to
+    `min_lr_share` of the peak: along a cosine, or linearly over the last `cooldown_share` of the run."""
     warmup = min(options.warmup_steps, max(1, total_steps // 10))
     if step < warmup:
         return options.lr * (step + 1) / warmup
@@ -74,7 +74,7 @@ def learning_rate(step: int, total_steps: int, options: OptimOptions) -> float:
 
 
 def _lr_shares(names: Iterable[str], options: OptimOptions) -> dict[str, float]:
-    """Factor of the learning rate of each parameter. All `names` of the model must be there: they tell its depth."""
+    """Factor of the learning rate of each parameter. `names` must hold all parameters, which give the depth."""
     towers: dict[bool, dict[str, str]] = {True: {}, False: {}}  # image, text: name in the tower by full name
     shares = {}
     for name in names:
@@ -97,9 +97,9 @@ def _lr_shares(names: Iterable[str], options: OptimOptions) -> dict[str, float]:
 
 
 def _block_of(name: str) -> tuple[int, int] | None:
-    """(stage, block) of a parameter of a tower, the stage being 0 where there are none; None outside the blocks.
+    """The (stage, block) of a tower's parameter; stage 0 if there are no stages, None outside the blocks.
 
-    What a FastViT stage does before its blocks (downsampling, positions) belongs to the first of them.
+    Downsampling and positions before the blocks of a FastViT stage count as its first block.
     """
     stage, block = _STAGE.search(name), _BLOCK.search(name)
     if stage is None and block is None:

@@ -54,8 +54,8 @@ def pca_factors(
 class _Projection(torch.autograd.Function):
     """Rows [B, D] projected onto their mean and their own leading `rank` principal directions.
 
-    Of the B x B Gram matrix and the D x D covariance the smaller one is decomposed. "rows" are the centred features
-    with that side first [N, M].
+    The smaller of the B x B Gram matrix and the D x D covariance is decomposed. "rows" are the centred features with
+    that side first [N, M].
     """
 
     @staticmethod
@@ -105,8 +105,8 @@ def _inverse_gaps(values: Tensor, cut: int) -> Tensor:
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`torch.linalg.eigh`, in float64 where float32 does not converge; NaN for non-finite input, so that the loss
-    shows it."""
+    """`torch.linalg.eigh`, in float64 if float32 does not converge. Non-finite input gives NaN, so that the loss shows
+    it."""
     try:
         return torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:

@@ -2,7 +2,7 @@
 
 With accumulation the batch is run in chunks without changing the contrastive gradient (GradCache, Gao et al. 2021):
 features of all chunks are computed without a graph, the loss is taken once over all of them, and each chunk is run
-again with d loss / d feature as its upstream gradient. BatchNorm statistics are those of the chunk and move once.
+again with d loss / d feature as its upstream gradient. BatchNorm uses the statistics of the chunk and moves once.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def backward_step(
 
 @torch.no_grad()
 def _outputs_without_graph(module: nn.Module, chunks: list[Batch], key: tuple[int, ...]) -> Outputs:
-    """Features of all chunks and the losses' parameters as leaves that collect a gradient; buffers (BatchNorm
-    statistics) are left as they were."""
+    """Compute the features of all chunks and the losses' parameters as leaves that collect a gradient. Buffers, such as
+    BatchNorm statistics, stay as they were."""
     distiller = module.module if isinstance(module, DistributedDataParallel) else module
     buffers = {name: value.clone() for name, value in distiller.named_buffers()}
     parts: list[Outputs] = []

@@ -1,4 +1,4 @@
-"""The frozen teachers of a run: models that are run, or what is known of those whose features are stored.
+"""The frozen teachers of a run: models that are run, or what is known about teachers whose features are stored.
 
 They are kept out of every module tree: no state_dict, optimiser, DDP or `.train()` sees them.
 
@@ -33,24 +33,24 @@ class Teachers:
     """The frozen teachers of a run."""
 
     long: list[LongCLIP] = field(default_factory=list)
-    """Those of the pictures and the long captions, an ensemble if several; empty where their features are stored."""
+    """The teachers of pictures and long captions, an ensemble if there are several; empty if features are stored."""
     short: LongCLIP | None = None
-    """The one that reads the short captions, where another than the first does."""
+    """The teacher that reads the short captions, if that is not the first."""
     stored: TeacherInfo | None = None
-    """Those whose features are stored."""
+    """What is known about teachers whose features are stored."""
     views: tuple[ViewSpec, ...] = ()
     """What a batch shows of each picture, the trained model's view first; see `views_of`."""
 
     @cached_property
     def info(self) -> dict[str, TeacherInfo]:
-        """What the losses of long and of short captions must know of their teachers: read once, since reading a scale
-        waits for the GPU."""
+        """What the losses of long and of short captions must know about their teachers. It is read once, because
+        reading a scale waits for the GPU."""
         long = self.stored or _teacher_info(self.long)
         return {"long": long, "short": long if self.short is None else _teacher_info([self.short])}
 
     @property
     def models(self) -> list[LongCLIP]:
-        """All that are run."""
+        """All models that are run."""
         return [*self.long, *([] if self.short is None else [self.short])]
 
     def to(self, device: torch.device) -> None:
@@ -60,9 +60,10 @@ class Teachers:
 
     @torch.no_grad()
     def outputs(self, batch: Batch, needs: Needs) -> TeacherOutputs:
-        """The features that `needs` asks for, stored with the batch or computed now, and traces for layer losses.
+        """Return the features that `needs` asks for, and traces for layer losses.
 
-        Unit-norm rows; of several teachers side by side, each part has unit norm.
+        Features are stored with the batch or computed now. Rows have unit norm; with several teachers side by side,
+        each part has.
         """
         if batch.teacher is not None:
             widths = self.info["long"].widths
@@ -114,5 +115,5 @@ def _teacher_info(models: list[LongCLIP]) -> TeacherInfo:
 
 
 def _unit_parts(features: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Unit rows of each teacher's part, which float16 has rounded."""
+    """Restore the unit norm of each teacher's part, which float16 has rounded."""
     return torch.cat([unit_features(part) for part in features.split(widths, dim=-1)], dim=-1)

@@ -1,7 +1,7 @@
 """Parameters that no loss reaches.
 
-Under DDP such a parameter ends the run after its first step, and on one process it only decays. A whole tower without a
-loss is refused by training/settings/checks.py. Here are the parts that depend on the model.
+Under DDP such a parameter ends the run after its first step, and on one process it only decays. A tower without a loss
+is refused by training/settings/checks.py. This module handles what depends on the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOSSES = {"image": "--loss.clip_long 1", "distilled_image": "--loss.fd_image 1"
 
 
 def check_heads(distiller: Distiller) -> None:
-    """Raise InputError where a student has a distillation token and the losses read only one of its two heads."""
+    """Raise InputError if a student has a distillation token and the losses read only one of its two heads."""
     model, read = distiller.model, distiller.needs.features
     has_token = isinstance(model, MobileCLIP) and bool(model.config.image.distillation_token)
     is_trained = any(parameter.requires_grad for parameter in tower_of(model, "image").parameters())
@@ -45,7 +45,7 @@ def check_heads(distiller: Distiller) -> None:
 
 
 def freeze_unreached(distiller: Distiller, layers: dict[Tower, LayerMatch], *, embedding_positions: bool) -> None:
-    """Freeze what layer losses cannot reach of a tower that has no other loss, such as the layers above the last match.
+    """Freeze the part of a tower that layer losses cannot reach, if it has no other loss: the layers above the match.
 
     One forward and backward pass of a small batch tells which parameters these are.
     """

@@ -1,4 +1,4 @@
-"""The update of a step: the gradient clipped, then weights, logit scale and average moved. A bad step changes nothing.
+"""The update of a step. It clips the gradient, then moves weights, logit scale and average. A bad step changes nothing.
 
 A step is bad if its loss or the norm of its gradient is not finite. Both are the same on every process, because
 features are gathered before the loss and gradients are averaged before the norm, so every process decides alike. With
@@ -44,8 +44,8 @@ class Statistics:
 
 
 def apply_update(state: TrainState, config: TrainConfig, loss: Tensor, statistics: Statistics) -> tuple[Tensor, bool]:
-    """Update the weights from their gradients, which are cleared. Return the gradient's norm before clipping, and
-    whether the step was good; a bad one leaves weights, moments, average and BatchNorm statistics as they were."""
+    """Update the weights from their gradients, then clear these. Return the norm before clipping, and whether the step
+    was good. A bad step leaves weights, moments, average and BatchNorm statistics as they were."""
     scaler, optimizer = state.scaler, state.optimizer
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -71,7 +71,7 @@ def apply_update(state: TrainState, config: TrainConfig, loss: Tensor, statistic
 def count_bad_step(
     losses: Mapping[str, Tensor], norm: Tensor, batch: Batch, state: TrainState, config: TrainConfig, runtime: Runtime
 ) -> None:
-    """Count a bad step and keep the names of its samples. Raise InputError if that is more than optim.max_bad_steps."""
+    """Count a bad step and write down its samples. Raise InputError after more than optim.max_bad_steps of them."""
     state.bad_steps += 1
     report = config.run.out_dir / f"nonfinite_rank{runtime.rank}.json"
     values = {**{name: str(value.item()) for name, value in losses.items()}, "grad_norm": str(norm.item())}

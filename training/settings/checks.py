@@ -1,6 +1,6 @@
-"""What a run's configuration must be as a whole, checked before any work is done.
+"""Checks of a run's configuration before any work is done.
 
-The sections check their own fields; here are the conditions between fields, each with a line that says what to do.
+The sections check their own fields. The conditions between fields are here, each with a line that says what to do.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _check_teachers(config: TrainConfig) -> None:
 
 
 def _check_towers(config: TrainConfig, needs: Needs) -> None:
-    """Refuse a tower that would be trained by no loss: alone it would only decay, and under DDP the run would fail."""
+    """Refuse a tower that no loss would train. On one process it would only decay; under DDP the run would fail."""
     other: dict[Tower, Tower] = {"image": "text", "text": "image"}
     trained = [tower for tower in needs.towers if not getattr(config.init, f"freeze_{tower}")]
     for tower in trained:

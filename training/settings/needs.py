@@ -1,6 +1,6 @@
 """What the losses of a run need from the models, read off the table of losses.
 
-The Distiller builds what is listed here and nothing else: under DDP, a parameter that no loss reaches stops training.
+The Distiller builds what is listed here and nothing else, because a parameter that no loss reaches fails under DDP.
 """
 
 from __future__ import annotations
