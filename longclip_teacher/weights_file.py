@@ -58,7 +58,7 @@ class WeightsFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     sha256: str
-    """Of the file's bytes."""
+    """Hash of the bytes of the file."""
     place: str = ""
     """Where in a torch file the state dict was, such as `state_dict_ema (an averaged copy)`; "" if the file is one."""
 

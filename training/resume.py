@@ -41,7 +41,7 @@ class RunInputs:
     stream_workers: int | None
     """Loader processes of each training process, on which the order of a stream depends; None: no stream."""
     data: dict[str, Contents]
-    """Of each shard, caption file or folder of pictures, by path."""
+    """Contents of each shard, caption file or folder of pictures, by path."""
     teachers: dict[str, str]
     """By field: the sha256 of a frozen teacher's weight file, or a hash of stored features."""
 
