@@ -16,6 +16,7 @@ from training.settings.tree import parse_config
 from training.teachers import Teachers
 
 Results = dict[str, dict[str, torch.Tensor]]
+pytestmark = pytest.mark.xdist_group("loss_mixes")  # its runs take a minute: once is enough
 
 
 @pytest.fixture(scope="module")
