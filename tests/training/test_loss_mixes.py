@@ -69,7 +69,7 @@ ONE_TOWER = ["--loss.clip_long", "0", "--loss.clip_short", "0", "--loss.vrd_long
             ["--loss.fd_image", "1", "--init.freeze_text", "True", "--init.freeze_image", "True", *("--run.seed", "1")],
             "",
         ),
-        (["--loss.crd_long", "0", "--loss.kd_long", "0"], "one of them must be positive"),
+        (["--loss.crd_long", "0", "--loss.kd_long", "0"], "at least one must be positive"),
     ],
 )
 def test_a_tower_without_a_loss_is_refused(args: list[str], message: str) -> None:
