@@ -238,7 +238,7 @@ class TestOneTower:
     def test_class_prompts_stand_for_captions(self, checkout: Path) -> None:
         _, distillation = built(checkout, "deit_image")
         assert distillation.objective.prompts is not None and distillation.objective.prompts.shape == (10, 128)
-        assert set(step(distillation)) == {"deit_hard_long", "cos_image", "loss"}
+        assert set(step(distillation)) == {"deit_hard_long", "masked_fd", "loss"}
 
     def test_two_towers_are_joined_in_the_teachers_space(self, checkout: Path, tmp_path: Path) -> None:
         torch.manual_seed(5)
