@@ -32,6 +32,7 @@ from training.settings.options import SpeedOptions
 from training.settings.tree import TrainConfig
 from training.step import seed_everything
 from training.teachers import Teachers, views_of
+from training.unreached import check_learns
 
 CLIP_CONTEXT_LENGTH = 77
 DATACOMPDR = "datacompdr"  # as teacher.cache: the shards hold the features themselves
@@ -74,6 +75,7 @@ def build_distillation(config: TrainConfig, runtime: Runtime) -> Distillation:
         prompts=None if prompts is None else prompts.to(runtime.device),
         streaming=config.speed.savings.streaming_losses,
     )
+    check_learns(distillation.distiller)
     _apply_speed(config.speed, model, [] if teachers is None else teachers.models)
     if config.run.sync_bn and runtime.world_size > 1:
         if runtime.device.type != "cuda":

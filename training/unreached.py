@@ -17,13 +17,20 @@ from mobileclip_student import MobileCLIP
 from mobileclip_student.vit_trace import trace_vit
 from training.distill import Distiller, tower_of
 from training.layer_losses import LayerMatch, traced_tensors
+from training.settings.checks import NOTHING_LEARNS
 from training.settings.needs import Tower
 
-__all__ = ["check_heads", "freeze_unreached"]
+__all__ = ["check_heads", "check_learns", "freeze_unreached"]
 
 logger = logging.getLogger(__name__)
 _HEADS = {"image": "class token", "distilled_image": "distillation token"}
 _LOSSES = {"image": "--loss.clip_long 1", "distilled_image": "--loss.fd_image 1"}
+
+
+def check_learns(distiller: Distiller) -> None:
+    """Raise InputError if nothing trains: the towers are frozen, and a map that a loss could learn is not needed."""
+    if not any(parameter.requires_grad for parameter in distiller.parameters()):
+        raise InputError(NOTHING_LEARNS)
 
 
 def check_heads(distiller: Distiller) -> None:
@@ -49,11 +56,10 @@ def freeze_unreached(distiller: Distiller, layers: dict[Tower, LayerMatch], *, e
 
     One forward and backward pass of a small batch tells which parameters these are.
     """
-    own = {"image": {"image", "distilled_image", "masked_image"}, "text": {"long", "short"}}
     for tower, match in layers.items():
         model = distiller.model
         trained = {n: p for n, p in tower_of(model, tower).named_parameters() if p.requires_grad}
-        if distiller.needs.features & own[tower] or not trained or not isinstance(model, MobileCLIP):
+        if distiller.needs.reads_features_of(tower) or not trained or not isinstance(model, MobileCLIP):
             continue
         was_training = model.training
         with torch.enable_grad():

@@ -9,7 +9,11 @@ from longclip_teacher.errors import InputError
 from training.settings.needs import Needs, Tower
 from training.settings.tree import TrainConfig
 
-__all__ = ["check_config"]
+__all__ = ["NOTHING_LEARNS", "check_config"]
+
+NOTHING_LEARNS = (
+    "every tower is frozen and no loss learns anything: set --init.freeze_image or --init.freeze_text False"
+)
 
 
 def check_config(config: TrainConfig, world_size: int) -> None:
@@ -107,4 +111,4 @@ def _check_towers(config: TrainConfig, needs: Needs) -> None:
                 f"leave the {tower} tower as it starts, or a loss that reads it, such as --loss.clip_long 1"
             )
     if not trained and not (needs.logit_scale or needs.scales or needs.mixture or needs.maps):
-        raise InputError("every tower is frozen and no loss learns anything: set --init.freeze_image or _text False")
+        raise InputError(NOTHING_LEARNS)

@@ -51,10 +51,14 @@ class Needs:
             return ()
         return ("long", "short") if self.reads_short else ("long",)
 
+    def reads_features_of(self, tower: Tower) -> bool:
+        """True if a loss reads the features of this tower, and so reaches all of it."""
+        own = {"long", "short"} if tower == "text" else {"image", "distilled_image", "masked_image"}
+        return bool(self.features & own)
+
     def reaches(self, tower: Tower) -> bool:
         """True if a loss has a gradient for this tower."""
-        own = {"long", "short"} if tower == "text" else {"image", "distilled_image", "masked_image"}
-        return bool(self.features & own) or bool(self.layer_losses[tower])
+        return self.reads_features_of(tower) or bool(self.layer_losses[tower])
 
     @property
     def compares_with_prompts(self) -> bool:
