@@ -16,7 +16,8 @@ def run_ranks(command: list[str], world_size: int, *, timeout: float = 120) -> N
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    search = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]  # the programs import helpers from here
+    tests = Path(__file__).parent  # the programs import helpers from here; the packages come first, since tests/eval is here too
+    search = [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
