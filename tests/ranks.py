@@ -16,7 +16,8 @@ def run_ranks(command: list[str], world_size: int, *, timeout: float = 120) -> N
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    tests = Path(__file__).parent  # the programs import helpers from here; the packages come first, since tests/eval is here too
+    tests = Path(__file__).parent
+    # The programs import helpers from tests/; the packages come first, since tests/ has folders of the same names.
     search = [str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
