@@ -190,7 +190,7 @@ class PairValues:
             return features.reduced[name], None
         key = id(features), name
         if key not in self._reductions:
-            self._reductions[key] = reduced(features[name], self.options.pca_rank, widths)
+            self._reductions[key] = reduced(features[name], self.options.pca_rank, widths, gathered=True)
         return self._reductions[key]
 
 
@@ -241,9 +241,11 @@ def teacher_scale(teacher_info: TeacherInfo, options: LossOptions) -> float | tu
 
 
 def reduced(
-    features: Float[Tensor, "G D"], rank: int, widths: Sequence[int] | None
+    features: Float[Tensor, "G D"], rank: int, widths: Sequence[int] | None, *, gathered: bool
 ) -> tuple[Float[Tensor, "G D"], list[Factors] | None]:
-    """PCA of each teacher's part separately, and the factors if every part has them."""
-    parts = [pca_factors(part, rank) for part in features.split(widths or features.shape[1], dim=1)]
+    """PCA of each teacher's part separately, and the factors if every part has them. `gathered`: the features are those
+    of the global batch, the same on every process."""
+    split = features.split(widths or features.shape[1], dim=1)
+    parts = [pca_factors(part, rank, same_on_every_process=gathered) for part in split]
     factors = [found for _, found in parts if found is not None]
     return torch.cat([part for part, _ in parts], dim=1), factors if len(factors) == len(parts) else None

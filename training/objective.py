@@ -110,7 +110,8 @@ class Objective:
         if self.options.pca_scope != "rank" or not self.needs.reads_short:
             return local
         found = {name: value for name, value in local.tensors().items() if name in sides}
-        parts = {name: reduced(value, self.options.pca_rank, widths)[0] for name, value in found.items()}
+        rank = self.options.pca_rank
+        parts = {name: reduced(value, rank, widths, gathered=False)[0] for name, value in found.items()}
         return replace(local, reduced=Features.of(parts))
 
     def _add_pairs(self, summands: _Summands, values: PairValues) -> None:

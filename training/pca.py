@@ -7,12 +7,17 @@ two agree, which duplicate rows guarantee. The projector onto the kept subspace 
 
     dP = sum over kept i, dropped j of (u_i u_i^T dS u_j u_j^T + transpose) / (l_i - l_j)
 
+Processes that share the work on one loss need one basis: eigenvectors are unique only up to their signs, and those of
+equal eigenvalues up to a rotation, so that two devices may return different ones for the same matrix. All processes
+therefore take the decomposition of rank 0.
+
 Shapes: B samples, D features, K kept components, N = min(B, D).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -34,11 +39,12 @@ def pca_project(features: Float[Tensor, "B D"], rank: int = 32) -> Float[Tensor,
 
 
 def pca_factors(
-    features: Float[Tensor, "B D"], rank: int = 32
+    features: Float[Tensor, "B D"], rank: int = 32, *, same_on_every_process: bool = False
 ) -> tuple[Float[Tensor, "B D"], tuple[Float[Tensor, "B K1"], Float[Tensor, "K1 D"]] | None]:
     """`pca_project(features, rank)` and what it is the product of: coordinates and basis, K1 = `rank` + 1.
 
-    The factors carry no gradient; they are None where `rank` >= D leaves the features as they are.
+    The factors carry no gradient. They are None if `rank` >= D, which leaves the features as they are.
+    `same_on_every_process`: every process passes the same features, and gets the same factors, bit for bit.
     """
     batch, width = features.shape
     if not 1 <= rank < batch:
@@ -47,7 +53,7 @@ def pca_factors(
         features = features if features.dtype == torch.float64 else features.float()
         if rank >= width:
             return features.clone(), None
-        projected, coordinates, basis = _Projection.apply(features, rank)
+        projected, coordinates, basis = _Projection.apply(features, rank, same_on_every_process)
         return projected, (coordinates, basis)
 
 
@@ -59,7 +65,7 @@ class _Projection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, features: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, features: Tensor, rank: int, is_shared: bool) -> tuple[Tensor, Tensor, Tensor]:
         mean = features.mean(dim=0, keepdim=True)
         centred = features - mean
         wide = centred.shape[0] < centred.shape[1]
@@ -67,6 +73,8 @@ class _Projection(torch.autograd.Function):
         gram = rows @ rows.T
         scale = gram.diagonal().sum().clamp_min(torch.finfo(gram.dtype).tiny)
         values, vectors = _eigh(gram / scale)  # ascending; eigenvalues are shares of the variance
+        if is_shared:
+            values, vectors = _of_rank_zero(values, vectors)
         kept = vectors[:, -rank:]  # [N, K]
         kept_rows = kept.T @ rows  # [K, M]
         coordinates, basis = (kept, kept_rows) if wide else (kept_rows.T, kept.T)
@@ -79,7 +87,7 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
         rows, kept_rows, values, vectors, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_rows = grad if ctx.wide else grad.T  # type: ignore[attr-defined]
         cut = len(values) - len(kept_rows)
@@ -93,7 +101,7 @@ class _Projection(torch.autograd.Function):
         left = torch.cat([kept, weight.T], dim=1)  # [N, 2 K]
         right = torch.cat([kept_grad + weight @ rows, kept_rows])  # [2 K, M]
         grad_in = left @ right if ctx.wide else right.T @ left.T  # type: ignore[attr-defined]
-        return grad_in.add_(grad.mean(dim=0) - grad_in.mean(dim=0)), None
+        return grad_in.add_(grad.mean(dim=0) - grad_in.mean(dim=0)), None, None
 
 
 def _inverse_gaps(values: Tensor, cut: int) -> Tensor:
@@ -102,6 +110,16 @@ def _inverse_gaps(values: Tensor, cut: int) -> Tensor:
     gap = values[cut:, None] - values[None, :cut]
     tie = gap <= (10 * limits.eps * values[-1]).clamp_min(limits.tiny**0.5)
     return gap.reciprocal_().masked_fill_(tie, 0)
+
+
+def _of_rank_zero(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The decomposition that rank 0 has found, on every process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values, vectors
+    columns = vectors.mT.contiguous()  # eigh's matrices lie column by column; broadcast needs rows
+    for tensor in (values, columns):
+        dist.broadcast(tensor, src=0)
+    return values, columns.mT
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

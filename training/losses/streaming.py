@@ -112,8 +112,8 @@ def paired_losses(
     `teacher_widths` and `teacher_scale` are as in `crd_loss`. Factors, whose product is the given images (one pair per
     teacher), only save time: logits are then products of width R. `tile`: rows and columns of a tile.
 
-    `share` = (rank, number of processes): every process passes the same features, computes its share of the rows, and
-    returns the complete losses and gradient. The backward pass does not communicate.
+    `share` = (rank, number of processes): every process passes the same features and the same factors, computes its
+    share of the rows, and returns the complete losses and gradient. The backward pass does not communicate.
 
     Raises ValueError if a weight is negative, if both are 0, or if the KL has no teacher.
     """
