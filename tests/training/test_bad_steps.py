@@ -8,124 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from eval.base.processes import Runtime, start
+from bad_steps import CONFIG, FAULTS, Run, changed
+from eval.base.processes import start
 from longclip_teacher.errors import InputError
-from loss_mixes import Case, batch_of, options_of, student_of, teacher_of
 from ranks import run_ranks
-from training.checkpointing import TrainState, save_checkpoint
-from training.data.samples import Batch
-from training.distillation import Distillation, assemble
-from training.ema import ModelEma
-from training.optim import build_optimizer
-from training.resume import RunInputs
+from training.checkpointing import save_checkpoint
 from training.settings.tree import TrainConfig, parse_config
-from training.step import backward_step
-from training.teachers import Teachers
-from training.update import Statistics, apply_update, count_bad_step
-
-CASE = Case({"clip_long": 1.0, "clip_short": 0.5, "vrd_long": 1.0, "fd_image": 1.0}, same_width=False)
-CONFIG = parse_config(["--optim.ema", "0.9", "--run.out_dir", "never_written"])
-Fault = Callable[[Distillation, Batch], Batch]
-
-
-def gradient(value: float) -> Fault:
-    def inject(found: Distillation, batch: Batch) -> Batch:
-        parameter = found.distiller.model.text_encoder.token_embedding.weight
-        handle = parameter.register_hook(
-            lambda grad: (handle.remove(), grad.index_fill(0, torch.tensor([3]), value))[1]
-        )
-        return batch
-
-    return inject
-
-
-def teacher_row(value: float) -> Fault:
-    def inject(found: Distillation, batch: Batch) -> Batch:
-        assert batch.teacher is not None
-        image = batch.teacher["image"].clone()
-        image[0, 0] = value
-        return replace(batch, teacher={**batch.teacher, "image": image})
-
-    return inject
-
-
-def picture(value: float) -> Fault:
-    """One picture's features are not finite in the middle of the forward pass, so BatchNorm's statistics are not."""
-
-    def inject(found: Distillation, batch: Batch) -> Batch:
-        stem = found.distiller.model.image_encoder.trunk.stem[0]
-        handle = stem.register_forward_pre_hook(
-            lambda _, args: (handle.remove(), args[0].index_fill(0, torch.tensor([1]), value))[1:]
-        )
-        return batch
-
-    return inject
-
-
-FAULTS = {
-    f"{kind.__name__} {value}": kind(value)
-    for kind in (gradient, teacher_row, picture)
-    for value in (float("nan"), float("inf"))
-}
-
-
-class Run:
-    """A small training run with stored teacher features, in training mode."""
-
-    def __init__(self, runtime: Runtime, *, fused: bool = True, precision: str = "fp32") -> None:
-        self.runtime, self.precision = runtime, precision
-        teachers = Teachers([teacher_of(0, 24)])
-        torch.manual_seed(2)
-        student = student_of(CASE).float()
-        self.batch = batch_of(runtime)
-        online = assemble(student, teachers, options_of(CASE))
-        rows = teachers.outputs(self.batch, online.objective.needs).features.tensors()
-        self.batch = replace(self.batch, teacher={name: value.float() for name, value in rows.items()})
-        stored = Teachers(stored=teachers.info["long"])
-        self.found = assemble(student, stored, options_of(CASE))
-        self.distiller = self.found.distiller.train()
-        self.module = DistributedDataParallel(self.distiller) if runtime.world_size > 1 else self.distiller
-        self.state = TrainState(
-            self.distiller,
-            build_optimizer(self.distiller, CONFIG.optim, fused=fused),
-            torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=2.0**10),
-            RunInputs(10, runtime.world_size, None, {}, {}),
-            ModelEma(student, 0.9),
-        )
-        self.statistics = Statistics(self.distiller)
-
-    def step(self, fault: Fault | None = None) -> tuple[dict[str, Tensor], Tensor, bool]:
-        self.statistics.remember()
-        batch = self.batch if fault is None else fault(self.found, self.batch)
-        losses = backward_step(
-            self.module, batch, self.found.objective, self.found.teachers,
-            precision=self.precision, accumulation=1, scaler=self.state.scaler, key=(0, self.state.step),
-        )  # fmt: skip
-        norm, is_good = apply_update(self.state, CONFIG, losses["loss"], self.statistics)
-        self.state.step += 1
-        return losses, norm, is_good
-
-    def contents(self) -> dict[str, Tensor]:
-        """Everything that a step may change."""
-        assert self.state.ema is not None
-        found = {f"model {name}": value for name, value in self.distiller.state_dict().items()}
-        found |= {f"ema {name}": value for name, value in self.state.ema.model.state_dict().items()}
-        for number, moments in self.state.optimizer.state_dict()["state"].items():
-            found |= {f"moment {number} {name}": value for name, value in moments.items()}
-        return {name: value.clone() for name, value in found.items()}
-
-
-def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    return [name for name, value in before.items() if not torch.equal(value, after[name])]
+from training.update import count_bad_step
 
 
 @pytest.mark.parametrize("fused", [True, False])
