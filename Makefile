@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test soak check format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install, then the whole job on embedded data: teacher, students, table, runs/quickstart/report.html"
 	@echo "make test         install, then the tests"
+	@echo "make soak         install, then the battery of faults, up to two hours; ROW=NAME runs one row; docs/reliability.md"
 	@echo "make check        install, then lint, format, types and import rules"
 	@echo "make format       rewrite the sources in the project's format"
 
@@ -17,6 +18,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+soak: $(VENV)/.installed
+	PYTHONPATH=.:scripts:tests OMP_NUM_THREADS=1 $(BIN)/python -m faults.soak --page docs/reliability.md $(if $(ROW),"$(ROW)")
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check --no-cache .

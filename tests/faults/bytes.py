@@ -1,0 +1,60 @@
+"""Random damage to bytes: what disks, networks and attackers do to files."""
+
+from __future__ import annotations
+
+import random
+
+__all__ = ["damaged", "mutated"]
+
+_INTERESTING = (
+    b"\0",
+    b"\xff",
+    b"\x7f",
+    b"\x80",
+    b"\0\0\0\0",
+    b"\xff\xff\xff\xff",
+    b"{",
+    b"}",
+    b"[",
+    b'"',
+    b"-1",
+    b"1e999",
+)
+
+
+def damaged(whole: bytes, draws: random.Random) -> bytes:
+    """Flip one bit, put zeros over some bytes, or cut the end off. The result differs from `whole`."""
+    while True:
+        place = draws.randrange(len(whole))
+        kind = draws.choice(["flip", "zero", "cut"])
+        if kind == "cut":
+            return whole[:place]
+        size = draws.choice([1, 16, 512])
+        bad = bytes([whole[place] ^ 1 << draws.randrange(8)]) if kind == "flip" else bytes(len(whole[place:][:size]))
+        changed = whole[:place] + bad + whole[place + len(bad) :]
+        if changed != whole:
+            return changed
+
+
+def mutated(whole: bytes, draws: random.Random) -> bytes:
+    """Change bytes as a fuzzer does, in one to eight places: damage, insertions, repeats, borders of number ranges."""
+    for _ in range(draws.randint(1, 8)):
+        if not whole:
+            break
+        place = draws.randrange(len(whole))
+        size = draws.choice([1, 4, 64, 512])
+        part = draws.choice(_INTERESTING)
+        kind = draws.choice(["damage", "insert", "overwrite", "remove", "repeat", "random"])
+        if kind == "damage":
+            whole = damaged(whole, draws)
+        elif kind == "insert":
+            whole = whole[:place] + part + whole[place:]
+        elif kind == "overwrite":
+            whole = whole[:place] + part + whole[place + len(part) :]
+        elif kind == "remove":
+            whole = whole[:place] + whole[place + size :]
+        elif kind == "repeat":
+            whole = whole[: place + size] + whole[place : place + size] + whole[place + size :]
+        else:
+            whole = whole[:place] + draws.randbytes(size) + whole[place + size :]
+    return whole

@@ -1,0 +1,11 @@
+"""All rows of the battery, in the order of the table."""
+
+from __future__ import annotations
+
+from faults import checkpoints
+
+__all__ = ["ROWS"]
+
+ROWS = [
+    *checkpoints.ROWS,
+]
