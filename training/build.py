@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from eval.base.processes import Runtime
@@ -26,6 +27,7 @@ from training.cache.reader import cached_teacher_info, open_cache
 from training.data.index import ShardIndex, expand_patterns
 from training.data.loader import LoaderSettings, OpenStore, ShardLoader, build_loader
 from training.data.store import TeacherInfo, TeacherStore
+from training.distill import Distiller
 from training.distillation import Distillation, assemble
 from training.settings.needs import TOWERS, Needs
 from training.settings.options import SpeedOptions
@@ -44,6 +46,7 @@ __all__ = [
     "build_training_loader",
     "frozen_teacher",
     "validation_teacher",
+    "with_synchronised_norms",
 ]
 
 
@@ -78,13 +81,21 @@ def build_distillation(config: TrainConfig, runtime: Runtime) -> Distillation:
     check_learns(distillation.distiller)
     _apply_speed(config.speed, model, [] if teachers is None else teachers.models)
     if config.run.sync_bn and runtime.world_size > 1:
-        if runtime.device.type != "cuda":
-            raise InputError("--run.sync_bn needs GPUs: torch has no synchronised BatchNorm on the CPU")
-        distillation.distiller = torch.nn.SyncBatchNorm.convert_sync_batchnorm(distillation.distiller)
+        distillation.distiller = with_synchronised_norms(distillation.distiller, runtime)
     if teachers is not None:
         teachers.to(runtime.device)
     distillation.distiller.to(runtime.device)
     return distillation
+
+
+def with_synchronised_norms(distiller: Distiller, runtime: Runtime) -> Distiller:
+    """The same model, with BatchNorms that share their statistics among the processes.
+
+    timm's converter keeps the activation that timm's BatchNorms hold; torch's would drop it.
+    """
+    if runtime.device.type != "cuda":
+        raise InputError("--run.sync_bn needs GPUs: torch has no synchronised BatchNorm on the CPU")
+    return convert_sync_batchnorm(distiller)
 
 
 def build_student(config: TrainConfig, teacher_width: int | None) -> MobileCLIP:
