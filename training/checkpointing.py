@@ -104,7 +104,14 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
     before = None if inputs is None else RunInputs.from_dict(inputs)
     notes = changes_since(path, content["step"], saved, before, config, state.inputs)
     load_strictly(state.distiller, content["distiller"], path)
-    state.optimizer.load_state_dict(content["optimizer"])
+    state.distiller.clamp_scales()  # older checkpoints may hold larger ones
+    try:
+        state.optimizer.load_state_dict(content["optimizer"])
+    except ValueError as error:  # groups of other sizes; changed settings were refused above
+        raise InputError(
+            f"{path} is of a version in which other parameters decayed: finish the run with that version, or start a "
+            f"new one with --student.init {path.parent.parent / 'last.safetensors'}"
+        ) from error
     state.scaler.load_state_dict(content["scaler"])
     if state.ema is not None:
         load_strictly(state.ema.model, content["ema"], path)

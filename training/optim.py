@@ -14,7 +14,6 @@ from training.settings.options import OptimOptions
 __all__ = ["build_optimizer", "learning_rate"]
 
 _FUSED_DEVICES = {"cpu", "cuda"}
-_UNDECAYED = ("positional_embedding", "pos_embed", "cls_token", "dist_token")
 _TOWER = re.compile(r"(?:model\.)?(?:(?P<image>image_encoder|visual)|(?:text_encoder|text))\.(?:trunk\.)?(?P<rest>.+)")
 _STAGE, _BLOCK = re.compile(r"stages\.(\d+)\."), re.compile(r"blocks\.(\d+)\.")  # Long-CLIP's are called resblocks
 # what follows the last block of a tower, by the names of timm, open_clip and ours; what else is no block precedes it
@@ -22,8 +21,7 @@ _HEAD = re.compile(r"(norm|fc_norm|final_conv|head|head_dist|ln_final|ln_post|pr
 
 
 def build_optimizer(module: nn.Module, options: OptimOptions, fused: bool = True) -> torch.optim.AdamW:
-    """Build AdamW over the trainable parameters. Parameters of fewer than two dimensions, positions and class tokens do
-    not decay.
+    """Build AdamW over the trainable parameters. Matrices, token embeddings and convolutions decay; nothing else does.
 
     Each group has an `lr_share`, the factor of its learning rate. It is the share of the tower (`image_lr_share`,
     `text_lr_share`) times `layer_decay` for each block between the parameter and the head of its tower (BEiT, Bao et
@@ -37,7 +35,8 @@ def build_optimizer(module: nn.Module, options: OptimOptions, fused: bool = True
     shares = _lr_shares((name for name, _ in module.named_parameters()), options)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        decays = parameter.ndim >= 2 and not any(part in name for part in _UNDECAYED)
+        # biases, norms and scales have fewer dimensions; layer scales, class tokens and timm's positions have three
+        decays = parameter.ndim in (2, 4) and not name.endswith("positional_embedding")
         groups.setdefault((shares[name], decays), []).append(parameter)
     fused = fused and {parameter.device.type for parameter in trained.values()} <= _FUSED_DEVICES
     return torch.optim.AdamW(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from longclip_teacher import create_teacher
-from mobileclip_student import create_student
-from mobileclip_student.model import override, variant_config
+from longclip_teacher.config import TEACHERS
+from mobileclip_student import VARIANTS, create_student
+from mobileclip_student.model import TextTower, override, variant_config
+from training.distill import Distiller
 from training.optim import build_optimizer, learning_rate
+from training.settings.losses import LossOptions
+from training.settings.needs import needs_of
 from training.settings.options import OptimOptions
 
 
@@ -44,18 +50,81 @@ def test_devices_without_a_fused_kernel_take_separate_operations() -> None:
     assert build_optimizer(model, OptimOptions()).defaults["fused"] is False
 
 
-def test_vectors_and_positions_do_not_decay_and_frozen_parameters_do_not_move() -> None:
+# modules and the names of their own parameters, of which all decay or none does
+DECAYED = {
+    "Linear": "weight",
+    "Conv2d": "weight",
+    "TokenConv": "weight",
+    "_Pointwise": "weight",
+    "Embedding": "weight",
+    "TextTransformer": "projection",
+    "MultiheadAttention": "in_proj_weight",
+    "NonDynamicallyQuantizableLinear": "weight",
+    "CaptionTransformer": "text_projection",
+    "ImageTransformer": "proj",
+    "ParameterDict": "image text",  # the mixtures of AFD
+}
+STAYING = {
+    "Linear": "bias",
+    "Conv2d": "bias",
+    "MultiheadAttention": "in_proj_bias",
+    "NonDynamicallyQuantizableLinear": "bias",
+    "BatchNorm2d": "weight bias",
+    "BatchNormAct2d": "weight bias",
+    "TokenBatchNorm": "weight bias",
+    "GroupNorm": "weight bias",
+    "LayerNorm": "weight bias",
+    "LayerNorm2d": "weight bias",
+    "LayerScale": "gamma",
+    "LayerScale2d": "gamma",
+    "TextTransformer": "positional_embedding",
+    "CaptionTransformer": "positional_embedding",
+    "ImageTransformer": "positional_embedding class_embedding",
+    "VisionTransformer": "cls_token pos_embed",
+    "VisionTransformerDistilled": "cls_token pos_embed dist_token",
+    "MobileCLIP": "logit_scale",
+    "LongCLIP": "logit_scale",
+    "ParameterDict": "afd icl vrd",  # the scales of losses
+}
+
+
+def all_models() -> Iterator[nn.Module]:
+    """Every student and every teacher, and all that losses learn."""
+    for variant in VARIANTS:
+        yield create_student(variant)
+    yield create_with_distillation_token("vit_tiny")
+    for tower in get_args(TextTower):
+        yield create_student(override(variant_config("tiny"), text_tower=tower))
+    for name in TEACHERS:
+        yield create_teacher(name)
+    weights = dict.fromkeys(LossOptions().weights, 0.0)
+    weights |= dict.fromkeys(("clip_long", "afd_long", "icl_long", "vrd_long"), 1.0)
+    needs = needs_of(LossOptions(**weights), with_teacher=True)
+    yield Distiller(create_student("tiny"), needs, teacher_width=20)
+
+
+def test_what_decays_in_every_model() -> None:
+    found: dict[bool, dict[str, set[str]]] = {True: defaultdict(set), False: defaultdict(set)}
+    with torch.device("meta"):
+        for model in all_models():
+            optimizer = build_optimizer(model, OptimOptions(weight_decay=0.3))
+            decays = {id(p): group["weight_decay"] == 0.3 for group in optimizer.param_groups for p in group["params"]}
+            assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.3}
+            for module in model.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    found[decays[id(parameter)]][type(module).__name__].add(name)
+    for decay, wanted in ((True, DECAYED), (False, STAYING)):
+        assert found[decay] == {module: set(names.split()) for module, names in wanted.items()}
+
+
+def test_frozen_parameters_do_not_move() -> None:
     model = create_student("tiny", context_length=40)
     model.text_encoder.token_embedding.weight.requires_grad_(False)
-    optimizer = build_optimizer(model, OptimOptions(weight_decay=0.3))
-    decayed, plain = optimizer.param_groups
+    optimizer = build_optimizer(model, OptimOptions())
     assert all((group["lr_share"], group["lr"]) == (1.0, optimizer.defaults["lr"]) for group in optimizer.param_groups)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decays, stays = ({names[id(parameter)] for parameter in group["params"]} for group in (decayed, plain))
-    assert decays | stays == set(names.values()) - {"text_encoder.token_embedding.weight"}
-    assert "text_encoder.projection" in decays
-    assert {"logit_scale", "text_encoder.positional_embedding", "text_encoder.ln_final.weight"} <= stays
+    moved = {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
+    assert moved == set(names.values()) - {"text_encoder.token_embedding.weight"}
 
 
 def test_learning_rate_rises_and_falls() -> None:

@@ -218,8 +218,8 @@ class OptimOptions:
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.2
-    """Weight decay of matrices and convolutions. Biases, norms, positions, class tokens and the logit scale have
-    none."""
+    """Weight decay of matrices, token embeddings and convolutions. Biases, norms, layer scales, positions, class tokens
+    and logit scales have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's beta1 and beta2."""
     eps: float = 1e-8
