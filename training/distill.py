@@ -26,10 +26,9 @@ from training.features import Features, LossParameters, Outputs, normalized_for
 from training.layer_losses import LayerMaps, LayerMatch
 from training.settings.needs import TOWERS, Needs, Tower
 
-__all__ = ["MAX_LOG_SCALE", "Distiller", "Mask", "masked", "tower_of"]
+__all__ = ["Distiller", "Mask", "masked", "tower_of"]
 
-MAX_LOG_SCALE = math.log(100)
-"""CLIP's clamp of the logarithm of a logit scale: a larger one makes the softmax a hard maximum."""
+_MAX_LOG_SCALE = math.log(100)  # CLIP's: a larger logit scale makes the softmax a hard maximum
 _INITIAL_LOG_SCALE = math.log(1 / 0.07)
 
 
@@ -88,6 +87,20 @@ class Distiller(nn.Module):
             for name, wanted in ((tower, teacher_width), (f"short_{tower}", short_teacher_width)):
                 if name in self.needs.maps and wanted not in (None, width):
                     self.project[name] = nn.Linear(width, wanted)
+
+    @property
+    def linear_scales(self) -> dict[str, Float[Tensor, ""]]:
+        """The logit scales by the names under which they are logged: the model's, and `logit_scale_LOSS` of each loss
+        that learns its own."""
+        own = {f"logit_scale_{name}": value.exp() for name, value in self.log_scales.items()}
+        return {"logit_scale": self.model.linear_logit_scale, **own}
+
+    @torch.no_grad()
+    def clamp_scales(self) -> None:
+        """Bring every logit scale into 1 .. 100, in place. Clamped in the forward pass instead, a larger one would have
+        no gradient and could not come back."""
+        for value in (self.model.logit_scale, *self.log_scales.values()):
+            value.clamp_(0, _MAX_LOG_SCALE)
 
     def forward(
         self, images: UInt8[Tensor, "B 3 H W"], long_tokens: Int[Tensor, "B L"], short_tokens: Int[Tensor, "B L2"]
@@ -167,7 +180,7 @@ class Distiller(nn.Module):
     def _loss_parameters(self) -> LossParameters:
         return LossParameters(
             self.model.linear_logit_scale,
-            {name: value.clamp(max=MAX_LOG_SCALE).exp() for name, value in self.log_scales.items()},
+            {name: value.exp() for name, value in self.log_scales.items()},
             {tower: self.mixture[tower].view_as(self.mixture[tower]) for tower in TOWERS if tower in self.mixture},
         )
 

@@ -87,7 +87,7 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
             if state.step % run.log_every == 0 or state.step == total_steps:
                 values = {name: value.item() for name, value in losses.items()}
                 values |= {"lr": rate, "grad_norm": grad_norm.item()}
-                values |= {"logit_scale": distiller.model.linear_logit_scale.item()}
+                values |= {name: scale.item() for name, scale in distiller.linear_scales.items()}
                 log.scalars(state.step, values | meter.read(state.step))
         if meter.starved_share > _STARVED_SHARE:
             log.say(

@@ -1,4 +1,4 @@
-"""The update of a step. It clips the gradient, then moves weights, logit scale and average. A bad step changes nothing.
+"""The update of a step. It clips the gradient, then moves weights, scales and average. A bad step changes nothing.
 
 A step is bad if its loss or the norm of its gradient is not finite. Both are the same on every process, because
 features are gathered before the loss and gradients are averaged before the norm, so every process decides alike. With
@@ -18,7 +18,6 @@ from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError
 from training.checkpointing import TrainState
 from training.data.samples import Batch
-from training.distill import MAX_LOG_SCALE
 from training.settings.tree import TrainConfig
 
 __all__ = ["Statistics", "apply_update", "count_bad_step"]
@@ -61,8 +60,7 @@ def apply_update(state: TrainState, config: TrainConfig, loss: Tensor, statistic
         if not is_good:
             statistics.restore()
         return norm, is_good
-    with torch.no_grad():
-        state.distiller.model.logit_scale.clamp_(0, MAX_LOG_SCALE)
+    state.distiller.clamp_scales()
     if state.ema is not None:
         state.ema.update(state.distiller.model, state.step)
     return norm, True

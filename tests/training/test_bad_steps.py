@@ -7,17 +7,19 @@ fault.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from bad_steps import CONFIG, FAULTS, Run, changed
 from eval.base.processes import start
 from longclip_teacher.errors import InputError
 from ranks import run_ranks
-from training.checkpointing import save_checkpoint
+from training.checkpointing import load_checkpoint, save_checkpoint
 from training.settings.tree import TrainConfig, parse_config
 from training.update import count_bad_step
 
@@ -49,6 +51,57 @@ def test_a_finite_loss_with_an_infinite_gradient_is_the_scalers_affair() -> None
         before = run.contents()
         assert not run.step(FAULTS["teacher_row nan"])[2]
         assert changed(before, run.contents()) == []
+
+
+def test_a_scale_above_the_cap_has_a_gradient_and_comes_back() -> None:
+    cap = torch.tensor(math.log(100))
+    with start("cpu") as runtime:
+        run = Run(runtime)
+        scale = run.distiller.log_scales["vrd"]
+        for value, comes_to in ((math.log(150), cap), (-1.0, torch.tensor(0.0))):
+            scale.data.fill_(value)
+            assert not run.step(FAULTS["gradient nan"])[2]
+            assert scale.item() == torch.tensor(value), "a bad step changes nothing"
+            gradients: list[Tensor] = []
+            handle = scale.register_hook(gradients.append)
+            assert run.step()[2]
+            handle.remove()
+            assert gradients[0].abs() > 1e-6
+            assert torch.equal(scale.data, comes_to)
+        scale.data.copy_(cap)
+        run.state.optimizer.state[scale]["exp_avg"].fill_(1.0)  # momentum that moves it down
+        assert run.step()[2]
+        assert run.distiller.linear_scales["logit_scale_vrd"] < 100
+
+
+def test_scales_above_the_cap_are_resumed_at_the_cap(tmp_path: Path) -> None:
+    with start("cpu") as runtime:
+        run = Run(runtime)
+        run.step()
+        saved = run.contents()
+        save_checkpoint(tmp_path / "last.pt", run.state, CONFIG)
+        run.step()
+        load_checkpoint(tmp_path / "last.pt", run.state, CONFIG)
+        assert changed(saved, run.contents()) == []
+        run.distiller.log_scales["vrd"].data.fill_(9.0)  # as in checkpoints of versions that clamped in the loss
+        save_checkpoint(tmp_path / "last.pt", run.state, CONFIG)
+        load_checkpoint(tmp_path / "last.pt", run.state, CONFIG)
+        assert changed(saved, run.contents()) == ["model log_scales.vrd"]
+        assert run.distiller.linear_scales["logit_scale_vrd"].item() == pytest.approx(100)
+
+
+def test_a_checkpoint_of_other_groups_is_refused_in_one_line(tmp_path: Path) -> None:
+    """As of a version in which layer scales decayed."""
+    with start("cpu") as runtime:
+        run = Run(runtime)
+        run.step()
+        decayed, plain = run.state.optimizer.param_groups
+        decayed["params"].append(plain["params"].pop())
+        save_checkpoint(tmp_path / "last.pt", run.state, CONFIG)
+        plain["params"].append(decayed["params"].pop())
+        with pytest.raises(InputError, match=r"other parameters decayed: .* --student\.init") as error:
+            load_checkpoint(tmp_path / "last.pt", run.state, CONFIG)
+        assert "\n" not in str(error.value)
 
 
 def config_of(tmp_path: Path, *args: str) -> TrainConfig:
@@ -98,13 +151,19 @@ def main() -> None:
             before = run.contents()
             _, _, is_good = run.step(fault if runtime.rank == 1 else None)
             found[name] = (not is_good) and not changed(before, run.contents()) and run.step()[2]
+        run.distiller.log_scales["vrd"].data.fill_(9.0)
+        run.step()
+        found |= {name: value.detach().item() for name, value in run.distiller.linear_scales.items()}
         torch.save(found, f"{sys.argv[1]}.{runtime.rank}")
 
 
 def test_a_fault_of_one_process_is_seen_by_both(tmp_path: Path) -> None:
     run_ranks([__file__, str(tmp_path / "out")], 2)
-    for rank in range(2):
-        assert torch.load(tmp_path / f"out.{rank}", weights_only=True) == dict.fromkeys(FAULTS, True)
+    ranks = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(2)]
+    assert ranks[0] == ranks[1]
+    scales = {name: ranks[0].pop(name) for name in ("logit_scale", "logit_scale_vrd")}
+    assert ranks[0] == dict.fromkeys(FAULTS, True)
+    assert scales["logit_scale_vrd"] == pytest.approx(100)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,10 +19,12 @@ from training.checkpointing import TrainState
 from training.data.index import Contents
 from training.data.mixing import mix
 from training.data.samples import Batch
+from training.distill import Distiller
 from training.distillation import Distillation
 from training.ema import ModelEma
 from training.optim import learning_rate
 from training.record.evaluate import Validation
+from training.record.run_log import read_metrics
 from training.settings.options import MixOptions
 from training.settings.tree import parse_config
 
@@ -109,6 +112,9 @@ class Toy(nn.Module):
         self.model.text_encoder = nn.Linear(2, 2)
         self.model.register_parameter("logit_scale", nn.Parameter(torch.tensor(4.0)))
         self.model.linear_logit_scale = torch.tensor(1.0)
+        self.log_scales = nn.ParameterDict({"vrd": nn.Parameter(torch.tensor(4.6))})
+
+    linear_scales, clamp_scales = Distiller.linear_scales, Distiller.clamp_scales
 
 
 class Loader:
@@ -159,6 +165,9 @@ def test_the_loop_mixes_scales_the_rates_and_evaluates_the_average(
         state: TrainState = loop.train(config, runtime, distillation, Loader())  # type: ignore[arg-type]
     history.append(snapshot(toy.model))
 
+    (logged,) = read_metrics(config.run.out_dir)
+    assert logged["logit_scale"] == 1.0
+    assert logged["logit_scale_vrd"] == pytest.approx(math.exp(toy.log_scales["vrd"].item()))
     assert [name for name, _ in evaluated] == ["val", "best", "last"] * 3
     for steps, (name, weights) in zip([2] * 3 + [4] * 3 + [6] * 3, evaluated, strict=True):
         for key, average in expected(history[: steps + 1], 0.25).items():
