@@ -63,13 +63,13 @@ from torch import Tensor
 
 from eval.base.consoles import plain_console
 from eval.base.processes import start
+from eval.base.sentences import split_sentences
 from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
 from eval.measures.caption_edits import (
     drop_first_sentence,
     first_sentences,
     only_sentence,
     shuffle_sentences,
-    split_sentences,
 )
 from eval.measures.recall import direction_metrics, recall_metrics, retrieval_ranks
 from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set

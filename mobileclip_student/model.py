@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -119,9 +119,17 @@ class MobileCLIP(nn.Module):
         """Features of captions; captions beyond `context_length` tokens are cut, with EOT kept."""
         return self.encode_texts(tokens, normalize=normalize)[0]
 
-    def encode_texts(self, *batches: Int[Tensor, "B L"], normalize: bool = False) -> list[Float[Tensor, "B D"]]:
-        """Features of batches of captions, each at its own length; in training they share BatchNorm statistics."""
-        features = self.text_encoder(*batches)
+    def encode_texts(
+        self,
+        *batches: Int[Tensor, "B L"],
+        normalize: bool = False,
+        shifts: Sequence[Int[Tensor, " B"] | None] | None = None,
+    ) -> list[Float[Tensor, "B D"]]:
+        """Features of batches of captions, each at its own length; in training they share BatchNorm statistics.
+
+        `shifts`, one per batch, moves the tokens after SOT to later positions, so that training reaches all of them.
+        """
+        features = self.text_encoder(*batches, shifts=shifts)
         return [F.normalize(value, dim=-1) for value in features] if normalize else features
 
     @property

@@ -162,26 +162,33 @@ class TextTransformer(nn.Module):
         self.projection = nn.Parameter(torch.empty(config.width, embed_dim))
         self._init_parameters(config)
 
-    def forward(self, *batches: Int[Tensor, "B L"]) -> list[Float[Tensor, "B D"]]:
+    def forward(
+        self, *batches: Int[Tensor, "B L"], shifts: Sequence[Int[Tensor, " B"] | None] | None = None
+    ) -> list[Float[Tensor, "B D"]]:
         """Features of each batch of captions, not normalised. L is any length: longer captions are cut, with EOT kept.
+
+        `shifts` (one per batch, for training) moves the tokens of each caption after SOT to later positions; see
+        `_positions`.
 
         Trimming a batch to its longest caption changes features and gradients by at most 1e-5, in training too.
 
         Batches given together are each computed at their own length but share the BatchNorm statistics in training: the
         statistics of long and short captions differ, and inference has one set for both.
         """
-        groups, _, lengths = self._embed(batches)
+        groups, _, lengths = self._embed(batches, shifts)
         for block in self.blocks[:-1]:
             groups = _next_groups(groups, block(groups))
         pooled = self.blocks[-1](groups, [length - 1 for length in lengths])  # B C: only EOT is read from here on
         return [self.ln_final(x) @ self.projection for x in pooled]
 
-    def traced(self, *batches: Int[Tensor, "B L"]) -> tuple[list[Float[Tensor, "B D"]], list[Trace]]:
+    def traced(
+        self, *batches: Int[Tensor, "B L"], shifts: Sequence[Int[Tensor, " B"] | None] | None = None
+    ) -> tuple[list[Float[Tensor, "B D"]], list[Trace]]:
         """The features of `forward`, and the trace of each batch through the attention blocks.
 
         RepMixer blocks run but leave no entry. Only real tokens are valid, also with `pad_mask` off.
         """
-        groups, tokens, lengths = self._embed(batches)
+        groups, tokens, lengths = self._embed(batches, shifts)
         traces = [
             Trace(x, embedded, [], [], [], [], torch.arange(x.shape[1], device=x.device) < length[:, None], self.causal)
             for (x, _), embedded, length in zip(groups, tokens, lengths, strict=True)
@@ -201,11 +208,11 @@ class TextTransformer(nn.Module):
         return [self.ln_final(x) @ self.projection for x in pooled], traces
 
     def _embed(
-        self, batches: Sequence[Int[Tensor, "B L"]]
+        self, batches: Sequence[Int[Tensor, "B L"]], shifts: Sequence[Int[Tensor, " B"] | None] | None
     ) -> tuple[list[TokenGroup], list[Float[Tensor, "B L C"]], list[Int[Tensor, " B"]]]:
         """For each batch: tokens with positions, tokens without, and lengths of the captions."""
         groups, embedded, lengths = [], [], []
-        for tokens in batches:
+        for tokens, shift in zip(batches, shifts or [None] * len(batches), strict=True):
             tokens = truncate(tokens, self.context_length)
             if self.pad_mask and self.trim_captions:
                 tokens = trim(tokens)
@@ -215,8 +222,20 @@ class TextTransformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
             valid = positions < lengths[-1][:, None] if self.pad_mask else None
             embedded.append(self.token_embedding(tokens))  # B L C
-            groups.append(TokenGroup(embedded[-1] + self.positional_embedding[: tokens.shape[1]], valid))
+            groups.append(TokenGroup(embedded[-1] + self._positions(tokens.shape[1], shift), valid))
         return groups, embedded, lengths
+
+    def _positions(self, length: int, shift: Int[Tensor, " B"] | None) -> Float[Tensor, "L C"] | Float[Tensor, "B L C"]:
+        """Rows of the position table for `length` tokens, or for captions shifted by `shift` each.
+
+        SOT keeps position 0, and token i > 0 has position i + shift. Nothing else changes: neither the neighbours of a
+        token nor the number of tokens. Pads beyond the table have its last row.
+        """
+        if shift is None:
+            return self.positional_embedding[:length]
+        positions = torch.arange(length, device=shift.device)
+        rows = positions + shift[:, None] * (positions > 0)
+        return F.embedding(rows.clamp(max=self.context_length - 1), self.positional_embedding)
 
     @torch.no_grad()
     def _init_parameters(self, config: TextConfig) -> None:

@@ -171,7 +171,7 @@ def _teachers(config: TrainConfig, needs: Needs) -> tuple[Teachers | None, Tenso
     if not config.distils:
         return None, None
     if not config.runs_teacher:
-        return Teachers(stored=_stored_teacher_info(config)), None
+        return Teachers(stored=_stored_teacher_info(config), short_is_full=_short_is_full(config)), None
     options = config.teacher
     teacher = frozen_teacher(config)
     prompts = _prompts(teacher, config) if needs.compares_with_prompts else None
@@ -184,7 +184,11 @@ def _teachers(config: TrainConfig, needs: Needs) -> tuple[Teachers | None, Tenso
     if options.short is not None and needs.reads_short:
         short = _frozen(options.short, options.activation, context_length=CLIP_CONTEXT_LENGTH)
     stored = None if options.cache is None else _stored_teacher_info(config)
-    return Teachers([teacher, *others], short, stored), prompts
+    return Teachers([teacher, *others], short, stored, _short_is_full(config)), prompts
+
+
+def _short_is_full(config: TrainConfig) -> bool:
+    return config.captions.target == "full" and config.needs.reads_short
 
 
 def _prompts(teacher: LongCLIP, config: TrainConfig) -> Tensor:
@@ -266,6 +270,9 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distillation: D
         captions=data.captions,
         fast_decode=savings.fast_decode,
         trim_captions=savings.trim,
+        sampling=config.captions,
+        shifted_length=model.context_length,
+        pads_in_front=isinstance(model, LongCLIP),
         pin_memory=runtime.device.type == "cuda",
     )
     loader = build_loader(settings)

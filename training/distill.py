@@ -103,9 +103,14 @@ class Distiller(nn.Module):
             value.clamp_(0, _MAX_LOG_SCALE)
 
     def forward(
-        self, images: UInt8[Tensor, "B 3 H W"], long_tokens: Int[Tensor, "B L"], short_tokens: Int[Tensor, "B L2"]
+        self,
+        images: UInt8[Tensor, "B 3 H W"],
+        long_tokens: Int[Tensor, "B L"],
+        short_tokens: Int[Tensor, "B L2"],
+        long_shift: Int[Tensor, " B"] | None = None,
+        short_shift: Int[Tensor, " B"] | None = None,
     ) -> Outputs:
-        """Features and traces of the trained model, with gradient."""
+        """Features and traces of the trained model, with gradient. Shifts move the positions of a student's tokens."""
         raw: dict[str, Tensor] = {}
         traces: dict[Tower, Trace] = {}
         for tower in self._frozen if self.training else ():
@@ -115,7 +120,8 @@ class Distiller(nn.Module):
                 if tower == "image":
                     found, trace = self._images(images)
                 else:
-                    found, trace = self._captions(long_tokens, short_tokens)
+                    captions = {"long": (long_tokens, long_shift), "short": (short_tokens, short_shift)}
+                    found, trace = self._captions({name: captions[name] for name in self.needs.lengths})
                 raw |= found
             if trace is not None:
                 traces[tower] = self.layers[tower](trace)
@@ -145,17 +151,18 @@ class Distiller(nn.Module):
         named = zip(("image", "distilled_image"), heads, strict=True)
         return raw | {name: value for name, value in named if value is not None}, trace
 
-    def _captions(self, long: Int[Tensor, "B L"], short: Int[Tensor, "B L2"]) -> tuple[dict[str, Tensor], Trace | None]:
-        captions = {name: long if name == "long" else short for name in self.needs.lengths}
+    def _captions(self, captions: Mapping[str, tuple[Tensor, Tensor | None]]) -> tuple[dict[str, Tensor], Trace | None]:
+        """Features of tokens [B, L] with shifts [B], by name."""
+        batches, shifts = zip(*captions.values(), strict=True)
         model = self.model
         trace = None
         if not isinstance(model, MobileCLIP):
-            texts = [model.encode_text(tokens) for tokens in captions.values()]
+            texts = [model.encode_text(tokens) for tokens in batches]
         elif "text" in self.layers:
-            texts, traces = model.text_encoder.traced(*captions.values())
+            texts, traces = model.text_encoder.traced(*batches, shifts=shifts)
             trace = traces[0]
         else:  # together, for one set of BatchNorm statistics
-            texts = model.encode_texts(*captions.values())
+            texts = model.encode_texts(*batches, shifts=shifts)
         return dict(zip(captions, texts, strict=True)), trace
 
     def _mapped(self, raw: Mapping[str, Tensor]) -> Features:

@@ -55,7 +55,7 @@ def backward_step(
         taught = None if teachers is None else _joined([teachers.outputs(chunk, objective.needs) for chunk in chunks])
         if accumulation == 1:
             seed_everything(*key)
-            outputs = module(batch.shown, batch.long_tokens, batch.short_tokens)
+            outputs = module(*batch.inputs)
         else:
             outputs = _outputs_without_graph(module, chunks, key)
 
@@ -75,7 +75,7 @@ def _outputs_without_graph(module: nn.Module, chunks: list[Batch], key: tuple[in
     parts: list[Outputs] = []
     for number, chunk in enumerate(chunks):
         seed_everything(*key, number)
-        parts.append(distiller(chunk.shown, chunk.long_tokens, chunk.short_tokens))
+        parts.append(distiller(*chunk.inputs))
     for name, value in distiller.named_buffers():
         value.copy_(buffers[name])
     return Outputs(
@@ -98,7 +98,7 @@ def _replay(module: nn.Module, chunks: list[Batch], first: Outputs, autocast: An
         with quiet:
             seed_everything(*key, number)
             with autocast:
-                again = module(chunk.shown, chunk.long_tokens, chunk.short_tokens)
+                again = module(*chunk.inputs)
             rows = slice(start, start + len(chunk.keys))
             pairs = [*_with_gradient(again.features, first.features, rows)]
             pairs += _with_gradient(again.mapped, first.mapped, rows)

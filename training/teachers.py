@@ -8,7 +8,7 @@ Shapes: B samples of this process, D width of the teachers' features side by sid
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -38,6 +38,8 @@ class Teachers:
     """The teacher that reads the short captions, if that is not the first."""
     stored: TeacherInfo | None = None
     """What is known about teachers whose features are stored."""
+    short_is_full: bool = False
+    """True if short captions learn the feature of the full long caption, whatever they say themselves."""
     views: tuple[ViewSpec, ...] = ()
     """What a batch shows of each picture, the trained model's view first; see `views_of`."""
 
@@ -65,10 +67,12 @@ class Teachers:
         Features are stored with the batch or computed now. Rows have unit norm; with several teachers side by side,
         each part has.
         """
+        lengths = ("long",) if self.short_is_full else needs.lengths
         if batch.teacher is not None:
             widths = self.info["long"].widths
-            names = ("image", *needs.lengths)
-            return TeacherOutputs(Features.of({name: _unit_parts(batch.teacher[name], widths) for name in names}))
+            names = ("image", *lengths)
+            stored = Features.of({name: _unit_parts(batch.teacher[name], widths) for name in names})
+            return TeacherOutputs(self._with_short(stored))
         traces: dict[Tower, Trace] = {}
         rows: dict[str, list[Tensor]] = {}
         for number, teacher in enumerate(self.long):
@@ -79,7 +83,7 @@ class Teachers:
                 else:
                     features = teacher.encode_image(pictures)
                 rows.setdefault("image", []).append(features)
-            for length in needs.lengths:
+            for length in lengths:
                 if length == "short" and self.short is not None:
                     continue
                 tokens = batch.long_tokens if length == "long" else batch.short_tokens
@@ -92,7 +96,10 @@ class Teachers:
             rows["short"] = [self.short.encode_text(batch.short_tokens)]
             rows["short_image"] = [self.short.encode_image(self._pictures_for(self.short, batch))]
         joined = {name: torch.cat([unit_features(part) for part in parts], dim=1) for name, parts in rows.items()}
-        return TeacherOutputs(Features.of(joined), traces)
+        return TeacherOutputs(self._with_short(Features.of(joined)), traces)
+
+    def _with_short(self, features: Features) -> Features:
+        return replace(features, short=features.long) if self.short_is_full else features
 
     def _pictures_for(self, teacher: LongCLIP, batch: Batch) -> Float[Tensor, "B 3 R R"]:
         """The complete pictures of `batch` as `teacher` wants them."""

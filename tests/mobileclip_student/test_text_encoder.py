@@ -122,6 +122,34 @@ def test_without_pad_mask_every_position_takes_part(kind: str, visible: Callable
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pad_mask", [True, False])
+def test_a_shift_reads_another_part_of_the_position_table(
+    kind: str, visible: Callable, captions: Callable, pad_mask: bool
+) -> None:
+    tower = _tower(kind, visible, pad_mask=pad_mask)
+    torch.nn.init.normal_(tower.positional_embedding)
+    tokens, shift = captions(9, 20, 25, 9, width=40), torch.tensor([31, 4, 0, 12])
+    shifted = tower(tokens, tokens, shifts=[shift, None])
+    torch.testing.assert_close(shifted[1], tower(tokens)[0])
+    torch.testing.assert_close(tower(tokens[:, :25], shifts=[shift])[0], shifted[0], rtol=0, atol=1e-6)
+    for row, moved in enumerate(shift.tolist()):
+        other = _tower(kind, visible, pad_mask=pad_mask)
+        other.load_state_dict(tower.state_dict())
+        places = (torch.arange(40) + moved).clamp(max=39)
+        places[0] = 0
+        other.positional_embedding.copy_(tower.positional_embedding[places])
+        torch.testing.assert_close(shifted[0][row], other(tokens[row : row + 1])[0][0], rtol=0, atol=1e-6)
+        assert moved == 0 or (shifted[0][row] - shifted[1][row]).norm() > 1e-2
+
+
+def test_a_shift_trains_the_positions_that_it_reaches(tower: TextTransformer, captions: Callable) -> None:
+    tower(captions(9, width=12), shifts=[torch.tensor([20])])[0].square().sum().backward()
+    assert tower.positional_embedding.grad is not None
+    reached = tower.positional_embedding.grad.abs().amax(dim=1) > 0
+    assert reached.nonzero().flatten().tolist() == [0, *range(21, 29)]
+
+
+@torch.no_grad()
 def test_computing_only_eot_in_the_last_block_is_exact(tower: TextTransformer, captions: Callable) -> None:
     lengths = torch.tensor([9, 20, 15])
     x, valid = torch.randn(3, 20, 32), torch.arange(20) < lengths[:, None]

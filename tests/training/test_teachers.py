@@ -168,6 +168,39 @@ class TestDistillationToken:
             student.zero_grad()
 
 
+class TestShortCaptionsWithTheFullTarget:
+    options = LossOptions(**{**OFF, "crd_short": 1.0, "fd_text": 1.0, "pca_scope": "off"})
+
+    def test_the_teacher_answers_with_the_full_caption(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        teacher = teacher_of(0)
+        usual = distillation_by(Teachers([teacher]), self.options)
+        batch = batch_for(usual)
+        own = teacher_features(usual, batch)
+        full = distillation_by(Teachers([teacher], short_is_full=True), self.options)
+        read: list[int] = []
+        encode = teacher.encode_text
+        monkeypatch.setattr(teacher, "encode_text", lambda tokens: read.append(tokens.shape[1]) or encode(tokens))
+        found = teacher_features(full, batch)
+        assert read == [20], "the short captions are not read"
+        assert torch.equal(found["short"], own["long"]) and torch.equal(found["long"], own["long"])
+        assert (own["short"] - own["long"]).norm() > 1e-3
+        same = replace(batch, short_tokens=batch.long_tokens)  # full captions in both branches: no difference
+        torch.testing.assert_close(step(full, same), step(usual, same))
+        assert (step(full, batch)["crd_short"] - step(usual, batch)["crd_short"]).abs() > 1e-6
+
+    def test_stored_features_do_the_same(self) -> None:
+        teacher = teacher_of(0)
+        batch = batch_for(distillation_by(Teachers([teacher]), self.options))
+        rows = {
+            "image": teacher.encode_image(batch.images.double()),
+            "long": teacher.encode_text(batch.long_tokens),
+            "short": teacher.encode_text(batch.short_tokens),
+        }
+        stored = Teachers([teacher], short_is_full=True)
+        found = stored.outputs(replace(batch, teacher=rows), distillation_by(stored, self.options).objective.needs)
+        torch.testing.assert_close(found.features["short"], torch.nn.functional.normalize(rows["long"], dim=1))
+
+
 class TestMaskedPictures:
     @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
     def test_that_share_of_the_squares_is_hidden(self, ratio: float) -> None:

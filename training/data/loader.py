@@ -22,11 +22,12 @@ from longclip_teacher.text import CaptionTokenizer
 from training.data.index import Contents, RawSample, ShardIndex, Stage, expand_patterns, is_remote
 from training.data.loose_files import CaptionFiles, PictureFolder
 from training.data.randomness import sample_generator
-from training.data.samples import BadSample, Batch, Sample, SampleDecoder, collate
+from training.data.samples import BadSample, Batch, Sample, SampleDecoder, Tokenization, collate
 from training.data.store import TeacherStore
 from training.data.stream import ShardStream
 from training.data.transforms import ViewSpec
 from training.settings.augment import AugmentConfig
+from training.settings.captions import NO_SAMPLING, CaptionOptions
 
 __all__ = ["Batch", "LoaderSettings", "OpenStore", "SampleIndex", "ShardLoader", "build_loader", "epoch_order"]
 
@@ -75,13 +76,11 @@ class _IndexedBatches(Dataset):
 
     index: SampleIndex
     decoder: SampleDecoder
-    tokenizer: CaptionTokenizer
-    context_length: int
+    tokenization: Tokenization
     batch_size: int
     rank: int
     world_size: int
     shuffle_shards: int
-    trim_captions: bool
 
     def __post_init__(self) -> None:
         self._epoch = -1
@@ -98,7 +97,7 @@ class _IndexedBatches(Dataset):
             samples = [self._sample(epoch, int(i), skipped) for i in self._order[start : start + self.batch_size]]
         except InputError as error:
             return error
-        return collate(samples, self.tokenizer, self.context_length, dict(skipped), self.trim_captions)
+        return collate(samples, self.tokenization, dict(skipped))
 
     def _sample(self, epoch: int, index: int, skipped: Counter[str]) -> Sample:
         """Return sample `index`, or the first usable one of those drawn in its place."""
@@ -240,6 +239,12 @@ class LoaderSettings:
     """See training/data/decoding.py."""
     trim_captions: bool = True
     """False pads captions to `context_length`."""
+    sampling: CaptionOptions = NO_SAMPLING
+    """How captions are sampled and shifted."""
+    shifted_length: int | None = None
+    """Positions of the trained model, which shifted captions must not leave. None: `context_length`."""
+    pads_in_front: bool = False
+    """Shift captions by padding in front of the text, for a Long-CLIP, and not by the positions of the model."""
     pin_memory: bool = False
     """Batches in page-locked memory, for a GPU."""
     show_progress: bool = False
@@ -312,29 +317,27 @@ def _source(
         store,
         settings.stored_features,
         settings.stage,
+        settings.sampling,
+    )
+    tokenization = Tokenization(
+        settings.tokenizer,
+        settings.context_length,
+        settings.trim_captions,
+        settings.sampling.max_shift,
+        settings.shifted_length or settings.context_length,
+        settings.pads_in_front,
     )
     batch_size = settings.global_batch_size // settings.world_size
     if samples is None:
-        return ShardStream(
-            urls,
-            decoder,
-            settings.tokenizer,
-            settings.context_length,
-            batch_size,
-            settings.rank,
-            settings.trim_captions,
-            members,
-        )
+        return ShardStream(urls, decoder, tokenization, batch_size, settings.rank, members)
     return _IndexedBatches(
         samples,
         decoder,
-        settings.tokenizer,
-        settings.context_length,
+        tokenization,
         batch_size,
         settings.rank,
         settings.world_size,
         settings.shuffle_shards,
-        settings.trim_captions,
     )
 
 

@@ -15,17 +15,21 @@ import torch
 from torch import Tensor
 
 from eval.base.foreign_text import HALVES, whole_characters
+from eval.base.sentences import split_sentences
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, first_sentence, trim
+from training.data.caption_sampling import padded_in_front, sample_caption, shifts
 from training.data.decoding import open_picture, picture_size
 from training.data.index import RawSample, Stage
 from training.data.randomness import sample_generator
 from training.data.store import StoredDraw, TeacherStore, choose_captions
 from training.data.transforms import Augmentation, AugmentConfig, ViewSpec, draw_augmentation, render
+from training.settings.captions import NO_SAMPLING, CaptionOptions
 
-__all__ = ["BadSample", "Batch", "Sample", "SampleDecoder", "collate", "read_captions"]
+__all__ = ["BadSample", "Batch", "Sample", "SampleDecoder", "Tokenization", "collate", "read_captions"]
 
-_CROP = 0  # a separate random stream, so that the crop does not depend on the captions (store.py)
+# separate random streams, so that none of these draws depends on another (store.py has 1 and 2)
+_CROP, _SHORT, _LONG, _SHIFT = 0, 3, 4, 5
 
 
 Caption: TypeAlias = str | np.ndarray
@@ -43,6 +47,7 @@ class Sample:
     key: str
     pictures: list[Tensor]  # none in the text stage
     captions: tuple[Caption, Caption] | None  # long and short; None in the image stage
+    shifts: tuple[float | None, float | None]  # numbers from 0 to 1 that decide the shifts of both; None: no shift
     teacher: dict[str, np.ndarray] | None  # image, long and short, as far as the stage uses them: [D]
 
 
@@ -61,11 +66,18 @@ class Batch:
     skipped: dict[str, int]  # samples that could not be decoded and were replaced, by cause
     teacher: dict[str, Tensor] | None = None  # stored features by name, as far as the stage uses them, [B, D]
     erased: Tensor | None = None  # uint8 [B, 3, S, S]: `images` with rectangles erased, for the trained model alone
+    long_shift: Tensor | None = None  # int64 [B]: how far the student's positions of the long captions move
+    short_shift: Tensor | None = None
 
     @property
     def shown(self) -> Tensor:
         """The pictures as the trained model sees them; `images` and `teacher_images` are always complete."""
         return self.images if self.erased is None else self.erased
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What the trained model reads: pictures, long and short tokens, and their shifts."""
+        return self.shown, self.long_tokens, self.short_tokens, self.long_shift, self.short_shift
 
     def to(self, device: str | torch.device) -> Batch:
         """Return the same batch with its tensors on `device`."""
@@ -88,6 +100,8 @@ class Batch:
             short_tokens=function(self.short_tokens),
             teacher=None if self.teacher is None else {name: function(value) for name, value in self.teacher.items()},
             erased=None if self.erased is None else function(self.erased),
+            long_shift=None if self.long_shift is None else function(self.long_shift),
+            short_shift=None if self.short_shift is None else function(self.short_shift),
         )
 
 
@@ -107,6 +121,8 @@ class SampleDecoder:
     store: TeacherStore | None = None
     stored_features: bool = True
     stage: Stage = "both"
+    captions: CaptionOptions = NO_SAMPLING
+    """How captions are sampled and shifted. A store's short captions are sampled already."""
 
     def decode(self, raw: RawSample, *key: int) -> Sample:
         """Decode `raw`. `key` is (epoch, index) or whatever else distinguishes this draw from others. Raise
@@ -117,7 +133,7 @@ class SampleDecoder:
             captions = (draw.caption_long, draw.caption_short) if draw is not None else self._captions(raw, key)
         pictures = self._pictures(raw, draw, key) if self.stage != "text" else []
         teacher = _features(draw, self.stage) if draw is not None and self.stored_features else None
-        return Sample(raw.key, pictures, captions, teacher)
+        return Sample(raw.key, pictures, captions, self._shifts(key), teacher)
 
     def _pictures(self, raw: RawSample, draw: StoredDraw | None, key: tuple[int, ...]) -> list[Tensor]:
         if raw.image is None:
@@ -142,7 +158,24 @@ class SampleDecoder:
         long, short = read_captions(raw)
         chosen, chosen_short = choose_captions(len(long), len(short), self.seed, key)
         caption = long[chosen]
-        return caption, first_sentence(caption) if chosen_short < 0 else short[chosen_short]
+        given = first_sentence(caption) if chosen_short < 0 else short[chosen_short]
+        if self.captions.short == "sampled":
+            given = sample_caption(caption, self.captions, sample_generator(self.seed, *key, _SHORT))
+        elif self.captions.short == "first":
+            given = split_sentences(caption)[0]
+        if self._samples_long(key):
+            caption = sample_caption(caption, self.captions, sample_generator(self.seed, *key, _LONG))
+        return caption, given
+
+    def _shifts(self, key: tuple[int, ...]) -> tuple[float | None, float | None]:
+        if not self.captions.max_shift:
+            return None, None
+        long, short = sample_generator(self.seed, *key, _SHIFT).random(2).tolist()
+        return long if self._samples_long(key) else None, short
+
+    def _samples_long(self, key: tuple[int, ...]) -> bool:
+        first = self.captions.long_from_epoch
+        return first is not None and key[0] >= first
 
     def _augmentation(self, size: tuple[int, int], key: tuple[int, ...]) -> Augmentation:
         return draw_augmentation(size, self.augment, sample_generator(self.seed, *key, _CROP))
@@ -191,22 +224,55 @@ def _texts(value: Any) -> list[str]:
     return [whole_characters(text).strip() for text in values if text.strip()]
 
 
-def collate(
-    samples: Sequence[Sample],
-    tokenizer: CaptionTokenizer,
-    context_length: int,
-    skipped: dict[str, int],
-    trim_captions: bool = True,
-) -> Batch:
-    """Combine samples of one stage into a batch: stack pictures, tokenise captions, trim them to the batch's
-    longest."""
+@dataclass(frozen=True)
+class Tokenization:
+    """How the captions of a batch become token ids, and how far they are shifted."""
+
+    tokenizer: CaptionTokenizer
+    context_length: int
+    """Positions of the longest tower that reads the captions."""
+    trim_captions: bool = True
+    """Drop the columns that are padding in every caption."""
+    max_shift: int = 0
+    """Largest shift, in tokens."""
+    shifted_length: int = 0
+    """Positions of the trained model, which a shifted caption must not leave."""
+    pads_in_front: bool = False
+    """Shift by padding tokens in front of the text, for a Long-CLIP. Otherwise the batch says how far the model is to
+    shift the positions of each caption."""
+
+    def __call__(self, captions: Sequence[Caption], draws: Sequence[float | None]) -> tuple[Tensor, Tensor | None]:
+        """Return token ids [B, L] and shifts [B], if the model itself is to shift. `draws` decide the shifts."""
+        tokens = self._padded(captions)
+        shift = None
+        decisive = [draw for draw in draws if draw is not None]
+        if decisive:
+            shift = shifts(tokens, decisive, self.max_shift, self.shifted_length)
+            if self.pads_in_front:
+                tokens, shift = padded_in_front(tokens, shift), None
+        return trim(tokens).contiguous() if self.trim_captions else tokens, shift
+
+    def _padded(self, captions: Sequence[Caption]) -> Tensor:
+        """Return token ids [B, context_length] from texts or stored ids."""
+        texts = [caption for caption in captions if isinstance(caption, str)]
+        if len(texts) == len(captions):
+            return self.tokenizer(texts, self.context_length)
+        rows = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, caption in zip(rows, captions, strict=True):
+            row[: len(caption)] = torch.from_numpy(np.asarray(caption, dtype=np.int64))
+        return rows
+
+
+def collate(samples: Sequence[Sample], tokenization: Tokenization, skipped: dict[str, int]) -> Batch:
+    """Combine samples of one stage into a batch: stack pictures and tokenise captions."""
     stacks = [torch.stack(pictures) for pictures in zip(*(sample.pictures for sample in samples), strict=True)]
     images, *teacher_images = stacks or [torch.empty(len(samples), 3, 0, 0, dtype=torch.uint8)]
     captions = [sample.captions for sample in samples if sample.captions is not None]
-    tokens = [torch.empty(len(samples), 0, dtype=torch.int64)] * 2
+    draws = zip(*(sample.shifts for sample in samples), strict=True)
+    long: tuple[Tensor, Tensor | None] = (torch.empty(len(samples), 0, dtype=torch.int64), None)
+    short = long
     if captions:
-        tokens = [_tokens(texts, tokenizer, context_length) for texts in zip(*captions, strict=True)]
-        tokens = [trim(rows).contiguous() for rows in tokens] if trim_captions else tokens
+        long, short = (tokenization(*both) for both in zip(zip(*captions, strict=True), draws, strict=True))
     stored = [sample.teacher for sample in samples if sample.teacher is not None]
     teacher = (
         {name: torch.from_numpy(np.stack([row[name] for row in stored])) for name in stored[0]} if stored else None
@@ -214,20 +280,11 @@ def collate(
     return Batch(
         images=images,
         teacher_images=tuple(teacher_images),
-        long_tokens=tokens[0],
-        short_tokens=tokens[1],
+        long_tokens=long[0],
+        short_tokens=short[0],
         keys=[sample.key for sample in samples],
         skipped=skipped,
         teacher=teacher,
+        long_shift=long[1],
+        short_shift=short[1],
     )
-
-
-def _tokens(captions: Sequence[Caption], tokenizer: CaptionTokenizer, context_length: int) -> Tensor:
-    """Return token ids [B, context_length] from texts or stored ids."""
-    texts = [caption for caption in captions if isinstance(caption, str)]
-    if len(texts) == len(captions):
-        return tokenizer(texts, context_length)
-    rows = torch.zeros(len(captions), context_length, dtype=torch.int64)
-    for row, caption in zip(rows, captions, strict=True):
-        row[: len(caption)] = torch.from_numpy(np.asarray(caption, dtype=np.int64))
-    return rows

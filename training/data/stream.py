@@ -19,7 +19,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from eval.base.images import IMAGE_SUFFIXES
 from eval.base.tar_samples import streamed_tar_samples
 from longclip_teacher.errors import InputError
-from longclip_teacher.text import CaptionTokenizer
 from training.data.index import (
     EXTRA_MEMBERS,
     MAX_EXTRA_BYTES,
@@ -29,7 +28,7 @@ from training.data.index import (
     Stage,
 )
 from training.data.randomness import sample_generator
-from training.data.samples import BadSample, Batch, Sample, SampleDecoder, collate
+from training.data.samples import BadSample, Batch, Sample, SampleDecoder, Tokenization, collate
 
 __all__ = ["ShardStream"]
 
@@ -43,11 +42,9 @@ class ShardStream(IterableDataset):
 
     urls: list[str]
     decoder: SampleDecoder
-    tokenizer: CaptionTokenizer
-    context_length: int
+    tokenization: Tokenization
     batch_size: int
     rank: int
-    trim_captions: bool = True
     stage: Stage = "both"
     """Which members of the download are kept."""
 
@@ -67,7 +64,7 @@ class ShardStream(IterableDataset):
         try:
             for _ in range(self._start + number, self._stop, num_workers):  # DataLoader takes the workers in turn
                 batch = [next(samples) for _ in range(self.batch_size)]
-                yield collate(batch, self.tokenizer, self.context_length, dict(skipped), self.trim_captions)
+                yield collate(batch, self.tokenization, dict(skipped))
                 skipped.clear()
         except InputError as error:
             yield error

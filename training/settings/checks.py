@@ -6,6 +6,7 @@ The sections check their own fields. The conditions between fields are here, eac
 from __future__ import annotations
 
 from longclip_teacher.errors import InputError
+from training.settings.captions import NO_SAMPLING
 from training.settings.needs import Needs, Tower
 from training.settings.tree import TrainConfig
 
@@ -40,6 +41,7 @@ def check_config(config: TrainConfig, world_size: int) -> None:
             "--teacher.init belongs to --run.train teacher; a frozen teacher is given as --teacher.checkpoint"
         )
     _check_stage(config)
+    _check_captions(config)
     _check_teachers(config)
     _check_towers(config, needs)
 
@@ -78,6 +80,29 @@ def _check_stage(config: TrainConfig) -> None:
         raise InputError(
             f"--run.stage {run.stage} has no pairs of pictures and captions: set --loss.{wrong[0]} 0 "
             f"(it can use {', '.join(sorted(allowed))})"
+        )
+
+
+def _check_captions(config: TrainConfig) -> None:
+    """Refuse sampled captions that nothing reads, or that stored features do not have."""
+    captions, teacher = config.captions, config.teacher
+    if captions == NO_SAMPLING:
+        return
+    changes_short = captions.short != "given" or (captions.max_shift > 0 and captions.long_from_epoch is None)
+    if changes_short and not config.needs.reads_short:
+        raise InputError(
+            "[captions] changes the short captions, which no loss reads: give a loss of short captions a weight, such "
+            "as --loss.clip_short 1"
+        )
+    if captions.target == "full" and (not config.distils or teacher.short is not None):
+        raise InputError("--captions.target full needs a teacher that reads the long captions, and no --teacher.short")
+    if captions.target == "full" and captions.long_from_epoch is not None:
+        raise InputError("--captions.target full needs full long captions: set --captions.long_from_epoch None")
+    changes_text = captions.short != "given" or captions.long_from_epoch is not None
+    if config.distils and teacher.cache is not None and changes_text:
+        raise InputError(
+            "stored features belong to the captions as they are: leave --teacher.cache out, or set --captions.short "
+            "given and --captions.long_from_epoch None"
         )
 
 

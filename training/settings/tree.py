@@ -21,6 +21,7 @@ import tyro
 from eval.base.arguments import errors_in_one_line
 from longclip_teacher.errors import InputError
 from training.settings.augment import AugmentConfig
+from training.settings.captions import CaptionOptions
 from training.settings.help_page import help_page
 from training.settings.losses import LossOptions
 from training.settings.needs import Needs, needs_of
@@ -70,6 +71,7 @@ class TrainConfig:
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    captions: CaptionOptions = dataclasses.field(default_factory=CaptionOptions)
     mix: MixOptions = dataclasses.field(default_factory=MixOptions)
     teacher: TeacherOptions = dataclasses.field(default_factory=TeacherOptions)
     student: StudentOptions = dataclasses.field(default_factory=StudentOptions)

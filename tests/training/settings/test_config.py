@@ -149,3 +149,27 @@ def test_a_name_that_config_toml_cannot_hold_is_refused(option: list[str]) -> No
         InputError, match=rf"\A{option[0]} caf\udce9.*: config\.toml cannot hold a name that is not UTF-8"
     ):
         check_config(parse_config(option), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--captions.short", "sampled", "--loss.clip_short", "0", "--loss.vrd_short", "0"], "no loss reads"),
+        (["--captions.max_shift", "9", "--loss.clip_short", "0", "--loss.vrd_short", "0"], "no loss reads"),
+        (["--captions.short", "sampled", "--teacher.cache", "runs/cache"], "leave --teacher.cache out"),
+        (["--captions.long_from_epoch", "2", "--teacher.cache", "runs/cache"], "leave --teacher.cache out"),
+        (["--captions.target", "full"], "set --captions.short sampled"),
+        (["--captions.short", "sampled", "--captions.target", "full", "--run.train", "teacher"], "needs a teacher"),
+        (
+            ["--captions.short", "sampled", "--captions.target", "full", "--captions.long_from_epoch", "1"],
+            "long_from_e",
+        ),
+        (["--captions.keep", "0.5", "0.2"], "0 <= low <= high <= 1"),
+        (["--captions.drop_first", "1.5"], "a probability"),
+        (["--captions.max_shift", "-1"], "must not be negative"),
+        (["--captions.long_from_epoch", "-1"], "counts from 0"),
+    ],
+)
+def test_captions_that_cannot_be_sampled_so_are_refused(args: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_config(parse_config(["digit_scenes", "--teacher.cache", "None", *args]), world_size=1)
