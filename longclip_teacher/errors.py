@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from longclip_teacher.terminal import print_anywhere
 
-__all__ = ["InputError", "reported_once", "run_command"]
+__all__ = ["DISK_ERRORS", "InputError", "reported_once", "run_command"]
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Causes that lie in what is written, whatever else was read: a disk that is full, limited or read-only."""
 
 
 class InputError(ValueError):
@@ -20,13 +24,15 @@ class InputError(ValueError):
 def run_command(main: Callable[[], None]) -> None:
     """Call `main()` as a program: an InputError becomes `error: ...` on stderr and exit code 2, Ctrl-C exit code 130.
 
+    So does a disk that takes no more, be it the one that stdout or stderr is written to.
     What stdout and stderr cannot hold, as in file names that are not UTF-8, is printed in ASCII (`print_anywhere`).
     """
     print_anywhere()
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -34,6 +40,22 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the program that read our output (head, less) has ended
         sys.stderr.close()
         raise SystemExit(141) from None
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _print_error(f"cannot write {error.filename or 'the output'} ({error.strerror})")
+        raise SystemExit(2) from None
+
+
+def _print_error(message: str) -> None:
+    with suppress(OSError):  # stderr may lie on a full disk
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                stream.close()  # or else the interpreter tries again at its end, and changes the exit code
 
 
 @contextmanager

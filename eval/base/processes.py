@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,8 +20,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from longclip_teacher.errors import InputError
+from longclip_teacher.folder_lock import folder_lock
 
-__all__ = ["Runtime", "all_results", "is_main_process", "my_share", "process_device", "start"]
+__all__ = ["Runtime", "all_results", "is_main_process", "job_lock", "my_share", "process_device", "start"]
 
 _TIMEOUT = timedelta(hours=4)  # rank 0 evaluates, or writes the embedded data, while the others wait
 _ERROR = "__error__"
@@ -121,6 +123,23 @@ def all_results(compute: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tens
         if _ERROR in result:
             raise InputError(bytes(result[_ERROR].tolist()).decode("utf-8", "surrogatepass"))
     return results
+
+
+@contextmanager
+def job_lock(folder: Path, runtime: Runtime) -> Iterator[None]:
+    """Hold `folder` for this job, which may have several processes, while the block runs: `folder_lock` on rank 0.
+
+    Raises InputError on every process if another job holds the folder, or if it cannot be written.
+    """
+    with ExitStack() as held:
+
+        def take() -> dict[str, Tensor]:
+            if runtime.is_main:
+                held.enter_context(folder_lock(folder))
+            return {}
+
+        all_results(take)
+        yield
 
 
 def _all_gather_bytes(content: bytes) -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from eval.towers.feature_cache import FeatureCache
 from eval.towers.features import Encoding, encode_captions, encode_images
 from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError, run_command
+from longclip_teacher.folder_lock import folder_lock
 
 ROOT = Path(__file__).parents[3]
 CAPTIONS = [f"a {name} board and a {other} board" for name in ("red", "green", "blue") for other in ("aqua", "white")]
@@ -53,6 +55,30 @@ def run(command: list[str], world_size: int) -> list[subprocess.CompletedProcess
         subprocess.CompletedProcess(process.args, process.returncode, *end)
         for process, end in zip(processes, ends, strict=True)
     ]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from eval.base.processes import job_lock, start
+from longclip_teacher.errors import run_command
+def main():
+    with start("cpu") as runtime, job_lock(Path(sys.argv[1]), runtime):
+        runtime.barrier()
+        print("held")
+        runtime.barrier()
+run_command(main)
+"""
+
+
+def test_the_processes_of_a_job_share_its_folder_and_those_of_another_job_all_end(tmp_path: Path) -> None:
+    script, folder = tmp_path / "hold.py", tmp_path / "out"
+    script.write_text(HOLD)
+    assert [(end.returncode, end.stdout) for end in run([str(script), str(folder)], 2)] == [(0, "held\n")] * 2
+    with folder_lock(folder):
+        ends = run([str(script), str(folder)], 2)
+    line = rf"error: {folder} is in use by process {os.getpid()} on .+"
+    assert all(end.returncode == 2 and re.fullmatch(line, end.stderr.splitlines()[-1]) for end in ends), ends
 
 
 def test_an_error_about_a_name_that_is_not_utf8_reaches_every_process(tmp_path: Path) -> None:

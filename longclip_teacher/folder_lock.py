@@ -1,0 +1,287 @@
+"""One process at a time writes a folder. A lock file names the one that does: host, process and start of the process.
+
+The lock is flock's. The operating system releases it when its holder ends, however that happens, so the file of a
+killed process holds nobody up. On a file system without flock the file itself is the lock; one left by a dead process
+of this host is recognised.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from longclip_teacher.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["LOCK_NAME", "check_folder", "folder_lock", "try_lock"]
+
+LOCK_NAME = ".compact-longclip.lock"
+_POLL = 0.5  # seconds between two tries of a process that waits
+_MOST_TRIES = 100  # while other processes remove the lock file that was just opened
+_MAX_BYTES = 4096  # of a lock file that is read
+_HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF)
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """A process as its lock file names it."""
+
+    host: str
+    space: str
+    """The space of process numbers, which differs between containers of one host; "" if unknown."""
+    pid: int
+    start: str
+    """When the process started, as the kernel counts it: two processes of one number differ in it; "" if unknown."""
+    started: str
+    """The same as local time."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, started {self.started}"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its number can be looked up by this process."""
+        myself = _myself()
+        return (self.host, self.space) == (myself.host, myself.space)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it has certainly ended. A process of another host or container never counts as ended."""
+        if not self.is_here or fcntl is None:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False  # it is another user's
+        return _start(self.pid) != self.start
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A folder that this process holds, or whose holder has forked this process."""
+
+    folder: Path
+    path: Path
+    """The lock file."""
+    file: os.stat_result
+    """That file: another one may come to have its name."""
+    pid: int
+
+    @property
+    def is_in_place(self) -> bool:
+        return _is_at(self.path, self.file)
+
+
+_held: list[_Held] = []
+_descriptors: set[int] = set()  # the open lock files of this process
+
+
+@contextmanager
+def folder_lock(folder: Path, *, beside: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold `folder` for this process alone while the block runs. The folder is made if need be.
+
+    With `beside` the lock file lies beside the folder, which is not made: for a folder that is renamed into place, or
+    whose own lock a child process takes. With `wait` a held lock is waited for, and stderr says so once.
+
+    Raises InputError if another process holds the folder, or if it cannot be made or written. Processes forked by this
+    one do not hold the lock.
+    """
+    place = folder.absolute()
+    path = place.with_name(f".{place.name}{LOCK_NAME}") if beside else place / LOCK_NAME
+    was_there, is_told = _is_there(path.parent), False
+    while (descriptor := _take(path, folder)) is None:
+        holder = _read_holder(path)
+        message = f"{folder} is in use by {holder or 'another process'}"
+        if holder is None or not holder.is_here:
+            message += f" (if that no longer runs, delete {path})"
+        if not wait:
+            raise InputError(f"{message}: wait for it to end, or choose another folder")
+        if not is_told:
+            print(f"waiting: {message}", file=sys.stderr, flush=True)
+            is_told = True
+        time.sleep(_POLL)
+    held = _Held(place, path, os.fstat(descriptor), os.getpid())
+    _held.append(held)
+    _descriptors.add(descriptor)
+    try:
+        yield
+    finally:
+        if held.pid == os.getpid():
+            _held.remove(held)
+            _release(held, descriptor, remove_folder=not was_there)
+
+
+def check_folder(path: Path) -> None:
+    """Raise InputError if `path` lies in a folder that this process holds and that was deleted or replaced since."""
+    place = path.absolute()
+    for held in _held:
+        if held.folder in place.parents and not held.is_in_place:
+            raise InputError(
+                f"{held.folder} was deleted or replaced while it was being written: nothing more is written into it"
+            )
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Take the operating system's lock of an open file, which ends when the file is closed.
+
+    Returns False if another process has it, and None if the file system has no such locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD_ELSEWHERE:
+            return False
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _take(path: Path, folder: Path) -> int | None:
+    """The open lock file, now this process's; None if another process holds it."""
+    try:
+        for _ in range(_MOST_TRIES):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor, is_new = _open(path)
+            except FileNotFoundError:  # its holder has just removed it
+                continue
+            locked, is_mine = None, False
+            try:
+                locked = try_lock(descriptor)
+                if locked is False or (locked is None and not is_new and not _set_aside(path)):
+                    return None
+                if (locked or is_new) and _is_at(path, os.fstat(descriptor)):
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, json.dumps(asdict(_myself())).encode())
+                    is_mine = True
+                    return descriptor
+            finally:
+                if not is_mine:
+                    os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write into {folder} ({cause}): choose a folder that can be written") from None
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """The lock file, and whether it is new."""
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        return os.open(path, flags), False
+
+
+def _set_aside(path: Path) -> bool:
+    """Without flock: remove the lock file if its process is dead. False if it may live."""
+    holder = _read_holder(path)
+    if holder is None or not holder.is_dead:
+        return not path.exists()
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    with suppress(FileNotFoundError):
+        path.rename(aside)  # of several processes that do this, one gets the dead process's file
+        if _read_holder(aside) != holder:  # it is a faster process's new one: give it back
+            os.link(aside, path)
+        aside.unlink()
+    return True
+
+
+def _release(held: _Held, descriptor: int, *, remove_folder: bool) -> None:
+    with suppress(OSError):
+        if held.is_in_place:
+            held.path.unlink()
+    _descriptors.discard(descriptor)
+    os.close(descriptor)
+    if remove_folder:
+        with suppress(OSError):
+            held.path.parent.rmdir()  # if nothing was written
+
+
+def _close_inherited() -> None:
+    """In a forked child: close the parent's lock files, so that the locks end with the parent."""
+    while _descriptors:
+        os.close(_descriptors.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is no name: `_take` says so
+        return False
+
+
+def _is_at(path: Path, file: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), file)
+    except OSError:
+        return False
+
+
+def _read_holder(path: Path) -> _Holder | None:
+    """Whom a lock file names; None if it is gone, or not yet written."""
+    try:
+        with path.open("rb") as file:
+            content = json.loads(file.read(_MAX_BYTES))
+        text = {field.name: _plain(content[field.name]) for field in fields(_Holder) if field.name != "pid"}
+        return _Holder(**text, pid=int(content["pid"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _plain(text: str) -> str:
+    return "".join(character for character in str(text) if character.isprintable())
+
+
+def _myself() -> _Holder:
+    pid = os.getpid()
+    try:
+        space = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        space = ""
+    return _Holder(socket.gethostname(), space, pid, _start(pid), _started(pid))
+
+
+def _start(pid: int) -> str:
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {_ticks(pid)}"
+    except (OSError, ValueError, IndexError):
+        return ""
+
+
+def _started(pid: int) -> str:
+    try:
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        seconds = time.time() - uptime + _ticks(pid) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        seconds = time.time()  # nearly: a lock is taken soon after the start
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _ticks(pid: int) -> int:
+    """Clock ticks from the machine's start to the process's."""
+    fields_after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields_after_name[19])
