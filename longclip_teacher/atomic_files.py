@@ -18,6 +18,9 @@ from longclip_teacher.folder_lock import check_folder, try_lock
 __all__ = [
     "atomic_file",
     "atomic_folder",
+    "json_text",
+    "keep_previous",
+    "previous_generation",
     "remove_leftovers",
     "without_nan",
     "write_json",
@@ -107,6 +110,23 @@ def written_into(path: Path, *places: Path) -> Iterator[None]:
         raise
 
 
+def previous_generation(path: Path) -> Path:
+    """The name of the file that was there before `path`."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def keep_previous(path: Path) -> None:
+    """Give the file at `path`, if there is one, its second name, `previous_generation`: it is about to be replaced."""
+    if not path.is_file():
+        return
+    with atomic_file(previous_generation(path)) as second:
+        second.unlink()
+        try:
+            os.link(path, second)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, second)
+
+
 def remove_leftovers(folder: Path, names: str = "*", *, is_shared: bool = False) -> None:
     """Remove what killed writers left of the files and folders in `folder` whose names match the glob pattern `names`.
 
@@ -144,7 +164,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as indented JSON, NaN and infinities as null. Raises InputError as `write_text`."""
-    write_text(path, json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """Return `content` as indented JSON, NaN and infinities as null."""
+    return json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
 
 
 def without_nan(content: Any) -> Any:

@@ -51,7 +51,7 @@ HUB_NAMES = tuple(_HUB_FILES)
 
 
 def load_teacher(
-    name_or_path: str | Path,
+    source: str | Path | WeightsFile,
     device: str | torch.device = "cpu",
     *,
     context_length: int | None = None,
@@ -60,18 +60,22 @@ def load_teacher(
     """A frozen teacher in eval mode, from a weight file, a run folder (its best weights) or a hub name (`HUB_NAMES`).
 
     Files: the published `longclip-*.pt`; a CLIP ViT as safetensors or state dict with the keys of OpenAI, open_clip or
-    transformers, also as trainers wrap them (`state_dicts`); what `save_teacher` wrote. `context_length` defaults to
-    the file's own, except that a CLIP of 77 positions is stretched to 248. `activation` must be given for a CLIP file
-    that is not evidently OpenAI's, because the weights do not show it. The log names the file's sha256 and, for files
-    that are not ours, the model that was recognised. Anything that does not fit raises InputError in one line.
+    transformers, also as trainers wrap them (`state_dicts`); what `save_teacher` wrote; or what `read_weights` has read
+    of one of these. `context_length` defaults to the file's own, except that a CLIP of 77 positions is stretched to
+    248. `activation` must be given for a CLIP file that is not evidently OpenAI's, because the weights do not show it.
+    The log names the sha256 of the file or its contents and, for files that are not ours, the model that was
+    recognised. Anything that does not fit raises InputError in one line.
     """
-    path = teacher_file(name_or_path)
-    if not Path(name_or_path).exists():  # from the hub
-        activation = activation or "quickgelu"
-    file = read_weights(path)
+    if isinstance(source, WeightsFile):
+        file, name = source, str(source.path)
+    else:
+        file, name = read_weights(teacher_file(source)), str(source)
+        if not Path(source).exists():  # from the hub
+            activation = activation or "quickgelu"
+    path = file.path
     if file.metadata.get("format") == _FORMAT:
         model = _build(_config_inside(file), _own_tensors(file), context_length, path)
-        logger.info("%s: %s", name_or_path, model.config.describe())
+        logger.info("%s: %s", name, model.config.describe())
     else:
         tensors, is_quickgelu = to_our_keys(file.tensors, path)
         config = _config_from_weights(tensors, "quickgelu" if is_quickgelu else activation, path)
@@ -80,7 +84,7 @@ def load_teacher(
         model = _build(config, tensors, context_length, path)
         stretched = model.context_length > config.text.context_length
         origin = f" (stretched from {config.text.context_length})" if stretched else ""
-        RECOGNISED.info("%s: %s%s%s", name_or_path, model.config.describe(), origin, file.remark)
+        RECOGNISED.info("%s: %s%s%s", name, model.config.describe(), origin, file.remark)
     if activation is not None and activation != model.config.activation:
         raise InputError(f"{path} is a {model.config.activation} model: leave out activation={activation!r}")
     return model.to(device).eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from longclip_teacher.terminal import print_anywhere
 
-__all__ = ["DISK_ERRORS", "InputError", "reported_once", "run_command"]
+__all__ = ["DISK_ERRORS", "InputError", "reported_once", "run_command", "warn_once"]
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Causes that lie in what is written, whatever else was read: a disk that is full, limited or read-only."""
@@ -64,6 +65,16 @@ def reported_once() -> Iterator[None]:
     try:
         yield
     except InputError:
-        if os.environ.get("RANK", "0") != "0":
+        if not _is_first():
             raise SystemExit(2) from None
         raise
+
+
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log a warning that every process of torchrun would give, on rank 0 alone."""
+    if _is_first():
+        logger.warning("%s", message)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from longclip_teacher.atomic_files import atomic_file
-from longclip_teacher.errors import InputError
+from longclip_teacher.atomic_files import atomic_file, previous_generation
+from longclip_teacher.errors import InputError, warn_once
 from longclip_teacher.state_dicts import find_state_dict
 
 __all__ = [
@@ -51,16 +52,25 @@ _SAFE_TORCH_LOAD = (2, 10)  # weights_only=True had bypasses before this release
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A weight file as read: the tensors by key, the safetensors metadata (empty for torch files), the file's
-    sha256."""
+    """A weight file as read: the tensors by key, and the safetensors metadata (empty for torch files)."""
 
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    sha256: str
-    """Hash of the bytes of the file."""
     place: str = ""
     """Where in a torch file the state dict was, such as `state_dict_ema (an averaged copy)`; "" if the file is one."""
+    checksum: str = ""
+    """The `content_sha256` that the file itself holds and that was found to be right; "" if it holds none."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the bytes of the file."""
+        return file_sha256(self.path)
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """Hash of tensors and metadata."""
+        return self.checksum or content_sha256(self.tensors, self.metadata)
 
     @property
     def remark(self) -> str:
@@ -72,31 +82,56 @@ def read_weights(path: str | Path) -> WeightsFile:
     """Read a state dict from `path` to the CPU.
 
     Accepts safetensors and torch files that hold a state dict, bare or as a trainer wrapped it (`state_dicts`); the
-    prefixes of DDP and torch.compile are removed from the keys. Raises InputError in one line for a missing, truncated
-    or executable file.
+    prefixes of DDP and torch.compile are removed from the keys. If one of our files is damaged, and the one before it
+    (`previous_generation`) is whole, a warning names the first and the second is read.
+
+    Raises InputError in one line for a missing, damaged or executable file.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no weight file at {path}")
-    metadata: dict[str, str] = {}
-    place = ""
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is not a whole safetensors file ({_first_line(error)}): fetch it again") from None
-        tensors = find_state_dict(found, path)[0] if found else found
-    else:
-        found = {}
+    if path.suffix != ".safetensors":
         tensors, place = find_state_dict(torch_load(path), path)
+        weights = WeightsFile(path, tensors, {}, place)
+    else:
+        try:
+            weights = _read_safetensors(path)
+        except _DamagedError as error:
+            weights = _read_previous(path, error)
+    known_by = f"sha256 of the contents {weights.checksum}" if weights.checksum else f"sha256 {weights.sha256}"
+    logger.info("read %s (%d tensors, %s)", weights.path, len(weights.tensors), known_by)
+    return weights
+
+
+class _DamagedError(InputError):
+    """A weight file that is not as it was written."""
+
+
+def _read_safetensors(path: Path) -> WeightsFile:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise _DamagedError(f"{path} is not a whole safetensors file ({_first_line(error)}): fetch it again") from None
     recorded = [metadata.pop(name) for name in _CHECKSUM if name in metadata]
     if recorded and recorded != ["sha256", content_sha256(found, metadata)]:
-        raise InputError(f"{path} is damaged: its weights are not those that were written; copy or fetch it again")
-    sha256 = file_sha256(path)
-    logger.info("read %s (%d tensors, sha256 %s)", path, len(tensors), sha256)
-    return WeightsFile(path, tensors, metadata, sha256, place)
+        raise _DamagedError(f"{path} is damaged: its weights are not those that were written; copy or fetch it again")
+    tensors = find_state_dict(found, path)[0] if found else found
+    return WeightsFile(path, tensors, metadata, checksum=recorded[1] if recorded else "")
+
+
+def _read_previous(path: Path, error: _DamagedError) -> WeightsFile:
+    """The weights before those of a damaged file; `error`, which tells of the damage, if they are not whole either."""
+    previous = previous_generation(path)
+    try:
+        weights = _read_safetensors(previous) if previous.is_file() else None
+    except InputError:
+        raise InputError(f"{error}; {previous.name} is damaged too") from None
+    if weights is None or not weights.checksum:
+        raise error
+    warn_once(logger, f"{path} is damaged (its checksum is not the one written): going on from {previous}")
+    return weights
 
 
 def run_weights(path: str | Path) -> Path:

@@ -42,7 +42,7 @@ _PUBLISHED_NAME = re.compile(r"mobileclip(2?)[-_](s[0-4]|b(?:[-_]?lt)?|l[-_]?14)
 
 
 def load_student(
-    path_or_hub_name: str | Path,
+    source: str | Path | WeightsFile,
     variant: str | None = None,
     context_length: int | None = None,
     pad_mask: bool | None = None,
@@ -52,24 +52,25 @@ def load_student(
     `timm/MobileCLIP2-S0-OpenCLIP`, ...).
 
     Args:
-        path_or_hub_name: our safetensors; a run folder, whose best weights are read; or a state dict in
-            ml-mobileclip's or open_clip's key layout, also as trainers wrap it (longclip_teacher.state_dicts).
+        source: our safetensors; a run folder, whose best weights are read; a hub name; or a state dict in
+            ml-mobileclip's or open_clip's key layout, also as trainers wrap it (longclip_teacher.state_dicts). Or what
+            `read_weights` has read of such a file.
         variant: needed for a published file if neither its name nor its weights show it.
         context_length: defaults to the stored one. A longer one stretches 77 positions, a shorter one keeps the first.
         pad_mask: defaults to the stored one. A published file has False, as published, unless it is stretched.
         device: the student's device.
 
-    The log names the file's sha256 and, for a published file, the model that was recognised.
+    The log names the sha256 of the file or its contents and, for a published file, the model that was recognised.
 
     Raises InputError when the file is missing or broken, or does not fit the variant in every key and shape.
     """
-    path = _find(str(path_or_hub_name))
-    weights = read_weights(path)
+    weights = source if isinstance(source, WeightsFile) else read_weights(_find(str(source)))
+    path, name = weights.path, str(weights.path if isinstance(source, WeightsFile) else source)
     is_own = weights.metadata.get("format") == _FORMAT
     if is_own:
         config, tensors = _own(weights, variant)
     else:
-        config, tensors = _published(weights, variant or _variant_in_name(f"{path_or_hub_name} {path.name}"))
+        config, tensors = _published(weights, variant or _variant_in_name(f"{name} {path.name}"))
         if pad_mask is None and context_length is not None:
             pad_mask = context_length > _PUBLISHED_LENGTH
     origin = "official layout" if is_apple(weights.tensors) else "open_clip's layout"
@@ -83,7 +84,7 @@ def load_student(
     student = _empty_student(config)
     load_strictly(student, tensors, path)
     if not is_own:
-        RECOGNISED.info("%s: %s (%s)%s", path_or_hub_name, config.describe(), origin, weights.remark)
+        RECOGNISED.info("%s: %s (%s)%s", name, config.describe(), origin, weights.remark)
     return student.to(device).eval()
 
 

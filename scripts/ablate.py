@@ -74,7 +74,8 @@ from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
 from ablation_runs import RECORD, comparison_conditions, config_differences, gather
 from ablation_table import write_table
 from eval.base.consoles import plain_console
-from longclip_teacher.atomic_files import write_json, write_text
+from longclip_teacher.atomic_files import json_text, write_json, write_text
+from training.generations import write_text_generation
 from training.record.run_log import read_metrics
 
 LOG, FAILURE = "log.txt", "failed.json"  # in a run's folder
@@ -244,7 +245,7 @@ def is_finished(job: Job) -> bool:
             f"{job.folder} is a finished run with {key} = {there}, but {here} in the grid: change --out or remove it"
         )
     if not (job.folder / RECORD).exists():
-        write_json(job.folder / RECORD, {"facts": comparison_conditions(job.config)})
+        write_text_generation(job.folder / RECORD, json_text({"facts": comparison_conditions(job.config)}))
     return True
 
 

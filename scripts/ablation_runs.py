@@ -23,6 +23,7 @@ from eval.benchmarks.protocols import load_retrieval_set
 from eval.measures.figures import model_figures
 from longclip_teacher.errors import InputError
 from training.data.index import ShardIndex, expand_patterns, is_remote
+from training.generations import verified_text
 from training.record.run_log import read_metrics
 from training.settings.tree import TrainConfig, config_to_toml, without_removed
 
@@ -218,7 +219,9 @@ def _seconds(folder: Path) -> float:
 def _settings(path: Path) -> dict[str, Any]:
     """Return the values of a run's config.toml by section.field, without settings that do not affect the results."""
     try:
-        return _flat(without_removed(tomllib.loads(path.read_text(encoding="utf-8")), path))
+        return _flat(without_removed(tomllib.loads(verified_text(path)), path))
+    except InputError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"cannot read {path} ({error}): remove its folder and run again") from None
 
@@ -230,7 +233,9 @@ def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(verified_text(path))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} ({error}): remove its folder and run again") from None
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longclip_teacher import LongCLIP, save_teacher
+from longclip_teacher.atomic_files import keep_previous
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import load_strictly, torch_load
 from mobileclip_student import MobileCLIP, save_student
@@ -143,7 +144,9 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 
 
 def save_weights(path: Path, model: MobileCLIP | LongCLIP) -> None:
-    """Write the model alone as safetensors with its configuration inside, for evaluation and use."""
+    """Write the model alone as safetensors with its configuration inside, for evaluation and use. The file that was
+    there is kept as its previous generation."""
+    keep_previous(path)
     if isinstance(model, MobileCLIP):
         save_student(model, path)
     else:

@@ -1,25 +1,27 @@
 """Keep the last two generations of a file, and verify each by its sha256.
 
-torch's reader accepts flipped bytes silently. A checkpoint is therefore hashed when it is written, and again before it
-is read. sha256.json beside the files holds the known hashes of each name. It gets a new hash before the new file gets
-its name, and the old file keeps a second name. A crash at any moment therefore leaves a file that can be verified.
+torch's reader accepts flipped bytes silently, and a flipped digit in a configuration is another configuration. A file
+is therefore hashed when it is written, and again before it is read. sha256.json beside the files holds the known hashes
+of each name, and its own. It gets a new hash before the new file gets its name, and the old file keeps a second name. A
+crash at any moment therefore leaves a file that can be verified.
+
+Weight files are not in the record: they hold a checksum of their own (longclip_teacher/weights_file.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 
-from longclip_teacher.atomic_files import atomic_file, remove_leftovers, write_json
-from longclip_teacher.errors import InputError
+from longclip_teacher.atomic_files import atomic_file, keep_previous, previous_generation, remove_leftovers, write_json
+from longclip_teacher.errors import InputError, warn_once
 from longclip_teacher.weights_file import file_sha256
 
-__all__ = ["previous_generation", "verified_file", "write_generation"]
+__all__ = ["verified_file", "verified_text", "write_generation", "write_text_generation"]
 
 logger = logging.getLogger(__name__)
 _HASHES = "sha256.json"
@@ -31,7 +33,6 @@ def write_generation(path: Path, write: Callable[[Path], None]) -> None:
     Only for the one process that writes this folder. Raises InputError where it cannot be written.
     """
     remove_leftovers(path.parent, escape(path.name))
-    previous = previous_generation(path)
     with atomic_file(path, sync=True) as temporary:
         try:
             write(temporary)
@@ -39,12 +40,18 @@ def write_generation(path: Path, write: Callable[[Path], None]) -> None:
             cause = getattr(error, "strerror", None) or "is the disk full, or the size of files limited?"
             raise InputError(f"cannot write {path} ({cause}): the file before it is as it was") from None
         known = _known(path.parent)
-        hashes = [*known.get(path.name, [])[-1:], file_sha256(temporary)]
-        write_json(path.parent / _HASHES, {**known, path.name: hashes})
-        if path.exists():
-            with atomic_file(previous) as second:
-                second.unlink()
-                _link(path, second)
+        hashes = {**known, path.name: [*known.get(path.name, [])[-1:], file_sha256(temporary)]}
+        write_json(path.parent / _HASHES, {**hashes, _HASHES: _hash_of(hashes)})
+        keep_previous(path)
+
+
+def write_text_generation(path: Path, text: str) -> None:
+    """The same for text, written as `write_text` does."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    write_generation(path, write)
 
 
 def verified_file(path: Path) -> Path:
@@ -57,31 +64,35 @@ def verified_file(path: Path) -> Path:
         return path
     previous = previous_generation(path)
     if previous.is_file() and file_sha256(previous) in hashes:
-        logger.warning("%s is damaged (its sha256 is not the one written): going on from %s", path, previous)
+        warn_once(logger, f"{path} is damaged (its sha256 is not the one written): going on from {previous}")
         return previous
+    hint = "take another checkpoint with --run.resume FILE, or start anew" if path.suffix == ".pt" else "run it again"
     raise InputError(
-        f"{path} is damaged (its sha256 is not the one written), and so is, or missing is, {previous.name}: "
-        "take another checkpoint of this run with --run.resume FILE, or start anew"
+        f"{path} is damaged (its sha256 is not the one written), and so is, or missing is, {previous.name}: {hint}"
     )
 
 
-def previous_generation(path: Path) -> Path:
-    """The name of the file before `path`."""
-    return path.with_name(f"{path.stem}.previous{path.suffix}")
+def verified_text(path: Path) -> str:
+    """The text of a `verified_file`. Raises OSError, and UnicodeDecodeError for a file that was never recorded."""
+    return verified_file(path).read_text(encoding="utf-8")
 
 
 def _known(folder: Path) -> dict[str, list[str]]:
-    """The recorded hashes by file name; none if the record cannot be read."""
-    try:
-        found = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
-        return {str(name): [str(value) for value in values] for name, values in found.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    """The recorded hashes by file name; none, after a warning, if the record is not as it was written."""
+    path = folder / _HASHES
+    if not path.is_file():
         return {}
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for the same file, or a copy on file systems that have no hard links."""
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        found = json.loads(path.read_text(encoding="utf-8"))
+        own = found.pop(_HASHES)
+        hashes = {str(name): [str(value) for value in values] for name, values in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        own, hashes = None, {}
+    if own is None or own != _hash_of(hashes):
+        warn_once(logger, f"{path} is damaged: the files beside it are read without being verified")
+        return {}
+    return hashes
+
+
+def _hash_of(hashes: dict[str, list[str]]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

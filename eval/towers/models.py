@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from safetensors import SafetensorError, safe_open
-
 from eval.towers.open_clip_model import (
     OPEN_CLIP_CONFIG,
     OpenClipModel,
@@ -19,8 +17,7 @@ from longclip_teacher import LongCLIP, load_teacher
 from longclip_teacher.activation import Activation
 from longclip_teacher.checkpoint import HUB_NAMES as TEACHER_HUB_NAMES
 from longclip_teacher.errors import InputError
-from longclip_teacher.state_dicts import bare_keys
-from longclip_teacher.weights_file import read_weights, run_weights
+from longclip_teacher.weights_file import WeightsFile, read_weights, run_weights
 from mobileclip_student import MobileCLIP, load_student
 
 __all__ = ["ClipModel", "describe_model", "load_model", "weights_file"]
@@ -63,8 +60,9 @@ def load_model(
                 "leave --variant, --context-length, --pad-mask and --activation out"
             )
         return load_open_clip(name, device)
-    source = _local_source(checkpoint)
-    kind = _kind_of_file(source) if source.is_file() else _kind_of_name(str(checkpoint))
+    path = _local_source(checkpoint)
+    source = read_weights(path) if path.is_file() else path
+    kind = _kind_of_file(source) if isinstance(source, WeightsFile) else _kind_of_name(str(checkpoint))
     if kind == "student":
         if activation is not None:
             raise InputError(f"{checkpoint} is a student: --activation is for teachers, leave it out")
@@ -108,16 +106,17 @@ def _local_source(checkpoint: str | Path) -> Path:
         raise InputError(f"{error}, or a folder with {OPEN_CLIP_CONFIG}") from None
 
 
-def _kind_of_file(path: Path) -> Kind:
-    keys, metadata = _keys_and_metadata(path)
-    if metadata.get("format") == _OUR_FORMAT:
-        return "teacher" if metadata.get("kind") == "teacher" else "student"
+def _kind_of_file(file: WeightsFile) -> Kind:
+    keys = list(file.tensors)
+    if file.metadata.get("format") == _OUR_FORMAT:
+        return "teacher" if file.metadata.get("kind") == "teacher" else "student"
     if any(key.startswith(_STUDENT_KEYS) for key in keys):
         return "student"
     if any(key.startswith(_TEACHER_KEYS) for key in keys):
         return "teacher"
     raise InputError(
-        f"{path} holds neither a MobileCLIP student nor a CLIP teacher: it begins with {next(iter(keys), 'nothing')!r}"
+        f"{file.path} holds neither a MobileCLIP student nor a CLIP teacher: it begins with "
+        f"{next(iter(keys), 'nothing')!r}"
     )
 
 
@@ -131,14 +130,3 @@ def _kind_of_name(name: str) -> Kind:
         f"no checkpoint at {name}: give a weight file, a run folder, or a hub name "
         f"({', '.join(TEACHER_HUB_NAMES)}, apple/MobileCLIP-S1-OpenCLIP, open_clip:ViT-B-16/openai, ...)"
     )
-
-
-def _keys_and_metadata(path: Path) -> tuple[list[str], dict[str, str]]:
-    if path.suffix != ".safetensors":
-        return list(read_weights(path).tensors), {}
-    try:
-        with safe_open(path, framework="pt") as file:  # reads only the header
-            return list(bare_keys(file.keys()).values()), file.metadata() or {}
-    except (SafetensorError, OSError):
-        weights = read_weights(path)  # raises the InputError that says what is wrong
-        return list(weights.tensors), weights.metadata

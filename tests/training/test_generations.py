@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from longclip_teacher.atomic_files import previous_generation
 from longclip_teacher.errors import InputError
-from training.generations import previous_generation, verified_file, write_generation
+from training.generations import verified_file, write_generation
 
 
 def write(path: Path, content: bytes) -> None:

@@ -23,7 +23,7 @@ from longclip_teacher.atomic_files import write_json
 from longclip_teacher.checkpoint import teacher_file
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
-from longclip_teacher.weights_file import content_sha256, file_sha256, read_weights
+from longclip_teacher.weights_file import file_sha256, read_weights
 from training.data.index import BAD_JSON, ShardIndex
 from training.data.transforms import Interpolation
 from training.settings.augment import AugmentConfig
@@ -230,7 +230,7 @@ def teacher_hashes(checkpoint: str) -> tuple[str, str]:
     """
     path = weights_file(checkpoint) or teacher_file(checkpoint)
     weights = read_weights(path)
-    return content_sha256(weights.tensors, weights.metadata), weights.sha256
+    return weights.content_sha256, weights.sha256
 
 
 def cache_sha256(folder: Path, shards: Iterable[str]) -> str:

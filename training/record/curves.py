@@ -10,6 +10,8 @@ from pathlib import Path
 from eval.base.environment import provenance
 from eval.pages.charts import Points, line_chart
 from eval.pages.report import Chart
+from longclip_teacher.errors import InputError
+from training.generations import verified_text
 from training.losses.table import LOSSES
 from training.record.run_log import read_metrics
 
@@ -80,11 +82,17 @@ def training_curves(runs: Mapping[str, Path], colours: Mapping[str, int]) -> lis
 
 
 def run_provenance(run_dir: Path) -> dict[str, str]:
-    """Command, commit and machine of a run, from its environment.json; empty without one."""
+    """Command, commit and machine of a run, from its environment.json; empty without one. Raises InputError for a
+    damaged one."""
     path = run_dir / "environment.json"
     if not path.exists():
         return {}
-    return provenance(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return provenance(json.loads(verified_text(path)))
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not what a run writes ({error}): remove it") from None
 
 
 def _points(rows: Iterable[Mapping[str, float]], key: str) -> Points:

@@ -20,7 +20,8 @@ from eval.base.processes import Runtime
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import EncodedSet
 from eval.pages.example_sheet import draw_examples
-from longclip_teacher.atomic_files import without_nan, write_json, write_text
+from longclip_teacher.atomic_files import json_text, without_nan, write_text
+from training.generations import write_text_generation
 from training.settings.tree import TrainConfig, config_to_toml
 
 __all__ = ["RunLog", "read_metrics"]
@@ -39,7 +40,7 @@ class RunLog:
             return
         out_dir = config.run.out_dir
         out_dir.mkdir(parents=True, exist_ok=True)
-        write_text(out_dir / "config.toml", config_to_toml(config))
+        write_text_generation(out_dir / "config.toml", config_to_toml(config))
         _write_environment(out_dir)
         self._metrics_path = out_dir / "metrics.jsonl"
         every = config.run.eval_every
@@ -143,6 +144,6 @@ def _forget_after(path: Path, step: int, *, is_validated_again: bool) -> None:
 
 def _write_environment(out_dir: Path) -> None:
     """environment.json: versions, machine, command and commit; uncommitted changes go to git.diff."""
-    write_json(out_dir / "environment.json", environment_record())
+    write_text_generation(out_dir / "environment.json", json_text(environment_record()))
     if diff := uncommitted_changes():
         write_text(out_dir / "git.diff", diff + "\n")

@@ -25,9 +25,10 @@ from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.report import Report, model_colours, write_report
 from eval.towers.models import ClipModel, load_model
-from longclip_teacher.atomic_files import write_json
+from longclip_teacher.atomic_files import json_text
 from mobileclip_student import MobileCLIP, reparameterize
 from training.build import DATACOMPDR, frozen_teacher, validation_teacher
+from training.generations import verified_file, write_text_generation
 from training.record.curves import run_provenance, training_curves
 from training.record.evaluate import evaluate_tests, evaluated_model, test_sets
 from training.settings.tree import TrainConfig, config_from_toml
@@ -66,10 +67,8 @@ def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None)
     if _FUSED in costs:
         content[trained_as]["cost_reparameterized"] = costs[_FUSED]
     title = _trained_title(config)
-    write_json(
-        out_dir / "results.json",
-        {"weights": str(best), "steps": config.run.max_steps, "judged": title, "models": content},
-    )
+    written = {"weights": str(best), "steps": config.run.max_steps, "judged": title, "models": content}
+    write_text_generation(out_dir / "results.json", json_text(written))
 
     conditions = [figure_conditions(results[trained_as]), f"ms: {cost_conditions(runtime.device)}"]
     if _FUSED in costs:
@@ -117,7 +116,7 @@ def _write_page(
 ) -> None:
     out_dir, title = config.run.out_dir, _trained_title(config)
     # a finished run may be evaluated on other sets than those it was trained with
-    summary = _summary(config_from_toml(out_dir / "config.toml"), "teacher" in models)
+    summary = _summary(config_from_toml(verified_file(out_dir / "config.toml")), "teacher" in models)
     write_report(
         out_dir / "report.html",
         Report(

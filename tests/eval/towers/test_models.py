@@ -61,7 +61,7 @@ def test_published_layouts_are_known_by_their_keys(
     keys: list[str], loader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Path] = []
-    monkeypatch.setattr(f"eval.towers.models.{loader}", lambda path, *args, **kwargs: calls.append(path))
+    monkeypatch.setattr(f"eval.towers.models.{loader}", lambda weights, *args, **kwargs: calls.append(weights.path))
     write_weights(tmp_path / "a.safetensors", {key: torch.zeros(1) for key in keys}, {})
     torch.save({key: torch.zeros(1) for key in keys}, tmp_path / "a.pt")
     for name in ("a.safetensors", "a.pt"):
