@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from longclip_teacher.process_failures import explain_failure, kill_children
 from longclip_teacher.terminal import print_anywhere
 
 __all__ = ["DISK_ERRORS", "InputError", "reported_once", "run_command", "warn_once"]
@@ -25,8 +26,9 @@ class InputError(ValueError):
 def run_command(main: Callable[[], None]) -> None:
     """Call `main()` as a program: an InputError becomes `error: ...` on stderr and exit code 2, Ctrl-C exit code 130.
 
-    So does a disk that takes no more, be it the one that stdout or stderr is written to.
-    What stdout and stderr cannot hold, as in file names that are not UTF-8, is printed in ASCII (`print_anywhere`).
+    So does a disk that takes no more, be it the one that stdout or stderr is written to, and the failure of another
+    process on which this one depends, a worker or a rank. No worker outlives the program. What stdout and stderr cannot
+    hold, as in file names that are not UTF-8, is printed in ASCII (`print_anywhere`).
     """
     print_anywhere()
     try:
@@ -41,11 +43,15 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the program that read our output (head, less) has ended
         sys.stderr.close()
         raise SystemExit(141) from None
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except (RuntimeError, OSError, EOFError) as error:
+        if (line := explain_failure(error)) is None and isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            line = f"cannot write {error.filename or 'the output'} ({error.strerror})"
+        if line is None:
             raise
-        _print_error(f"cannot write {error.filename or 'the output'} ({error.strerror})")
+        _print_error(line)
         raise SystemExit(2) from None
+    finally:
+        kill_children()
 
 
 def _print_error(message: str) -> None:

@@ -7,12 +7,25 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
-__all__ = ["run_ranks"]
+__all__ = ["run_ranks", "start_ranks"]
 
 
 def run_ranks(command: list[str], world_size: int, *, timeout: float = 120) -> None:
     """Run a Python program in `world_size` processes, each with one thread; all of them must end well."""
+    processes = start_ranks(command, world_size)
+    try:
+        assert [process.wait(timeout=timeout) for process in processes] == [0] * world_size
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def start_ranks(
+    command: list[str], world_size: int, *, cwd: Path | None = None, stderr: IO[str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """Start a Python program in `world_size` processes, each with one thread and a session, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -26,15 +39,14 @@ def run_ranks(command: list[str], world_size: int, *, timeout: float = 120) -> N
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path for path in search if path),
     }
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, *command],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+            cwd=cwd,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
         )
         for rank in range(world_size)
     ]
-    try:
-        assert [process.wait(timeout=timeout) for process in processes] == [0] * world_size
-    finally:
-        for process in processes:
-            process.kill()

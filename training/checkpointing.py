@@ -45,6 +45,8 @@ class TrainState:
     """Best value of the validation measure so far, None before the first evaluation."""
     bad_steps: int = 0
     """Steps so far whose loss or gradient was not finite; they changed nothing."""
+    evaluated_step: int | None = None
+    """Step of the last evaluation. A run that was stopped in its final evaluation is not finished."""
 
     @property
     def evaluated_model(self) -> MobileCLIP | LongCLIP:
@@ -62,6 +64,7 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "step": state.step,
         "best": state.best,
         "bad_steps": state.bad_steps,
+        "evaluated_step": state.evaluated_step,
         "config": config.to_dict(),
         "inputs": state.inputs.to_dict(),
     }
@@ -118,6 +121,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
         load_strictly(state.ema.model, content["ema"], path)
     state.step, state.best = content["step"], content["best"]
     state.bad_steps = content.get("bad_steps", 0)  # older checkpoints have none
+    state.evaluated_step = content.get("evaluated_step", state.step)
     validation = config.to_dict()["data"]
     if state.best is not None and any(saved["data"].get(name) != validation[name] for name in ("val", "val_protocol")):
         state.best = None

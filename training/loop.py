@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eval.base.peak_memory import peak_memory_gb
 from eval.base.processes import Runtime
+from eval.base.progress import Interrupted, told
 from longclip_teacher.errors import reported_once
 from training.build import validation_teacher
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
@@ -30,7 +34,9 @@ from training.record.run_log import RunLog
 from training.resume import RunInputs
 from training.settings.tree import TrainConfig
 from training.step import backward_step
+from training.stopping import Stopped, StopSignals
 from training.update import Statistics, apply_update, count_bad_step
+from training.watchdog import Watchdog
 
 __all__ = ["train"]
 
@@ -40,12 +46,12 @@ _STARVED_SHARE = 0.05  # of the time spent waiting for data, above which the run
 
 def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loader: ShardLoader) -> TrainState:
     """Train the model of `distillation` as `config` says; returns the final state. Weights, log and checkpoints are in
-    `run.out_dir`."""
+    `run.out_dir`. After a signal that asks for the end it saves the state and raises Stopped."""
     run, out_dir, distiller = config.run, config.run.out_dir, distillation.distiller
     state = _initial_state(config, runtime, distiller, loader)
     steps_per_epoch, total_steps = loader.steps_per_epoch, state.inputs.total_steps
     checkpoint = _resume(config, state)
-    if state.step >= total_steps and (out_dir / "best.safetensors").exists():
+    if state.evaluated_step == state.step >= total_steps and (out_dir / "best.safetensors").exists():
         logger.info("%s is finished: all %d steps are done (a larger --run.max_steps extends it)", out_dir, total_steps)
         return state
     module = _parallel(distiller, runtime)
@@ -53,24 +59,24 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
     log = RunLog(config, runtime, step=state.step, total_steps=total_steps)
     how = "resuming" if checkpoint else "starting"
     log.say(f"{how} at step {state.step} of {total_steps}, {steps_per_epoch} steps an epoch -> {out_dir}")
-    meter, statistics = _Meter(run.global_batch_size, runtime.device), Statistics(distiller)
+    meter, statistics, feed = _Meter(run.global_batch_size, runtime.device), Statistics(distiller), _Feed(loader)
 
-    try:
-        batches: Iterator[Batch] = iter(())
+    watchdog = Watchdog(runtime, run.collective_timeout, is_compiled=config.speed.compile)
+    with StopSignals() as stop, watchdog, closing(log):
         while True:
             done = state.step >= total_steps
-            _evaluate_and_save(config, runtime, state, log, done)
-            if done:
-                break
-
+            _evaluate_and_save(config, runtime, state, log, stop, watchdog, done)
+            watchdog.station("data", state.step)
             waiting = time.monotonic()
-            if (batch := next(batches, None)) is None:
-                epoch, position = divmod(state.step, steps_per_epoch)
-                batches = loader.batches(epoch, position)
-                batch = next(batches)
+            found = None if done else stop.wait_for(lambda: feed.batch_of(state.step))
+            watchdog.station("step", state.step)
+            if number := stop.agreed(runtime):
+                _save_and_stop(number, config, runtime, state, log, watchdog)
+            if found is None:
+                break
             meter.wait(time.monotonic() - waiting)
             key = (run.seed, state.step, runtime.rank)
-            batch = mix(batch.to(runtime.device), config.mix, key)
+            batch = mix(found.to(runtime.device), config.mix, key)
 
             rate = learning_rate(state.step, total_steps, config.optim)
             for group in state.optimizer.param_groups:
@@ -94,8 +100,6 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
                 f"{meter.starved_share:.0%} of the training time went into waiting for data: raise "
                 "--data.num_workers, or store smaller pictures (make_shards.py --resize)"
             )
-    finally:
-        log.close()
     return state
 
 
@@ -119,15 +123,25 @@ def _resume(config: TrainConfig, state: TrainState) -> Path | None:
     return checkpoint
 
 
-def _evaluate_and_save(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog, done: bool) -> None:
+def _evaluate_and_save(
+    config: TrainConfig,
+    runtime: Runtime,
+    state: TrainState,
+    log: RunLog,
+    stop: StopSignals,
+    watchdog: Watchdog,
+    done: bool,
+) -> None:
     """Evaluate and write the checkpoints that are due at this step; at the last one both, whatever the intervals."""
     run, step = config.run, state.step
     if (run.eval_every and step % run.eval_every == 0 and step > 0) or done:
-        _evaluate(config, runtime, state, log)
+        watchdog.station("evaluation", step, waits=not runtime.is_main)
+        with told(watchdog.progress), told(stop.interrupt):
+            _evaluate(config, runtime, state, log)
     if run.keep_every and step > 0 and step % run.keep_every == 0:
-        _save(config, runtime, state, f"step_{step}")
+        _save(config, runtime, state, watchdog, f"step_{step}")
     if step > 0 and (step % run.save_every == 0 or done):
-        _save(config, runtime, state, "last")
+        _save(config, runtime, state, watchdog, "last")
 
 
 def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
@@ -141,9 +155,14 @@ def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
 
 
 def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog) -> None:
-    """Validate on rank 0, and keep the weights and state of the best value so far."""
+    """Validate on rank 0, and keep the weights and state of the best value so far, unless it is interrupted."""
     if runtime.is_main:
-        figures, encoded = validate(state.evaluated_model, config, validation_teacher(config, runtime.device))
+        try:
+            figures, encoded = validate(state.evaluated_model, config, validation_teacher(config, runtime.device))
+        except Interrupted:
+            figures, encoded = None, None
+    if runtime.is_main and figures is not None:
+        state.evaluated_step = state.step
         if figures:
             log.scalars(state.step, figures, group="val")
         if encoded is not None:
@@ -156,12 +175,41 @@ def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: Run
     runtime.barrier()
 
 
-def _save(config: TrainConfig, runtime: Runtime, state: TrainState, name: str) -> None:
+def _save(config: TrainConfig, runtime: Runtime, state: TrainState, watchdog: Watchdog, name: str) -> None:
+    watchdog.station("save", state.step, waits=not runtime.is_main)
     if runtime.is_main:
         if name == "last":  # the checkpoint comes after all else of its step: once it is there, nothing is missing
             save_weights(config.run.out_dir / "last.safetensors", state.evaluated_model)
         save_checkpoint(config.run.out_dir / "checkpoints" / f"{name}.pt", state, config)
     runtime.barrier()
+
+
+def _save_and_stop(
+    number: int, config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog, watchdog: Watchdog
+) -> NoReturn:
+    """Save at the request of signal `number`, and end the run."""
+    name, done = signal.Signals(number).name, f"step {state.step} of {state.inputs.total_steps}"
+    if state.step == 0:
+        log.say(f"{name}: stopped before the first step; there is nothing to save")
+    else:
+        _save(config, runtime, state, watchdog, "last")
+        log.say(f"{name}: stopped after {done}, which is saved; the same command with --run.resume auto goes on")
+    raise Stopped(128 + number)
+
+
+@dataclass
+class _Feed:
+    """The batches of a run, by step."""
+
+    loader: ShardLoader
+    _batches: Iterator[Batch] = field(default_factory=lambda: iter(()))
+
+    def batch_of(self, step: int) -> Batch:
+        """Return the batch of `step`, which must be the one after the last, or any at first."""
+        if (batch := next(self._batches, None)) is None:
+            self._batches = self.loader.batches(*divmod(step, self.loader.steps_per_epoch))
+            batch = next(self._batches)
+        return batch
 
 
 @dataclass

@@ -16,12 +16,14 @@ def main() -> None:
     # --help and refused options end above: these imports take seconds
     from eval.base.freed_memory import keep_freed_memory
     from eval.base.processes import start
+    from eval.base.progress import told
     from training.build import build_distillation, build_training_loader
     from training.embedded import prepare_embedded
     from training.loop import train
     from training.record.evaluate import check_sets
     from training.record.run_report import report_run
     from training.settings.checks import check_config
+    from training.watchdog import Watchdog
 
     if config.speed.savings.keep_memory:
         keep_freed_memory()
@@ -36,10 +38,12 @@ def main() -> None:
             check_sets(config)
             distillation = build_distillation(config, runtime)
             loader = build_training_loader(config, runtime, distillation)
-        train(config, runtime, distillation, loader)
-        if runtime.is_main:
-            report_run(config, runtime, distillation.teacher)
-        runtime.barrier()
+        state = train(config, runtime, distillation, loader)
+        with Watchdog(runtime, config.run.collective_timeout) as watchdog, told(watchdog.progress):
+            watchdog.station("evaluation", state.step, waits=not runtime.is_main)
+            if runtime.is_main:
+                report_run(config, runtime, distillation.teacher)
+            runtime.barrier()
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
+from eval.base.progress import Interrupted
 from longclip_teacher.errors import InputError
 from longclip_teacher.folder_lock import folder_lock
 
 __all__ = ["Runtime", "all_results", "is_main_process", "job_lock", "my_share", "process_device", "start"]
 
 _TIMEOUT = timedelta(hours=4)  # rank 0 evaluates, or writes the embedded data, while the others wait
-_ERROR = "__error__"
+_ERROR, _INTERRUPTED = "__error__", "__interrupted__"
 Item = TypeVar("Item")
 
 
@@ -47,10 +48,19 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
+    def highest(self, value: int) -> int:
+        """Return the highest `value` of all processes. It is exchanged between the CPUs: no GPU is waited for."""
+        if self.world_size == 1:
+            return value
+        highest = torch.tensor(value)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest)
+
 
 @contextmanager
 def start(device: str = "auto", allow_tf32: bool = True) -> Iterator[Runtime]:
-    """Join the process group that torchrun's environment describes (gloo on the CPU, nccl on GPUs), or run alone.
+    """Join the process group that torchrun's environment describes (gloo for tensors on the CPU, nccl for those on
+    GPUs), or run alone.
 
     `device`: see `process_device`. `allow_tf32` lets a GPU round the inputs of its float32 products, as training does.
     """
@@ -63,7 +73,7 @@ def start(device: str = "auto", allow_tf32: bool = True) -> Iterator[Runtime]:
     if world_size == 1:
         yield Runtime(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield Runtime(dist.get_rank(), world_size, chosen)
     finally:
@@ -110,7 +120,8 @@ def my_share(batches: Sequence[Item]) -> Sequence[Item]:
 def all_results(compute: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Return what `compute` returns on each process, in rank order; the same list everywhere, on the CPU if several.
 
-    An InputError on one process is raised on all of them, because the others would wait for it forever.
+    An InputError on one process is raised on all of them, because the others would wait for it forever. So is
+    Interrupted.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [compute()]
@@ -118,10 +129,14 @@ def all_results(compute: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tens
         mine = compute()
     except InputError as error:
         mine = {_ERROR: _to_bytes(str(error).encode("utf-8", "surrogatepass"))}
+    except Interrupted:
+        mine = {_INTERRUPTED: torch.ones(1)}
     results = [load(part) for part in _all_gather_bytes(save({name: value.cpu() for name, value in mine.items()}))]
     for result in results:
         if _ERROR in result:
             raise InputError(bytes(result[_ERROR].tolist()).decode("utf-8", "surrogatepass"))
+    if any(_INTERRUPTED in result for result in results):
+        raise Interrupted
     return results
 
 
@@ -143,16 +158,14 @@ def job_lock(folder: Path, runtime: Runtime) -> Iterator[None]:
 
 
 def _all_gather_bytes(content: bytes) -> list[bytes]:
-    """Return every rank's bytes. nccl needs them on the GPU, and both backends need one size, so shorter ones are
-    padded."""
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    local = _to_bytes(content).to(device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(local)], device=device))
+    """Return every rank's bytes. gloo needs one size, so shorter ones are padded."""
+    local = _to_bytes(content)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(local)]))
     longest = max(int(size) for size in sizes)
-    parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in sizes]
+    parts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
     dist.all_gather(parts, torch.nn.functional.pad(local, (0, longest - len(local))))
-    return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+    return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
 
 def _to_bytes(content: bytes) -> Tensor:

@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from eval.base.consoles import plain_console
 from eval.base.images import open_image
 from eval.base.processes import all_results, is_main_process, my_share
+from eval.base.progress import progress
+from eval.base.workers import share_tensors, start_worker
 from eval.towers.feature_cache import FeatureCache
 from eval.towers.models import ClipModel
 from eval.towers.precision import Precision
@@ -142,6 +144,7 @@ def image_batches(dataset: Dataset, encoding: Encoding, device: torch.device) ->
         batch_size=encoding.batch_size,
         num_workers=encoding.num_workers,
         collate_fn=_collate,
+        worker_init_fn=start_worker,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),
     )
@@ -151,6 +154,7 @@ def image_batches(dataset: Dataset, encoding: Encoding, device: torch.device) ->
             if lost.fatal:
                 raise InputError(lost.reason)
         yield batch._replace(images=batch.images.to(device, non_blocking=True))
+        progress()
 
 
 def encode_images(model: ClipModel, paths: Sequence[Path], encoding: Encoding = Encoding()) -> ImageFeatures:
@@ -256,6 +260,7 @@ def _encode_share_of_captions(
         for batch in show_track(batches, "captions" if encoding.show_progress else None, len(batches)):
             tokens = model.tokenizer([ordered[row] for row in batch], model.context_length).to(model_device(model))
             features.append(unit_features(model.encode_text(tokens)))
+            progress()
     rows = [row for batch in batches for row in batch]
     return {"features": torch.cat(features), "rows": torch.tensor(rows, dtype=torch.int64)}
 
@@ -307,7 +312,8 @@ def _collate(items: Sequence[tuple[int, Tensor | Unreadable]]) -> ImageBatch:
     read = [(target, image) for target, image in items if isinstance(image, Tensor)]
     images = torch.stack([image for _, image in read]) if read else torch.empty(0)
     unreadable = [image for _, image in items if isinstance(image, Unreadable)]
-    return ImageBatch(torch.tensor([target for target, _ in read], dtype=torch.int64), images, unreadable)
+    targets = torch.tensor([target for target, _ in read], dtype=torch.int64)
+    return share_tensors(ImageBatch(targets, images, unreadable))
 
 
 def _json_bytes(content: list[str]) -> Tensor:

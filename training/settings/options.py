@@ -71,8 +71,12 @@ class RunOptions:
     """Steps between updates of the last checkpoint."""
     keep_every: int = 0
     """Steps between checkpoints that are kept (checkpoints/step_N.pt); 0 keeps only the last and the best."""
+    collective_timeout: float = 600.0
+    """Seconds without progress on any process, in data, step, evaluation or save, after which the run ends. A line says
+    after one minute, or half that time, which process stands still, and where."""
 
     def __post_init__(self) -> None:
+        require(self.collective_timeout > 0, f"--run.collective_timeout is in seconds, got {self.collective_timeout}")
         for name in ("global_batch_size", "accumulation", "log_every", "save_every"):
             require(getattr(self, name) >= 1, f"--run.{name} must be at least 1, got {getattr(self, name)}")
         require(

@@ -1,0 +1,53 @@
+"""Worker processes of a DataLoader: they end with their process, leave signals to it, and fail aloud."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+__all__ = ["share_tensors", "start_worker"]
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+Result = TypeVar("Result")
+
+
+def start_worker(_: int) -> None:
+    """As `worker_init_fn`: the worker dies with its parent, and signals sent to the whole group are the parent's
+    alone. A parent that finishes its step after SIGTERM still needs its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def share_tensors(result: Result) -> Result:
+    """As `collate_fn`, or at its end: move the tensors of a worker's result into shared memory, and return it.
+
+    The DataLoader would do so later, in a thread whose errors nobody sees: if /dev/shm is full, it would wait forever.
+    Here the error reaches the parent.
+    """
+    if get_worker_info() is not None:
+        for tensor in _tensors(result):
+            tensor.share_memory_()
+    return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if dataclasses.is_dataclass(value):
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):
+        parts = list(value.values())
+    else:
+        parts = list(value) if isinstance(value, (list, tuple)) else []
+    for part in parts:
+        yield from _tensors(part)
