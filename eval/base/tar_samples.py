@@ -34,6 +34,9 @@ _FOREIGN = {
     b"<": "a web page: fetch the file itself",
 }
 _MAX_EMPTY_READS = 100
+_MAX_MEMBERS = 1000  # of one sample
+_MAX_NAME_CHARACTERS = 1 << 20  # of all members of one sample
+_MAX_BYTES_WITHOUT_SAMPLE = 4 << 30  # of a stream, which need not end
 _MOST_SHOWN = 100  # characters of a member's name in a message
 _HEAD_BYTES = max(map(len, _FOREIGN))
 
@@ -85,7 +88,9 @@ def streamed_tar_samples(file: Any, most_bytes: Callable[[str], int]) -> Iterato
     stream = _Stream(file)
     try:
         with BoundedTar.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # only its `read` is used
-            yield from _samples(tar, most_bytes)
+            for sample in _samples(tar, most_bytes):
+                yield sample
+                stream.num_bytes = 0
     except tarfile.TarError:
         if foreign := _foreign(stream.head):
             raise InputError(f"it is {foreign}") from None
@@ -128,7 +133,9 @@ def _grouped(tar: BoundedTar, most_bytes: Callable[[str], int]) -> Iterator[TarS
                 "leave one of them out"
             )
         members[suffix], names[kind] = member, name
-    if members:
+        if len(names) > _MAX_MEMBERS or sum(map(len, names.values())) > _MAX_NAME_CHARACTERS:
+            raise tarfile.ReadError(f"more than {_MAX_MEMBERS} members or 1 MiB of names in sample {_shown(key)}")
+    if members and tar.has_end_mark:  # the sample before a cut may lack members
         _check_dots(key, members)
         yield key, members
 
@@ -177,12 +184,17 @@ class _Stream:
 
     def __init__(self, file: Any) -> None:
         self._file, self.head, self._num_empty = file, b"", 0
+        self.num_bytes = 0
+        """Bytes read since the last sample."""
 
     def read(self, size: int) -> bytes:
         data: bytes = self._file.read(size)
         self._num_empty += not data
         if self._num_empty > _MAX_EMPTY_READS:
             raise tarfile.ReadError("unexpected end of data")
+        self.num_bytes += len(data)
+        if self.num_bytes > _MAX_BYTES_WITHOUT_SAMPLE:
+            raise tarfile.ReadError(f"no sample in {_MAX_BYTES_WITHOUT_SAMPLE >> 20} MiB")
         if len(self.head) < _HEAD_BYTES:
             self.head += data[: _HEAD_BYTES - len(self.head)]
         return data

@@ -115,12 +115,8 @@ def _samples(shard: str) -> Iterator[RawSample]:
     if not is_remote(shard):
         index = ShardIndex([shard])
         yield from map(index.read, range(index.num_samples))
-        return
-    try:
+    else:
         yield from read_remote_shard(shard)
-    except Exception as error:  # each network library has its own errors
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"cannot read {shard} ({reason})") from None
 
 
 def _teacher_info(raw: RawSample, shard: str, widths: Sequence[int] | None) -> TeacherInfo:

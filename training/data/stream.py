@@ -2,15 +2,19 @@
 
 Shards are drawn with replacement, keyed by (seed, epoch, step, rank, worker), and mixed in a small buffer. There is no
 position to resume: a run that continues at (epoch, step) draws anew from there. Every rank takes the requested number
-of steps. Only fsspec opens URLs, never webdataset's `gopen`, which runs `pipe:` URLs in a shell. Tars are read in one
-pass.
+of steps. URLs are opened by download.py (http, https) and fsspec (s3), never by webdataset's `gopen`, which runs
+`pipe:` URLs in a shell. Tars are read in one pass.
 """
 
 from __future__ import annotations
 
+import logging
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -19,6 +23,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from eval.base.images import IMAGE_SUFFIXES
 from eval.base.tar_samples import streamed_tar_samples
 from longclip_teacher.errors import InputError
+from training.data.download import Download, TriesExhausted
+from training.data.http_answer import Patience, shown_url
 from training.data.index import (
     EXTRA_MEMBERS,
     MAX_EXTRA_BYTES,
@@ -30,10 +36,14 @@ from training.data.index import (
 from training.data.randomness import sample_generator
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, Tokenization, collate
 
-__all__ = ["ShardStream"]
+__all__ = ["ShardStream", "read_remote_shard"]
 
+_LOGGER = logging.getLogger(__name__)
 _SHUFFLE_BUFFER = 256  # samples, undecoded
+_SHUFFLE_BYTES = 512 << 20  # fewer samples are held if they are larger than this together
 _MAX_FAILURES = 10  # shards in a row without a sample
+_MAX_EXHAUSTED = 2  # the same, if each took as many tries as `Patience` allows
+_END_MARK = bytes(2 * tarfile.BLOCKSIZE)  # padding alone is shorter than one block
 
 
 @dataclass
@@ -50,6 +60,7 @@ class ShardStream(IterableDataset):
 
     def __post_init__(self) -> None:
         self._epoch, self._start, self._stop = 0, 0, 0
+        self._told: set[str] = set()
 
     def begin(self, epoch: int, step: int, stop: int) -> None:
         """Set the steps that the next iteration yields."""
@@ -83,46 +94,79 @@ class ShardStream(IterableDataset):
         """Yield raw samples through a buffer: a random one leaves as each new one arrives."""
         generator = sample_generator(self.decoder.seed, *key)
         buffer: list[RawSample] = []
+        held = 0  # bytes, with the new one
         for raw in self._raw(generator, skipped):
+            held += _num_bytes(raw)
+            while buffer and held > _SHUFFLE_BYTES:
+                held -= _num_bytes(buffer[-1])
+                yield buffer.pop()
             if len(buffer) < _SHUFFLE_BUFFER:
                 buffer.append(raw)
-                if len(buffer) > 1 and generator.random() < 0.5:  # start to yield before the buffer is full
-                    yield buffer.pop(int(generator.integers(len(buffer))))
-                continue
-            place = int(generator.integers(len(buffer)))
-            buffer[place], raw = raw, buffer[place]
+                if len(buffer) == 1 or generator.random() >= 0.5:  # start to yield before the buffer is full
+                    continue
+                raw = buffer.pop(int(generator.integers(len(buffer))))
+            else:
+                place = int(generator.integers(len(buffer)))
+                buffer[place], raw = raw, buffer[place]
+            held -= _num_bytes(raw)
             yield raw
 
     def _raw(self, generator: np.random.Generator, skipped: Counter[str]) -> Iterator[RawSample]:
         """Yield samples of randomly drawn shards without end. A shard that fails on the way is counted and dropped."""
-        failures = 0
-        while failures < _MAX_FAILURES:
+        failures, exhausted = 0, 0
+        while failures < _MAX_FAILURES and exhausted < _MAX_EXHAUSTED:
             url = self.urls[int(generator.integers(len(self.urls)))]
             num_samples = 0
-            reason = "no samples in it"
+            cause = InputError(f"{shown_url(url)} has no samples in it")
             try:
                 for raw in read_remote_shard(url, self.stage):
                     num_samples += 1
                     yield raw
-            except Exception as error:  # each network library has its own errors; any of them ends this shard
+            except InputError as error:
+                cause = error
                 skipped["shard that failed"] += 1
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                if url not in self._told:
+                    self._told.add(url)
+                    _LOGGER.warning("%s; left after %d samples", error, num_samples)
             failures = 0 if num_samples else failures + 1
-        raise InputError(f"{_MAX_FAILURES} remote shards in a row failed, the last was {url} ({reason})")
+            exhausted = exhausted + 1 if isinstance(cause, TriesExhausted) and not num_samples else 0
+        raise InputError(f"{failures} remote shards in a row failed, at last: {cause}")
 
 
-def read_remote_shard(url: str, stage: Stage = "both") -> Iterator[RawSample]:
+def read_remote_shard(url: str, stage: Stage = "both", patience: Patience | None = None) -> Iterator[RawSample]:
     """Yield the samples of a remote tar in one pass, undecoded. A member over its size bound is skipped unread, and so
-    is one that the stage does not use."""
-    options = {} if url.startswith("s3:") else {"block_size": 0}  # 0: one plain download, no ranges
+    is one that the stage does not use.
+
+    Raise InputError naming the shard and the cause; TriesExhausted if the server gave nothing more within `patience`.
+    """
     bounds = _member_bounds(stage)
-    with fsspec.open(url, "rb", **options) as file:
-        for key, members in streamed_tar_samples(file, lambda suffix: bounds.get(suffix, -1)):  # -1: not ours
-            content = {suffix: member.content for suffix, member in members.items() if member.content is not None}
-            if content:
-                image = next((content[suffix] for suffix in content if f".{suffix}" in IMAGE_SUFFIXES), None)
-                extra = {name: content[name] for name in EXTRA_MEMBERS if content.get(name)}
-                yield RawSample(key, image, content.get("json"), content.get("txt"), extra)
+    try:
+        with _opened(url, patience) as file:
+            for key, members in streamed_tar_samples(file, lambda suffix: bounds.get(suffix, -1)):  # -1: not ours
+                content = {suffix: member.content for suffix, member in members.items() if member.content is not None}
+                if content:
+                    image = next((content[suffix] for suffix in content if f".{suffix}" in IMAGE_SUFFIXES), None)
+                    extra = {name: content[name] for name in EXTRA_MEMBERS if content.get(name)}
+                    yield RawSample(key, image, content.get("json"), content.get("txt"), extra)
+    except TriesExhausted as error:
+        raise TriesExhausted(f"cannot read {shown_url(url)}: {error}") from None
+    except InputError as error:
+        raise InputError(f"cannot read {shown_url(url)}: {error}") from None
+    except tarfile.TarError as error:
+        raise InputError(f"cannot read {shown_url(url)}: no complete tar file ({error})") from None
+    except Exception as error:  # fsspec's storages have errors of their own
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        raise InputError(f"cannot read {shown_url(url)}: {lines[0]}") from None
+
+
+def _opened(url: str, patience: Patience | None) -> AbstractContextManager[Any]:
+    if url.startswith("s3:"):
+        return fsspec.open(url, "rb")
+    return closing(Download(url, _END_MARK, patience))
+
+
+def _num_bytes(raw: RawSample) -> int:
+    return sum(len(member) for member in (raw.image, raw.json, raw.txt, *raw.extra.values()) if member)
 
 
 def _member_bounds(stage: Stage) -> dict[str, int]:

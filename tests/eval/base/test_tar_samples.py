@@ -98,9 +98,9 @@ def test_a_broken_header_is_no_end(whole: Path, tmp_path: Path) -> None:
     content[last.offset - tarfile.BLOCKSIZE : last.offset] = b"\x55" * tarfile.BLOCKSIZE
     path = tmp_path / "broken.tar"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"broken or cut short after 2 samples"):
+    with pytest.raises(InputError, match=r"broken or cut short after 1 samples"):  # the second may lack members
         list(tar_samples(path, lambda _: -1))
-    with pytest.raises(tarfile.ReadError, match="after 2 samples"):
+    with pytest.raises(tarfile.ReadError, match="after 1 samples"):
         streamed(bytes(content))
 
 
@@ -196,7 +196,7 @@ def test_joined_tars_are_read_as_one(whole: Path, tmp_path: Path, most: int) -> 
     assert streamed(path.read_bytes(), most) == samples
     for junk in (b"junk" * 200, tar_of("z.jpg")[:512]):
         assert all(
-            "after 3 samples" in text or "end of data" in text or "after 4" in text
+            "after 2 samples" in text or "end of data" in text or "after 3" in text
             for text in refusals(first + junk, path)
         )
 

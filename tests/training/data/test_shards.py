@@ -23,7 +23,7 @@ from shard_files import TOKENIZER, jpeg, keys_of, loader, sample, write_folder
 from training.data.index import RawSample, ShardIndex, Stage
 from training.data.loader import epoch_order
 from training.data.samples import BadSample, SampleDecoder, read_captions
-from training.data.stream import read_remote_shard
+from training.data.stream import ShardStream, read_remote_shard
 from training.data.transforms import ViewSpec
 from training.data.writer import write_manifest, write_shard
 from training.settings.augment import AugmentConfig
@@ -288,17 +288,49 @@ def test_a_stream_keeps_what_its_stage_asks_for(server: str, stage: Stage, monke
     assert (batch.images.numel() > 0, batch.long_tokens.numel() > 0) == (stage == "image", stage == "text")
 
 
-def test_a_shard_that_fails_on_the_way_is_counted_and_left(server: str) -> None:
+def test_a_shard_that_fails_on_the_way_is_counted_left_and_named_once(
+    server: str, caplog: pytest.LogCaptureFixture
+) -> None:
     urls = [f"{server}/broken.tar", f"{server}/gone.tar", f"{server}/s-010.tar"]
     stream = loader(urls, epoch_samples=80, max_bad_share=1.0)
     batches = list(stream.batches(0))
-    assert all(len(batch.keys) == 8 for batch in batches) and stream.skipped["shard that failed"] > 0
+    assert all(len(batch.keys) == 8 for batch in batches) and stream.skipped["shard that failed"] > 2
+    assert sorted(caplog.messages) == [
+        f"cannot read {server}/broken.tar: no complete tar file (unexpected end of data); left after 2 samples",
+        f"cannot read {server}/gone.tar: HTTP 404 (Not Found): check its name; left after 0 samples",
+    ]
+
+
+def test_a_server_that_is_down_ends_the_run_after_two_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("training.data.download.time.sleep", waited.append)
+    with pytest.raises(InputError, match=r"\A2 remote shards in a row failed, at last: [^\n]*after 8 tries\Z"):
+        list(loader("http://127.0.0.1:9/{0..9}.tar", epoch_samples=8).batches(0))
+    assert len(waited) == 14
+
+
+def test_the_buffer_of_a_stream_is_bounded_in_bytes(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    monkeypatch.setattr("training.data.stream._SHUFFLE_BYTES", 5000)
+    shuffled = ShardStream._shuffled
+
+    def watched(self: ShardStream, *args: Any) -> Iterator[RawSample]:
+        samples = shuffled(self, *args)
+        for raw in samples:
+            held.append(sum(len(one.image or b"") for one in samples.gi_frame.f_locals["buffer"]))
+            yield raw
+
+    monkeypatch.setattr(ShardStream, "_shuffled", watched)
+    batches = list(loader(f"{server}/s-000.tar", epoch_samples=400).batches(0))
+    assert len(keys_of(batches)) == 400 and 2500 < max(held) <= 5000
 
 
 def test_a_stream_without_epoch_size_or_without_any_shard_is_an_error(server: str) -> None:
     with pytest.raises(InputError, match="epoch_samples"):
         loader(f"{server}/s-000.tar")
-    with pytest.raises(InputError, match=r"\A10 remote shards in a row failed, the last was [^\n]*gone\.tar[^\n]*\Z"):
+    with pytest.raises(
+        InputError, match=r"\A10 remote shards in a row failed, at last: [^\n]*gone\.tar: HTTP 404[^\n]*\Z"
+    ):
         list(loader(f"{server}/gone.tar", epoch_samples=8, num_workers=1).batches(0))
     with pytest.raises(InputError, match="partly local, partly remote"):
         loader([f"{server}/s-000.tar", __file__], epoch_samples=8)
