@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test soak check format clean
+.PHONY: quickstart test soak compat check format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install, then the whole job on embedded data: teacher, students, table, runs/quickstart/report.html"
 	@echo "make test         install, then the tests"
 	@echo "make soak         install, then the battery of faults, up to two hours; ROW=NAME runs one row; docs/reliability.md"
+	@echo "make compat       all tests at the lowest and the newest versions of packages and Python; PART=lowest for one part"
 	@echo "make check        install, then lint, format, types and import rules"
 	@echo "make format       rewrite the sources in the project's format"
 
@@ -22,6 +23,10 @@ test: $(VENV)/.installed
 soak: $(VENV)/.installed
 	PYTHONPATH=.:scripts:tests OMP_NUM_THREADS=1 $(BIN)/python -m faults.soak --page docs/reliability.md $(if $(ROW),"$(ROW)")
 
+# hours on two cores, and 6 GB at a time, which are removed again
+compat:
+	$(PYTHON) tests/compat.py $(PART)
+
 check: $(VENV)/.installed
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check --no-cache .
@@ -33,7 +38,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) .compat *.egg-info
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'

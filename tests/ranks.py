@@ -12,8 +12,11 @@ from typing import IO
 __all__ = ["run_ranks", "start_ranks"]
 
 
-def run_ranks(command: list[str], world_size: int, *, timeout: float = 120) -> None:
-    """Run a Python program in `world_size` processes, each with one thread; all of them must end well."""
+def run_ranks(command: list[str], world_size: int, *, timeout: float = 600) -> None:
+    """Run a Python program in `world_size` processes, each with one thread; all of them must end well.
+
+    `timeout` in seconds ends a run that hangs. A busy machine takes ten times as long as an idle one.
+    """
     processes = start_ranks(command, world_size)
     try:
         assert [process.wait(timeout=timeout) for process in processes] == [0] * world_size

@@ -47,7 +47,7 @@ def run(command: list[str], world_size: int) -> list[subprocess.CompletedProcess
         for rank in range(world_size)
     ]
     try:
-        ends = [process.communicate(timeout=100) for process in processes]
+        ends = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
