@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from faults import checkpoints
+from faults import checkpoints, mutations, stored
 
 __all__ = ["ROWS"]
 
 ROWS = [
     *checkpoints.ROWS,
+    *stored.ROWS,
+    *mutations.ROWS,
 ]
