@@ -168,7 +168,7 @@ def torch_load(path: Path) -> object:
                 f"{path} holds pickled code or objects, which is refused: export its tensors as safetensors"
             ) from None
         raise InputError(f"{path} is not a torch weight file") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:  # by the file's suffix
         raise InputError(f"{path} is not a whole torch weight file ({_first_line(error)}): fetch it again") from None
 
 

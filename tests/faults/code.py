@@ -1,4 +1,4 @@
-"""Code in files: in pickles behind every suffix, in arrays, in settings, annotations and titles. None of it ever runs."""
+"""Code in files never runs: in pickles behind every suffix, in arrays, in settings, annotations and titles."""
 
 from __future__ import annotations
 
@@ -99,7 +99,13 @@ def weights_trial(draws: random.Random, folder: Path, material: Path) -> str | N
     code = _Code(folder / MARK, draws)
     weight = torch.zeros(2, 2)
     content = draws.choice(
-        [code, [code], {"weight": weight, "code": code}, {"state_dict": {"weight": weight}, "epoch": code}, {"step": code}]
+        [
+            code,
+            [code],
+            {"weight": weight, "code": code},
+            {"state_dict": {"weight": weight}, "epoch": code},
+            {"step": code},
+        ]
     )
     way = _torch_file(path, content, draws)
     readers: dict[str, Callable[[Path], object]] = {
@@ -196,7 +202,9 @@ def texts_trial(draws: random.Random, folder: Path, material: Path) -> str | Non
         finder = _Scripts()
         finder.feed(path.read_text())
         return finder.found and f"the page holds {finder.found} from {text}"
-    path.write_text(f"[run]\nout_dir = {json.dumps(text)}\n" if kind == "TOML" else json.dumps(_annotations(kind, text)))
+    path.write_text(
+        f"[run]\nout_dir = {json.dumps(text)}\n" if kind == "TOML" else json.dumps(_annotations(kind, text))
+    )
     readers: dict[str, Callable[[], object]] = {
         "TOML": lambda: config_from_toml(path),
         "conversations": lambda: list(read_sharegpt4v(path, folder, "auto")),
@@ -216,9 +224,7 @@ def _annotations(kind: str, text: str) -> object:
 def _run_texts(patch: pytest.MonkeyPatch) -> None:
     """Pages without escapes, and a reader of JSON that evaluates its texts."""
     environment = jinja2.Environment
-    patch.setattr(
-        "eval.pages.report.Environment", lambda **options: environment(**{**options, "autoescape": False})
-    )
+    patch.setattr("eval.pages.report.Environment", lambda **options: environment(**{**options, "autoescape": False}))
     read = json.loads
 
     def evaluate(value: object) -> object:
@@ -243,6 +249,7 @@ ROWS = [
         switch_off=_unpickle_all,
         num_off=30,
         per_process=30,
+        found="a torch file with the suffix .safetensors, given to `--run.resume`, was a traceback",
     ),
     Row(
         "code in arrays",

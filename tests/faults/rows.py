@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults import checkpoints, mutations, stored
+from faults import checkpoints, code, mutations, stored
 
 __all__ = ["ROWS"]
 
@@ -10,4 +10,5 @@ ROWS = [
     *checkpoints.ROWS,
     *stored.ROWS,
     *mutations.ROWS,
+    *code.ROWS,
 ]

@@ -100,13 +100,14 @@ def table_of(results: Sequence[Result]) -> str:
     heading = ("Row", "What is done, and what must hold", "Trials", "Failures", "Without its defence", "Run")
     lines = [heading, ("---", "---", "---:", "---:", "---", "---")]
     for row in ROWS:
+        what = f"{row.what}. Found and mended: {row.found}" if row.found else row.what
         if (result := newest.get(row.name)) is None:
-            lines.append((row.name, row.what, f"0 of {row.full:,}", "not run", row.off, ""))
+            lines.append((row.name, what, f"0 of {row.full:,}", "not run", row.off, ""))
             continue
         trials = f"{result.trials:,}" + (f" of {row.full:,}" if result.trials < row.full else "")
         without = f"{row.off}: {result.failures_off} of {result.trials_off} fail"
         run = f"seed {result.seed}, {result.seconds:.0f} s, {result.commit[:8]}"
-        lines.append((row.name, row.what, trials, f"{result.failures:,}", without, run))
+        lines.append((row.name, what, trials, f"{result.failures:,}", without, run))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

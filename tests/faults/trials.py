@@ -58,6 +58,8 @@ class Row:
     """The longest that a trial may take. One that takes longer hangs."""
     per_process: int = 1
     """Trials in one forked process."""
+    found: str = ""
+    """Defects that the row found, which were mended; a part of the table."""
 
 
 def prepared(row: Row, material: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longclip_teacher.errors import InputError
-from longclip_teacher.weights_file import content_sha256, read_weights, write_weights
+from longclip_teacher.weights_file import content_sha256, read_weights, torch_load, write_weights
 
 METADATA = {"format": "ours", "kind": "teacher", "config": json.dumps({"name": "naïve"}), "a": "1", "z": "2", "m": "3"}
 
@@ -84,3 +84,11 @@ def test_every_damage_is_found(kind: str, tmp_path: Path) -> None:
 def test_files_without_a_checksum_are_read(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "published.safetensors", {"format": "pt"})
     assert read_weights(tmp_path / "published.safetensors").metadata == {"format": "pt"}
+
+
+def test_what_is_no_safetensors_file_but_has_its_name_is_refused_in_one_line(tmp_path: Path) -> None:
+    """torch's reader looks at the suffix."""
+    torch.save({"step": 1}, tmp_path / "last.safetensors")
+    with pytest.raises(InputError, match=r"last\.safetensors is not a whole torch weight file \([^\n]+\)") as error:
+        torch_load(tmp_path / "last.safetensors")
+    assert "\n" not in str(error.value)
