@@ -255,6 +255,7 @@ ROWS = [
         switch_off=_write_in_place,
         num_off=40,
         prepare=_measured_save,
+        per_process=25,
     ),
     Row(
         "damaged checkpoints",

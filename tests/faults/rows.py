@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from faults import checkpoints, code, mutations, stored
+from faults import checkpoints, code, mutations, runs, stored
 
 __all__ = ["ROWS"]
 
 ROWS = [
+    *runs.ROWS,
     *checkpoints.ROWS,
     *stored.ROWS,
     *mutations.ROWS,

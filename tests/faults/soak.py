@@ -7,6 +7,7 @@ in a file, so that an interrupted run goes on with the next row. The table is wr
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -145,6 +146,7 @@ def main() -> None:
     """Run the rows that are not finished, and write the table."""
     options = parsed(sys.argv[1:])
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays shared with the forked processes
     record = environment_record()
     commit = (record["commit"] or "no checkout")[:8] + ("+" if record["uncommitted_changes"] else "")
     results = read_results(options.results)

@@ -1,0 +1,165 @@
+"""Training runs that are killed and resumed, in one process and in two."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# what training imports below its options, so that forked processes find it imported
+from faults.trials import Row
+from longclip_teacher import create_teacher, save_teacher
+from training import main as training_main
+from training.data.digit_scenes import write_digit_scenes
+from training.record.run_log import read_metrics
+from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER
+
+__all__ = ["ROWS", "checkout", "free_port", "run_arguments", "start_run"]
+
+STEPS = 4
+_RANKS = (1, 2)
+
+
+def checkout(material: Path) -> None:
+    """A few digit scenes and a teacher of random weights, where the default preset looks for them."""
+    write_digit_scenes(material / EMBEDDED_DATA, num_train=33, num_val=4, num_test=4, num_val_twins=2)
+    torch.manual_seed(0)
+    save_teacher(create_teacher("tiny"), material / EMBEDDED_TEACHER / "best.safetensors")
+
+
+def run_arguments(out_dir: Path, steps: int = STEPS, *more: str) -> list[str]:
+    """A run of a few steps, which saves after each."""
+    return [
+        "--run.out_dir", str(out_dir), "--run.max_steps", str(steps), "--run.global_batch_size", "8",
+        "--run.save_every", "1", "--run.log_every", "1", "--run.resume", "auto", "--run.device", "cpu",
+        "--data.val", "None", "--data.zeroshot", "None", "--data.tests", "--data.num_workers", "0",
+        "--loss.pca_scope", "off", "--loss.fd_image", "0.5", "--optim.ema", "0.9", "--mix.erase", "0.5", *more,
+    ]  # fmt: skip
+
+
+def start_run(material: Path, arguments: list[str], ranks: int = 1) -> list[int]:
+    """Start training in forked processes that lead a group of their own; the processes by rank."""
+    port, pids = free_port(), []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                os.chdir(material)
+                if ranks > 1:
+                    os.environ |= {
+                        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                    }  # fmt: skip
+                sys.argv = ["training/main.py", *arguments]
+                training_main.run_command(training_main.main)
+                status = 0
+            except SystemExit as error:
+                status = int(error.code or 0)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        pids.append(pid)
+    return pids
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def processor_time(pid: int) -> float:
+    """The seconds of processor time that a child has used. Unlike the clock's, they say how far it is on a busy
+    machine."""
+    return time.clock_gettime(~pid << 3 | 2)  # Linux's clock of another process
+
+
+def _ended(pids: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def _content(out_dir: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(out_dir / "checkpoints" / "last.pt", weights_only=True)
+    return content
+
+
+def _uninterrupted(material: Path) -> None:
+    """Uninterrupted runs of one process and of two, and the processor time of the first."""
+    checkout(material)
+    for ranks in _RANKS:
+        out_dir = material / f"whole{ranks}"
+        pids = start_run(material, run_arguments(out_dir), ranks)
+        os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOWAIT)
+        (material / f"seconds{ranks}").write_text(str(processor_time(pids[0])))
+        if (status := _ended(pids)) != [0] * ranks:
+            raise RuntimeError(f"the uninterrupted run of {ranks} ended with {status}")
+
+
+def killed_trial(draws: random.Random, folder: Path, material: Path) -> str | None:
+    ranks = draws.choice([1, 1, 2])
+    out_dir, whole = folder / "run", material / f"whole{ranks}"
+    most = float((material / f"seconds{ranks}").read_text())
+    moments = [draws.uniform(0.1, 1) * most for _ in range(draws.choice([1, 1, 2]))]
+    for moment in moments:
+        _killed(start_run(material, run_arguments(out_dir), ranks), moment, draws)
+    if (status := _ended(start_run(material, run_arguments(out_dir), ranks))) != [0] * ranks:
+        return f"{ranks} ranks killed after {moments}: the resumed run ended with {status}"
+    if wrong := _difference(_content(out_dir), _content(whole)):
+        return f"{ranks} ranks killed after {moments}: {wrong} differs"
+    losses = [[(row["step"], row["loss"]) for row in read_metrics(run)] for run in (out_dir, whole)]
+    return None if losses[0] == losses[1] else f"{ranks} ranks killed after {moments}: other losses"
+
+
+def _killed(pids: list[int], moment: float, draws: random.Random) -> None:
+    """Kill all processes once the first has used `moment` seconds of processor time, in any order."""
+    while (
+        processor_time(pids[0]) < moment and os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+    ):
+        time.sleep(0.002)
+    for pid in draws.sample(pids, len(pids)):
+        os.kill(pid, signal.SIGKILL)
+    _ended(pids)
+
+
+def _difference(ours: Any, other: Any, name: str = "") -> str | None:
+    """The name of the first value in two checkpoints that differs, but for the folder of the run."""
+    if isinstance(other, dict):
+        if ours.keys() != other.keys():
+            return f"{name} keys"
+        found = (_difference(ours[key], other[key], f"{name}.{key}") for key in other if key != "out_dir")
+        return next((wrong for wrong in found if wrong), None)
+    same = torch.equal(ours, other) if isinstance(other, torch.Tensor) else ours == other
+    return None if same else name
+
+
+def _forget_moments(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("torch.optim.AdamW.load_state_dict", lambda self, state: None)
+
+
+ROWS = [
+    Row(
+        "kills",
+        "runs of one process and of two are killed once or twice at a random moment and resumed: weights, moments, "
+        "average and losses are those of an uninterrupted run, bit by bit",
+        killed_trial,
+        full=100,
+        few=2,
+        off="a resumed run forgets the optimiser's moments",
+        switch_off=_forget_moments,
+        num_off=4,
+        prepare=_uninterrupted,
+        seconds=300,
+    ),
+]
