@@ -1,10 +1,12 @@
-"""Random damage to bytes: what disks, networks and attackers do to files."""
+"""Random changes of bytes, as a fuzzer makes them."""
 
 from __future__ import annotations
 
 import random
 
-__all__ = ["damaged", "mutated"]
+from damages import damaged
+
+__all__ = ["mutated"]
 
 _INTERESTING = (
     b"\0",
@@ -22,22 +24,8 @@ _INTERESTING = (
 )
 
 
-def damaged(whole: bytes, draws: random.Random) -> bytes:
-    """Flip one bit, put zeros over some bytes, or cut the end off. The result differs from `whole`."""
-    while True:
-        place = draws.randrange(len(whole))
-        kind = draws.choice(["flip", "zero", "cut"])
-        if kind == "cut":
-            return whole[:place]
-        size = draws.choice([1, 16, 512])
-        bad = bytes([whole[place] ^ 1 << draws.randrange(8)]) if kind == "flip" else bytes(len(whole[place:][:size]))
-        changed = whole[:place] + bad + whole[place + len(bad) :]
-        if changed != whole:
-            return changed
-
-
 def mutated(whole: bytes, draws: random.Random) -> bytes:
-    """Change bytes as a fuzzer does, in one to eight places: damage, insertions, repeats, borders of number ranges."""
+    """Change bytes in one to eight places: damage, insertions, repeats, borders of number ranges."""
     for _ in range(draws.randint(1, 8)):
         if not whole:
             break
@@ -46,7 +34,7 @@ def mutated(whole: bytes, draws: random.Random) -> bytes:
         part = draws.choice(_INTERESTING)
         kind = draws.choice(["damage", "insert", "overwrite", "remove", "repeat", "random"])
         if kind == "damage":
-            whole = damaged(whole, draws)
+            whole = damaged(whole, draws.randrange(1 << 32))[1]
         elif kind == "insert":
             whole = whole[:place] + part + whole[place:]
         elif kind == "overwrite":

@@ -20,9 +20,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from faults.bytes import damaged
+from damages import damage_trial, make_run
 from faults.trials import Row
-from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import read_weights, run_weights, torch_load, write_weights
 from training import generations
 from training.checkpointing import TrainState, save_checkpoint
@@ -78,21 +77,13 @@ def _value(tensors: dict[str, Tensor]) -> int:
 # --- damaged and clean ------------------------------------------------------------------------------------------------
 
 
-def _two_generations(material: Path) -> None:
-    for value in (1, 2):
-        save(material, value)
+def _run_folder(material: Path) -> None:
+    make_run(material)
 
 
 def damaged_trial(draws: random.Random, folder: Path, material: Path) -> str | None:
     shutil.copytree(material, folder, dirs_exist_ok=True)
-    name, read = draws.choice([("last.pt", checkpoint_value), ("last.safetensors", weights_value)])
-    path = folder / name
-    path.write_bytes(damaged(path.read_bytes(), draws))
-    try:
-        value = read(folder)
-    except InputError as error:
-        return f"{name}: no generation is left: {error}" if name == "last.pt" else _one_line(error)
-    return None if value == 1 else f"{name}: the damage was not found"
+    return damage_trial(folder, draws.randrange(1 << 32))
 
 
 def clean_trial(draws: random.Random, folder: Path, material: Path) -> str | None:
@@ -110,12 +101,8 @@ def clean_trial(draws: random.Random, folder: Path, material: Path) -> str | Non
     return None if found == (value, value) else f"read {found} instead of {value}"
 
 
-def _one_line(error: InputError) -> str | None:
-    return "an error of several lines" if "\n" in str(error) else None
-
-
 def _believe_every_file(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(checkpoint_value.__globals__, "verified_file", lambda path: path)
+    patch.setattr("training.generations._known", lambda folder: {})
     patch.setattr("longclip_teacher.weights_file._CHECKSUM", ())
 
 
@@ -259,14 +246,14 @@ ROWS = [
     ),
     Row(
         "damaged checkpoints",
-        "a flipped bit, zeros or a cut in a checkpoint or in a run's weights: found; of a checkpoint the one before is "
-        "taken",
+        "a flipped bit, zeros or a cut in a checkpoint, in weights, settings or results of a run: named in one line, and "
+        "the file before is read",
         damaged_trial,
         full=1000,
         few=40,
         off="no hash is compared",
         switch_off=_believe_every_file,
-        prepare=_two_generations,
+        prepare=_run_folder,
         per_process=25,
     ),
     Row(

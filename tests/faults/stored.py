@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from cache_teacher import Options, cache
+from damages import damaged
 from eval.base.processes import Runtime
-from faults.bytes import damaged
 from faults.trials import Row
 from longclip_teacher import create_teacher, load_teacher, save_teacher
 from longclip_teacher.errors import InputError
@@ -64,7 +64,7 @@ def damaged_trial(draws: random.Random, folder: Path, material: Path) -> str | N
     paths = sorted(folder.iterdir())
     sidecars = [path for path in paths if path.suffix == ".safetensors"]
     path = draws.choice(sidecars if draws.random() < 0.8 else paths)
-    path.write_bytes(damaged(path.read_bytes(), draws))
+    path.write_bytes(damaged(path.read_bytes(), draws.randrange(1 << 32))[1])
     try:
         found = _drawn(folder, material)
     except InputError as error:
