@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from damages import damage_trial, make_run
 from faults.trials import Row
+from longclip_teacher.atomic_files import keep_previous
 from longclip_teacher.weights_file import read_weights, run_weights, torch_load, write_weights
 from training import generations
 from training.checkpointing import TrainState, save_checkpoint
@@ -47,6 +48,7 @@ class _Small(nn.Module):
 def save(folder: Path, value: int) -> None:
     """Save a generation as the loop does: the weights, then the checkpoint, all of one value."""
     model = _Small(value)
+    keep_previous(folder / "last.safetensors")
     write_weights(folder / "last.safetensors", model.state_dict(), METADATA)
     optimizer = torch.optim.AdamW(model.parameters())
     state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), RunInputs(9, 1, None, {}, {}))  # type: ignore[arg-type]
@@ -246,8 +248,8 @@ ROWS = [
     ),
     Row(
         "damaged checkpoints",
-        "a flipped bit, zeros or a cut in a checkpoint, in weights, settings or results of a run: named in one line, and "
-        "the file before is read",
+        "a flipped bit, zeros or a cut in a checkpoint, in weights, settings or results of a run: named in one line, "
+        "and the file before is read",
         damaged_trial,
         full=1000,
         few=40,
