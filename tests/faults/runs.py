@@ -8,6 +8,8 @@ import signal
 import socket
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,12 @@ from training.data.digit_scenes import write_digit_scenes
 from training.record.run_log import read_metrics
 from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER
 
-__all__ = ["ROWS", "checkout", "free_port", "run_arguments", "start_run"]
+__all__ = ["ROWS", "checkout", "ended", "free_port", "run_arguments", "start_ranks", "start_run"]
 
 STEPS = 4
 _RANKS = (1, 2)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_UNFINISHED = os.WEXITED | os.WNOWAIT | os.WNOHANG
 
 
 def checkout(material: Path) -> None:
@@ -47,24 +51,35 @@ def run_arguments(out_dir: Path, steps: int = STEPS, *more: str) -> list[str]:
 
 
 def start_run(material: Path, arguments: list[str], ranks: int = 1) -> list[int]:
-    """Start training in forked processes that lead a group of their own; the processes by rank."""
+    """Start training in forked processes; the processes by rank."""
+
+    def train() -> None:
+        os.chdir(material)
+        sys.argv = ["training/main.py", *arguments]
+        training_main.run_command(training_main.main)
+
+    return start_ranks(train, ranks)
+
+
+def start_ranks(function: Callable[[], None], ranks: int) -> list[int]:
+    """Call `function` in forked processes that know of each other as under torchrun; the processes by rank."""
     port, pids = free_port(), []
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                os.chdir(material)
                 if ranks > 1:
                     os.environ |= {
                         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                     }  # fmt: skip
-                sys.argv = ["training/main.py", *arguments]
-                training_main.run_command(training_main.main)
+                function()
                 status = 0
             except SystemExit as error:
                 status = int(error.code or 0)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -86,7 +101,8 @@ def processor_time(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)  # Linux's clock of another process
 
 
-def _ended(pids: list[int]) -> list[int]:
+def ended(pids: list[int]) -> list[int]:
+    """Wait for processes, and return their exit statuses."""
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
@@ -103,7 +119,7 @@ def _uninterrupted(material: Path) -> None:
         pids = start_run(material, run_arguments(out_dir), ranks)
         os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOWAIT)
         (material / f"seconds{ranks}").write_text(str(processor_time(pids[0])))
-        if (status := _ended(pids)) != [0] * ranks:
+        if (status := ended(pids)) != [0] * ranks:
             raise RuntimeError(f"the uninterrupted run of {ranks} ended with {status}")
 
 
@@ -115,7 +131,7 @@ def killed_trial(draws: random.Random, folder: Path, material: Path) -> str | No
     moments = [draws.uniform(draws.choice([0.1, 0.6, 0.6]), 1) * most for _ in range(draws.choice([1, 1, 2]))]
     for moment in moments:
         _killed(start_run(material, run_arguments(out_dir), ranks), moment, draws)
-    if (status := _ended(start_run(material, run_arguments(out_dir), ranks))) != [0] * ranks:
+    if (status := ended(start_run(material, run_arguments(out_dir), ranks))) != [0] * ranks:
         return f"{ranks} ranks killed after {moments}: the resumed run ended with {status}"
     if wrong := _difference(_content(out_dir), _content(whole)):
         return f"{ranks} ranks killed after {moments}: {wrong} differs"
@@ -131,7 +147,7 @@ def _killed(pids: list[int], moment: float, draws: random.Random) -> None:
         time.sleep(0.002)
     for pid in draws.sample(pids, len(pids)):
         os.kill(pid, signal.SIGKILL)
-    _ended(pids)
+    ended(pids)
 
 
 def _difference(ours: Any, other: Any, name: str = "") -> str | None:
@@ -145,8 +161,33 @@ def _difference(ours: Any, other: Any, name: str = "") -> str | None:
     return None if same else name
 
 
+def stopped_trial(draws: random.Random, folder: Path, material: Path) -> str | None:
+    ranks, number = draws.choice([1, 1, 2]), draws.choice(_SIGNALS)
+    out_dir, whole = folder / "run", material / f"whole{ranks}"
+    done = draws.randrange(STEPS - 1)  # steps before the signal
+    pids = start_run(material, run_arguments(out_dir), ranks)
+    while len(read_metrics(out_dir)) <= done and os.waitid(os.P_PID, pids[0], _UNFINISHED) is None:
+        time.sleep(0.01)
+    for pid in draws.choice([pids, [draws.choice(pids)]]):
+        os.kill(pid, number)
+    said = f"{number.name} to a run of {ranks} after step {done + 1}"
+    if (status := ended(pids)) not in ([128 + number] * ranks, [0] * ranks):  # 0: it was at its last step
+        return f"{said}: it ended with {status}"
+    step, logged = _content(out_dir)["step"], len(read_metrics(out_dir))
+    if step != logged or (any(status) and step == STEPS):
+        return f"{said}: step {step} is saved, {logged} are logged, it ended with {status}"
+    if (status := ended(start_run(material, run_arguments(out_dir), ranks))) != [0] * ranks:
+        return f"{said}: the resumed run ended with {status}"
+    wrong = _difference(_content(out_dir), _content(whole))
+    return wrong and f"{said}: {wrong} differs"
+
+
 def _forget_moments(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("torch.optim.AdamW.load_state_dict", lambda self, state: None)
+
+
+def _notice_no_signal(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("training.stopping._SIGNALS", ())
 
 
 ROWS = [
@@ -160,6 +201,19 @@ ROWS = [
         off="a resumed run forgets the optimiser's moments",
         switch_off=_forget_moments,
         num_off=2,
+        prepare=_uninterrupted,
+        seconds=300,
+    ),
+    Row(
+        "signals",
+        "TERM, INT, HUP or USR1 to one or all processes of a run of one or two: its step is finished and saved, all "
+        "end with 128 + the signal, and the resumed run comes to the weights of one that was never stopped",
+        stopped_trial,
+        full=50,
+        few=1,
+        off="signals have their usual effect",
+        switch_off=_notice_no_signal,
+        num_off=1,
         prepare=_uninterrupted,
         seconds=300,
     ),
