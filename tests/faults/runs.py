@@ -197,7 +197,7 @@ ROWS = [
         "average and losses are those of an uninterrupted run, bit by bit",
         killed_trial,
         full=100,
-        few=2,
+        few=1,
         off="a resumed run forgets the optimiser's moments",
         switch_off=_forget_moments,
         num_off=2,
