@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
-__all__ = ["run_ranks", "start_ranks"]
+__all__ = ["ends_of_ranks", "run_ranks", "start_ranks"]
 
 
 def run_ranks(command: list[str], world_size: int, *, timeout: float = 600) -> None:
@@ -25,8 +25,29 @@ def run_ranks(command: list[str], world_size: int, *, timeout: float = 600) -> N
             process.kill()
 
 
+def ends_of_ranks(
+    command: list[str], world_size: int, *, cwd: Path | None = None, timeout: float = 600
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a Python program in `world_size` processes, and return how each of them ends and what it prints."""
+    processes = start_ranks(command, world_size, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        ends = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *end)
+        for process, end in zip(processes, ends, strict=True)
+    ]
+
+
 def start_ranks(
-    command: list[str], world_size: int, *, cwd: Path | None = None, stderr: IO[str] | None = None
+    command: list[str],
+    world_size: int,
+    *,
+    cwd: Path | None = None,
+    stdout: IO[str] | int | None = None,
+    stderr: IO[str] | int | None = None,
 ) -> list[subprocess.Popen[str]]:
     """Start a Python program in `world_size` processes, each with one thread and a session, as torchrun does."""
     with socket.socket() as free:
@@ -47,6 +68,7 @@ def start_ranks(
             [sys.executable, *command],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
             cwd=cwd,
+            stdout=stdout,
             stderr=stderr,
             text=True,
             start_new_session=True,

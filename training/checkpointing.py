@@ -22,6 +22,7 @@ from mobileclip_student import MobileCLIP, save_student
 from training.distill import Distiller
 from training.ema import ModelEma
 from training.generations import verified_file, write_generation
+from training.optim import load_moments
 from training.resume import RunInputs, changes_since
 from training.settings.tree import TrainConfig
 
@@ -109,13 +110,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
     notes = changes_since(path, content["step"], saved, before, config, state.inputs)
     load_strictly(state.distiller, content["distiller"], path)
     state.distiller.clamp_scales()  # older checkpoints may hold larger ones
-    try:
-        state.optimizer.load_state_dict(content["optimizer"])
-    except ValueError as error:  # groups of other sizes; changed settings were refused above
-        raise InputError(
-            f"{path} is of a version in which other parameters decayed: finish the run with that version, or start a "
-            f"new one with --student.init {path.parent.parent / 'last.safetensors'}"
-        ) from error
+    load_moments(state.optimizer, content["optimizer"], path)
     state.scaler.load_state_dict(content["scaler"])
     if state.ema is not None:
         load_strictly(state.ema.model, content["ema"], path)

@@ -1,4 +1,6 @@
-"""Gather features over processes, with gradients. eval/base/processes.py starts the processes.
+"""Gather features over processes, with gradients, and send BatchNorm statistics from rank 0 to the others.
+
+eval/base/processes.py starts the processes.
 
 Every rank computes the same loss on the same gathered features. The gradient of that one loss with respect to a
 rank's own rows is therefore known locally, and multiplying it by the number of ranks undoes DDP's mean: the result is
@@ -10,9 +12,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["gather"]
+__all__ = ["gather", "send_statistics"]
 
 
 def gather(local: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "G ..."]:
@@ -45,3 +47,15 @@ class _Gather(torch.autograd.Function):
         rows: int = ctx.rows  # type: ignore[attr-defined]
         first = dist.get_rank() * rows
         return grad[first : first + rows] * dist.get_world_size()
+
+
+@torch.no_grad()
+def send_statistics(module: nn.Module) -> None:
+    """Give every rank rank 0's BatchNorm statistics. Between two steps they differ; a step under DDP begins with the
+    same, and ends with rank 0's in the checkpoint."""
+    if not dist.is_initialized():
+        return
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            for buffer in norm.buffers():
+                dist.broadcast(buffer, src=0)

@@ -9,7 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
-from eval.base.processes import Runtime
+from eval.base.processes import Runtime, on_main
 from longclip_teacher.errors import InputError
 from training.build import build_distillation, build_training_loader, frozen_teacher
 from training.cache.manifest import CACHE_MANIFEST, shard_identities, write_cache_manifest
@@ -36,17 +36,13 @@ def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
     Raises InputError if a first stage is missing and the run has other data, because the stage would learn from digits.
     """
     if _names_embedded_data(config.data):
-        if runtime.is_main:
-            _make_data()
-        runtime.barrier()
+        on_main(_make_data)
     cached = config.teacher.cache == EMBEDDED_CACHE and not Path(EMBEDDED_CACHE, CACHE_MANIFEST).exists()
     teachers = {config.teacher.checkpoint, config.teacher.short} if config.distils else set()
     if EMBEDDED_TEACHER in teachers and (config.teacher.cache is None or cached):
         _run_first("tiny_teacher", Path(EMBEDDED_TEACHER), config, runtime)
     if cached and config.distils:
-        if runtime.is_main:
-            _write_cache(config)
-        runtime.barrier()
+        on_main(lambda: _write_cache(config))
     for tower, source in (("image", config.init.image), ("text", config.init.text)):
         if source not in _STAGES:
             continue

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eval.base.peak_memory import peak_memory_gb
-from eval.base.processes import Runtime
+from eval.base.processes import Runtime, agreed, on_main
 from eval.base.progress import Interrupted, told
 from longclip_teacher.errors import reported_once
 from training.build import validation_teacher
@@ -135,9 +135,9 @@ def _evaluate_and_save(
     """Evaluate and write the checkpoints that are due at this step; at the last one both, whatever the intervals."""
     run, step = config.run, state.step
     if (run.eval_every and step % run.eval_every == 0 and step > 0) or done:
-        watchdog.station("evaluation", step, waits=not runtime.is_main)
+        watchdog.station("evaluation", step)
         with told(watchdog.progress), told(stop.interrupt):
-            _evaluate(config, runtime, state, log)
+            _evaluate(config, runtime, state, log, watchdog)
     if run.keep_every and step > 0 and step % run.keep_every == 0:
         _save(config, runtime, state, watchdog, f"step_{step}")
     if step > 0 and (step % run.save_every == 0 or done):
@@ -154,34 +154,42 @@ def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
     return DistributedDataParallel(distiller, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog) -> None:
-    """Validate on rank 0, and keep the weights and state of the best value so far, unless it is interrupted."""
-    if runtime.is_main:
+def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog, watchdog: Watchdog) -> None:
+    """Validate on all processes together, and keep the weights and state of the best value so far, unless it is
+    interrupted."""
+    with reported_once():
+        teacher = agreed(lambda: validation_teacher(config, runtime.device))
         try:
-            figures, encoded = validate(state.evaluated_model, config, validation_teacher(config, runtime.device))
-        except Interrupted:
-            figures, encoded = None, None
-    if runtime.is_main and figures is not None:
-        state.evaluated_step = state.step
-        if figures:
-            log.scalars(state.step, figures, group="val")
-        if encoded is not None:
-            log.examples(state.step, encoded)
-        score = figures.get("score")
-        if state.best is None or score is None or score > state.best:
-            state.best = score if score is not None else state.best
-            save_weights(config.run.out_dir / "best.safetensors", state.evaluated_model)
-            save_checkpoint(config.run.out_dir / "checkpoints" / "best.pt", state, config)
-    runtime.barrier()
+            figures, encoded = validate(state.evaluated_model, config, teacher)
+        except Interrupted:  # on all of them
+            return
+        state.evaluated_step, score = state.step, figures.get("score")
+        is_best = state.best is None or score is None or score > state.best
+        if is_best and score is not None:
+            state.best = score
+
+        def record() -> None:
+            if figures:
+                log.scalars(state.step, figures, group="val")
+            if encoded is not None:
+                log.examples(state.step, encoded)
+            if is_best:
+                save_weights(config.run.out_dir / "best.safetensors", state.evaluated_model)
+                save_checkpoint(config.run.out_dir / "checkpoints" / "best.pt", state, config)
+
+        watchdog.station("save", state.step, waits=not runtime.is_main)
+        on_main(record)
 
 
 def _save(config: TrainConfig, runtime: Runtime, state: TrainState, watchdog: Watchdog, name: str) -> None:
-    watchdog.station("save", state.step, waits=not runtime.is_main)
-    if runtime.is_main:
+    def save() -> None:
         if name == "last":  # the checkpoint comes after all else of its step: once it is there, nothing is missing
             save_weights(config.run.out_dir / "last.safetensors", state.evaluated_model)
         save_checkpoint(config.run.out_dir / "checkpoints" / f"{name}.pt", state, config)
-    runtime.barrier()
+
+    watchdog.station("save", state.step, waits=not runtime.is_main)
+    with reported_once():
+        on_main(save)
 
 
 def _save_and_stop(

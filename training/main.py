@@ -21,7 +21,7 @@ def main() -> None:
     from training.embedded import prepare_embedded
     from training.loop import train
     from training.record.evaluate import check_sets
-    from training.record.run_report import report_run
+    from training.record.run_report import judge_run, report_run
     from training.settings.checks import check_config
     from training.watchdog import Watchdog
 
@@ -40,10 +40,11 @@ def main() -> None:
             loader = build_training_loader(config, runtime, distillation)
         state = train(config, runtime, distillation, loader)
         with Watchdog(runtime, config.run.collective_timeout) as watchdog, told(watchdog.progress):
-            watchdog.station("evaluation", state.step, waits=not runtime.is_main)
-            if runtime.is_main:
-                report_run(config, runtime, distillation.teacher)
-            runtime.barrier()
+            watchdog.station("evaluation", state.step)
+            with reported_once():
+                judged = judge_run(config, runtime, distillation.teacher)
+    if runtime.is_main and judged is not None:  # the others need not wait for the page
+        report_run(config, runtime, judged)
 
 
 if __name__ == "__main__":

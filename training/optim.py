@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from longclip_teacher.errors import InputError
 from training.settings.options import OptimOptions
 
-__all__ = ["build_optimizer", "learning_rate"]
+__all__ = ["build_optimizer", "learning_rate", "load_moments"]
 
 _FUSED_DEVICES = {"cpu", "cuda"}
 _TOWER = re.compile(r"(?:model\.)?(?:(?P<image>image_encoder|visual)|(?:text_encoder|text))\.(?:trunk\.)?(?P<rest>.+)")
@@ -54,6 +57,27 @@ def build_optimizer(module: nn.Module, options: OptimOptions, fused: bool = True
         fused=fused,
         foreach=not fused,
     )
+
+
+def load_moments(optimizer: torch.optim.AdamW, saved: Mapping[str, Any], path: Path) -> None:
+    """Take the moments and the step counts from `saved`, the optimiser's state_dict in the checkpoint `path`.
+
+    Rates, decay, `fused` and all else that a group holds stay as the run's options have set them. Raises InputError if
+    `saved` is of other parameters.
+    """
+    ours = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [(parameters[number], held) for number, held in saved["state"].items() if number < len(parameters)]
+    if (
+        [group["params"] for group in saved["param_groups"]] != [group["params"] for group in ours]
+        or len(moments) != len(saved["state"])
+        or any(held["exp_avg"].shape != parameter.shape for parameter, held in moments)
+    ):
+        raise InputError(
+            f"{path} is of a version in which other parameters decayed: finish the run with that version, or start a "
+            f"new one with --student.init {path.parent.parent / 'last.safetensors'}"
+        )
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": ours})
 
 
 def learning_rate(step: int, total_steps: int, options: OptimOptions) -> float:

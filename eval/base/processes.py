@@ -23,11 +23,22 @@ from eval.base.progress import Interrupted
 from longclip_teacher.errors import InputError
 from longclip_teacher.folder_lock import folder_lock
 
-__all__ = ["Runtime", "all_results", "is_main_process", "job_lock", "my_share", "process_device", "start"]
+__all__ = [
+    "Runtime",
+    "agreed",
+    "all_results",
+    "is_main_process",
+    "job_lock",
+    "my_share",
+    "on_main",
+    "process_device",
+    "start",
+]
 
-_TIMEOUT = timedelta(hours=4)  # rank 0 evaluates, or writes the embedded data, while the others wait
+_TIMEOUT = timedelta(hours=4)  # training has a watchdog that ends it sooner
 _ERROR, _INTERRUPTED = "__error__", "__interrupted__"
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,29 @@ def job_lock(folder: Path, runtime: Runtime) -> Iterator[None]:
 
         all_results(take)
         yield
+
+
+def agreed(compute: Callable[[], Result]) -> Result:
+    """Return what `compute` returns in this process, once it has ended in all of them. All must call this.
+
+    It is for what any process may fail in, such as reading files: an InputError on one is raised on all of them.
+    """
+    found = list[Result]()
+
+    def attempt() -> dict[str, Tensor]:
+        found.append(compute())
+        return {}
+
+    all_results(attempt)
+    return found[0]
+
+
+def on_main(compute: Callable[[], dict[str, Tensor] | None]) -> dict[str, Tensor]:
+    """Return what `compute` returns on rank 0, where alone it is called, on every process. All must call this.
+
+    An InputError is raised on all of them. The others wait: leave long work to all (`my_share`).
+    """
+    return all_results(lambda: (compute() if is_main_process() else None) or {})[0]
 
 
 def _all_gather_bytes(content: bytes) -> list[bytes]:

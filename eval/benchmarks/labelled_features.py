@@ -5,6 +5,7 @@ Shapes: N pictures, D embedding width.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from eval.base.processes import on_main
 from eval.benchmarks.labelled_images import LabelledImages
 from eval.towers.features import (
     Encoding,
@@ -58,6 +60,18 @@ def encode_labelled(model: ClipModel, labelled: LabelledImages, encoding: Encodi
 
 
 def _encode_stream(model: ClipModel, labelled: LabelledImages, encoding: Encoding) -> LabelledFeatures:
+    def encode() -> dict[str, Tensor]:
+        return _encoded_alone(model, labelled, encoding)
+
+    # a stream cannot be dealt out: with several processes, rank 0 reads it
+    found = on_main(encode) if encoding.shared else encode()
+    unreadable = [Unreadable(*lost) for lost in json.loads(bytes(found["unreadable"].tolist()))]
+    features = found["features"].to(model_device(model))
+    return LabelledFeatures(features, found["targets"].to(features.device), unreadable)
+
+
+def _encoded_alone(model: ClipModel, labelled: LabelledImages, encoding: Encoding) -> dict[str, Tensor]:
+    """`features` [N,D] and `targets` [N], and the `unreadable` pictures as JSON bytes."""
     features, targets, unreadable = [], [], list[Unreadable]()
     with evaluation_mode(model, encoding.precision):
         for batch in image_batches(labelled.dataset(model.preprocess), encoding, model_device(model)):
@@ -74,4 +88,5 @@ def _encode_stream(model: ClipModel, labelled: LabelledImages, encoding: Encodin
         raise InputError(
             f"NaN or infinity in the features of {labelled.source}: check the weights, or use precision fp32"
         )
-    return LabelledFeatures(stacked, torch.cat(targets).to(stacked.device), unreadable)
+    names = torch.frombuffer(bytearray(json.dumps(unreadable).encode()), dtype=torch.uint8)
+    return {"features": stacked, "targets": torch.cat(targets), "unreadable": names}

@@ -64,7 +64,7 @@ class Encoding:
     show_progress: bool = False
     shared: bool = False
     """Share the work among torchrun's processes. All must make the same calls, and each gets all features. If False,
-    a process encodes alone, as rank 0 does between two training steps."""
+    a process encodes alone."""
     cache: FeatureCache | None = None
     """Stores features from one evaluation to the next; None computes them each time."""
 

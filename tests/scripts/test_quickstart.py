@@ -57,9 +57,7 @@ def launched(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[li
         return 0
 
     monkeypatch.setattr(quickstart, "launch", run)
-    monkeypatch.setattr(
-        "training.record.run_report.report_run", lambda *_: None
-    )  # each run's own report has another test
+    monkeypatch.setattr("training.record.run_report.judge_run", lambda *_: None)  # each run's report has another test
     return commands
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -13,10 +14,11 @@ from torch import nn
 
 from longclip_teacher import create_teacher
 from longclip_teacher.config import TEACHERS
+from longclip_teacher.errors import InputError
 from mobileclip_student import VARIANTS, create_student
 from mobileclip_student.model import TextTower, override, variant_config
 from training.distill import Distiller
-from training.optim import build_optimizer, learning_rate
+from training.optim import build_optimizer, learning_rate, load_moments
 from training.settings.losses import LossOptions
 from training.settings.needs import needs_of
 from training.settings.options import OptimOptions
@@ -290,3 +292,49 @@ def test_towers_have_rates_of_their_own_and_frozen_ones_are_absent() -> None:
     left = shares_of(distiller, options)
     absent = ("model.image_encoder.", "model.text_encoder.blocks.0.")
     assert left == {name: share for name, share in shares.items() if not name.startswith(absent)}
+
+
+def stepped(options: OptimOptions, *, fused: bool) -> tuple[nn.Module, torch.optim.AdamW]:
+    """A small module, and its optimiser after a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = build_optimizer(model, options, fused=fused)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_resumed_optimiser_takes_moments_from_the_checkpoint_and_settings_from_the_options(fused: bool) -> None:
+    _, saved = stepped(OptimOptions(), fused=not fused)
+    _, other = stepped(OptimOptions(), fused=not fused)
+    options = OptimOptions(lr=0.5, weight_decay=0.7, betas=(0.5, 0.6), eps=1e-3, text_lr_share=0.5)
+    model, ours = stepped(options, fused=fused)
+    ours.param_groups[0]["maximize"] = saved.param_groups[0]["capturable"] = True  # none of them is the checkpoint's
+    before = [{name: value for name, value in group.items() if name != "params"} for group in ours.param_groups]
+    assert before[0]["fused"] == fused and before[0]["foreach"] != fused and before[0]["weight_decay"] == 0.7
+    load_moments(ours, saved.state_dict(), Path("last.pt"))
+    assert [{name: value for name, value in group.items() if name != "params"} for group in ours.param_groups] == before
+    for (number, moments), theirs in zip(saved.state_dict()["state"].items(), other.state.values(), strict=True):
+        for name, value in moments.items():
+            assert torch.equal(ours.state_dict()["state"][number][name], value), (number, name)
+            assert torch.equal(value, theirs[name]), "the checkpoint is only read"
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    ours.step()
+    assert all(moments["step"] == 2 for moments in ours.state.values())
+
+
+def test_moments_of_other_parameters_are_refused() -> None:
+    _, ours = stepped(OptimOptions(), fused=True)
+    for layers in ([nn.Linear(3, 4)], [nn.Linear(3, 5), nn.Linear(5, 2)], [nn.Linear(3, 4), nn.LayerNorm(4)]):
+        other = nn.Sequential(*layers)
+        optimizer = build_optimizer(other, OptimOptions())
+        for parameter in other.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        with pytest.raises(
+            InputError, match=r"last\.pt is of a version in which other parameters decayed: finish the run"
+        ):
+            load_moments(ours, optimizer.state_dict(), Path("last.pt"))

@@ -25,7 +25,7 @@ from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP, create_student, reparameterize, save_student
 from mobileclip_student.model import variant_config
 from training.record.evaluate import evaluated_model, validate
-from training.record.run_report import report_run
+from training.record.run_report import judge_run, report_run
 from training.settings.options import DataOptions, RunOptions, StudentOptions, TeacherOptions
 from training.settings.tree import TrainConfig, config_to_toml
 
@@ -157,7 +157,9 @@ def test_the_report_names_what_was_evaluated(
     (tmp_path / "run/config.toml").write_text(config_to_toml(config))
     monkeypatch.setenv("COLUMNS", "150")
     with start("cpu") as runtime:
-        report_run(config, runtime, None)
+        judged = judge_run(config, runtime, None)
+        assert judged is not None
+        report_run(config, runtime, judged)
     results = json.loads((tmp_path / "run/results.json").read_text())
     evaluated = f"student's {stage} tower + teacher's {other} tower"
     assert results["judged"] == evaluated and set(results["models"]) == {"student", "teacher"}

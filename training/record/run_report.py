@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.base.consoles import plain_console
-from eval.base.processes import Runtime
+from eval.base.processes import Runtime, agreed
 from eval.measures.costs import cost_conditions, measure_costs
 from eval.measures.figures import (
     Column,
@@ -33,34 +34,56 @@ from training.record.curves import run_provenance, training_curves
 from training.record.evaluate import evaluate_tests, evaluated_model, test_sets
 from training.settings.tree import TrainConfig, config_from_toml
 
-__all__ = ["report_run"]
+__all__ = ["Judged", "judge_run", "report_run"]
 
 _FUSED = "reparameterized"
 
 
-def report_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None) -> None:
-    """Evaluate, print, and write results.json and report.html into the run's folder; nothing if there are no tests.
+@dataclass(frozen=True)
+class Judged:
+    """What a run is judged by: models by name, and the JSON of `evaluate_tests` of each."""
+
+    models: dict[str, ClipModel]
+    results: dict[str, dict[str, Any]]
+    fused: ClipModel | None
+    """The trained student with its branches merged."""
+
+
+def judge_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None) -> Judged | None:
+    """Evaluate the best weights of a run, and its teacher, on all processes together. None if there are no tests.
 
     A named teacher that training did without, because its features were stored, is loaded now. So is the whole teacher
-    of a run of one tower, whose figures are those of that tower with the teacher's other one, and which says so.
+    of a run of one tower, whose figures are those of that tower with the teacher's other one.
+    """
+    if not config.data.tests and config.data.zeroshot is None:
+        return None
+
+    def load() -> tuple[dict[str, ClipModel], ClipModel | None]:
+        whole_teacher = validation_teacher(config, runtime.device)
+        saved = load_model(config.run.out_dir, device=str(runtime.device))
+        models: dict[str, ClipModel] = {config.run.train: evaluated_model(saved, config, whole_teacher)}
+        if (found := whole_teacher or teacher or _teacher_of_cache(config, runtime)) is not None:
+            models["teacher"] = found
+        fused = reparameterize(saved) if isinstance(saved, MobileCLIP) else None
+        return models, None if fused is None else evaluated_model(fused, config, whole_teacher)
+
+    models, fused = agreed(load)
+    return Judged(models, {name: evaluate_tests(model, config) for name, model in models.items()}, fused)
+
+
+def report_run(config: TrainConfig, runtime: Runtime, judged: Judged) -> None:
+    """Print what was judged, and write results.json and report.html into the run's folder.
 
     results.json gives the cost of the student as it was trained (`cost`) and with its branches merged
     (`cost_reparameterized`). Table and page show the second: that is how a student is used. The percentages are the
     same for both.
     """
-    if not config.data.tests and config.data.zeroshot is None:
-        return
+    models, results = judged.models, judged.results
     out_dir, trained_as = config.run.out_dir, config.run.train
     best = out_dir / "best.safetensors"
-    whole_teacher = validation_teacher(config, runtime.device)
-    saved = load_model(out_dir, device=str(runtime.device))
-    models: dict[str, ClipModel] = {trained_as: evaluated_model(saved, config, whole_teacher)}
-    if (teacher := whole_teacher or teacher or _teacher_of_cache(config, runtime)) is not None:
-        models["teacher"] = teacher
-    results = {name: evaluate_tests(model, config) for name, model in models.items()}
     timed = dict(models)
-    if isinstance(saved, MobileCLIP):
-        timed[_FUSED] = evaluated_model(reparameterize(saved), config, whole_teacher)
+    if judged.fused is not None:
+        timed[_FUSED] = judged.fused
     # the file of a run of one tower holds a whole student: its size is not that of what is evaluated
     costs = measure_costs(timed, dict.fromkeys((trained_as, _FUSED), best) if config.run.stage == "both" else {})
     content: dict[str, Any] = {name: {**results[name], "cost": costs[name]} for name in models}

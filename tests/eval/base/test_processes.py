@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,39 +20,10 @@ from eval.towers.features import Encoding, encode_captions, encode_images
 from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError, run_command
 from longclip_teacher.folder_lock import folder_lock
+from ranks import ends_of_ranks
 
 ROOT = Path(__file__).parents[3]
 CAPTIONS = [f"a {name} board and a {other} board" for name in ("red", "green", "blue") for other in ("aqua", "white")]
-
-
-def run(command: list[str], world_size: int) -> list[subprocess.CompletedProcess[str]]:
-    """Run `command` in `world_size` processes that know of each other as under torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]  # `main` imports conftest
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in search if path)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        ends = [process.communicate(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *end)
-        for process, end in zip(processes, ends, strict=True)
-    ]
 
 
 HOLD = """
@@ -74,9 +43,9 @@ run_command(main)
 def test_the_processes_of_a_job_share_its_folder_and_those_of_another_job_all_end(tmp_path: Path) -> None:
     script, folder = tmp_path / "hold.py", tmp_path / "out"
     script.write_text(HOLD)
-    assert [(end.returncode, end.stdout) for end in run([str(script), str(folder)], 2)] == [(0, "held\n")] * 2
+    assert [(end.returncode, end.stdout) for end in ends_of_ranks([str(script), str(folder)], 2)] == [(0, "held\n")] * 2
     with folder_lock(folder):
-        ends = run([str(script), str(folder)], 2)
+        ends = ends_of_ranks([str(script), str(folder)], 2)
     line = rf"error: {folder} is in use by process {os.getpid()} on .+"
     assert all(end.returncode == 2 and re.fullmatch(line, end.stderr.splitlines()[-1]) for end in ends), ends
 
@@ -91,7 +60,7 @@ def test_an_error_about_a_name_that_is_not_utf8_reaches_every_process(tmp_path: 
         "    with start('cpu') as runtime: all_results(fail if runtime.rank else dict)\n"
         "run_command(main)\n"
     )
-    for process in run([str(script)], 2):
+    for process in ends_of_ranks([str(script)], 2):
         assert (process.returncode, process.stderr.splitlines()[-1]) == (2, "error: no picture: caf\\udce9.jpg")
 
 
@@ -125,7 +94,7 @@ def test_two_processes_give_the_features_of_one_and_share_the_cache(
 ) -> None:
     """Encode three batches of captions and eleven of pictures in two processes, then both from the cache."""
     alone = encode(colour_model, boards, Encoding(batch_size=10))
-    ends = run([__file__, str(tmp_path / "out"), str(boards)], world_size=2)
+    ends = ends_of_ranks([__file__, str(tmp_path / "out"), str(boards)], 2)
     assert [end.returncode for end in ends] == [0, 0], ends
     for name in ("rank0", "rank1", "rank0_again", "rank1_again", "rank0_alone"):
         theirs = load_file(tmp_path / "out" / name)
@@ -140,7 +109,7 @@ def test_two_processes_give_the_features_of_one_and_share_the_cache(
 def test_an_error_on_one_process_ends_all_with_one_line(boards: Path, tmp_path: Path) -> None:
     for number in (1, 2, 3):  # four with 033: 1% of 101 is one, and no process may wait for another
         (boards / f"00{number}.png").write_text("no picture")
-    ends = run([__file__, str(tmp_path / "out"), str(boards)], world_size=2)
+    ends = ends_of_ranks([__file__, str(tmp_path / "out"), str(boards)], 2)
     for end in ends:
         assert end.returncode == 2
         assert end.stderr.splitlines()[-1].startswith("error: unreadable pictures: ")
@@ -155,7 +124,7 @@ def test_the_command_on_two_processes_writes_what_it_writes_on_one(colour_folder
         out = tmp_path / f"{world_size}.json"
         command = ["eval/retrieval.py", "--checkpoint", str(tmp_path / "tiny.safetensors"), "--protocol", "folder"]
         command += ["--root", str(colour_folder), "--batch-size", "3", "--num-workers", "0", "--device", "cpu"]
-        ends = run([*command, "--json", str(out)], world_size)
+        ends = ends_of_ranks([*command, "--json", str(out)], world_size, cwd=ROOT)
         assert [end.returncode for end in ends] == [0] * world_size, ends
         written.append(json.loads(out.read_text()))
     assert written[0] == written[1] and written[0]["num_images"] == 8
@@ -174,6 +143,7 @@ def test_one_process_alone_needs_no_group() -> None:
 
 def main() -> None:
     """Run one process: encode twice, the second time from the cache, and print the number of batches each time."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/eval has its own conftest
     from conftest import ColourClip
 
     out, folder = Path(sys.argv[1]), Path(sys.argv[2])
