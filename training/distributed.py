@@ -55,7 +55,11 @@ def send_statistics(module: nn.Module) -> None:
     same, and ends with rank 0's in the checkpoint."""
     if not dist.is_initialized():
         return
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            for buffer in norm.buffers():
-                dist.broadcast(buffer, src=0)
+    norms = [found for found in module.modules() if isinstance(found, nn.modules.batchnorm._BatchNorm)]
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    if not buffers:
+        return
+    sent = torch.cat([buffer.flatten().double() for buffer in buffers])  # counters too, exactly
+    dist.broadcast(sent, src=0)
+    for buffer, part in zip(buffers, sent.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))

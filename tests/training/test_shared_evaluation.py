@@ -134,7 +134,7 @@ def test_the_figures_of_several_processes_are_those_of_one(data: Path, tmp_path:
     assert alone["nothing"] == {}
     assert alone["student 4"]["images"] != alone["bf16"]["images"]
     for world_size in (2, 3):
-        run_ranks([__file__, str(tmp_path / str(world_size)), str(data)], world_size)
+        run_ranks([__file__, str(tmp_path / str(world_size)), str(data)], world_size, timeout=300)
         for rank in range(world_size):
             assert json.loads((tmp_path / f"{world_size}.{rank}").read_text()) == alone, (world_size, rank)
 
