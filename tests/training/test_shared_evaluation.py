@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ def write_data(root: Path) -> None:
         picture.save(root / f"classes/c{number % 3}/{number}.png")
         caption = f"a {words[number]} board " + "goes on " * number
         (root / f"boards/caption/{number}.txt").write_text(caption)
+    (root / "shards").mkdir()
+    with tarfile.open(root / "shards/0.tar", "w") as shard:
+        for number in range(NUM_PICTURES):
+            label = root / "label"
+            label.write_text(str(number % 3))
+            shard.add(root / f"boards/image/{number}.png", f"{number}.png")
+            shard.add(label, f"{number}.cls")
+    (root / "names.txt").write_text("red\nold\nsmall")
     (root / "templates.txt").write_text("a {} board\na board that is {}\nthe {}")
 
 
@@ -109,6 +118,8 @@ def all_cases(runtime: Runtime, data: Path) -> dict[str, Any]:
     for stage in ("image", "text"):
         found[stage] = judged(student_in_training(runtime), config_of(data, stage=stage), teacher)
     found["teacher"] = judged(teacher.train(), plain)
+    streamed = replace(plain.data, val=None, zeroshot=data / "shards", zeroshot_classnames=data / "names.txt")
+    found["stream"] = judged(student_in_training(runtime), replace(plain, data=streamed))
     nothing = replace(plain, data=replace(plain.data, val=None, zeroshot=None))
     found["nothing"] = judged(student_in_training(runtime), nothing)
     return found
@@ -131,10 +142,10 @@ def test_the_figures_of_several_processes_are_those_of_one(data: Path, tmp_path:
     run_ranks([__file__, str(tmp_path / "1"), str(data)], 1)
     alone = json.loads((tmp_path / "1.0").read_text())
     assert set(alone["image"]) == {"i2t_r1", "t2i_r1", "score", "agreement", "zeroshot_top1", "images", "captions"}
-    assert alone["nothing"] == {}
+    assert alone["nothing"] == {} and set(alone["stream"]) == {"zeroshot_top1"}
     assert alone["student 4"]["images"] != alone["bf16"]["images"]
     for world_size in (2, 3):
-        run_ranks([__file__, str(tmp_path / str(world_size)), str(data)], world_size, timeout=300)
+        run_ranks([__file__, str(tmp_path / str(world_size)), str(data)], world_size)
         for rank in range(world_size):
             assert json.loads((tmp_path / f"{world_size}.{rank}").read_text()) == alone, (world_size, rank)
 
@@ -148,7 +159,7 @@ def trained(checkout: Path, data: Path, out_dir: Path, *args: str) -> list[subpr
         "--data.zeroshot", str(data / "classes"), "--data.zeroshot_classnames", "None",
         "--data.zeroshot_templates", str(data / "templates.txt"), *args,
     ]  # fmt: skip
-    return ends_of_ranks([str(ROOT / command[0]), *command[1:]], 2, cwd=checkout, timeout=300)
+    return ends_of_ranks([str(ROOT / command[0]), *command[1:]], 2, cwd=checkout)
 
 
 def test_evaluation_leaves_training_alone_and_the_best_is_decided_once(
