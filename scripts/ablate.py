@@ -74,6 +74,7 @@ from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
 from ablation_runs import RECORD, comparison_conditions, config_differences, gather
 from ablation_table import write_table
 from eval.base.consoles import plain_console
+from eval.base.launch import run_passing_signals
 from longclip_teacher.atomic_files import json_text, write_json, write_text
 from training.generations import write_text_generation
 from training.record.run_log import read_metrics
@@ -280,19 +281,8 @@ def fail(job: Job, processes: int, problem: str) -> str:
 def launch(command: list[str], log_file: Path, tick: Callable[[], None]) -> int:
     """Run a command to its end and return its exit code. Append its output to `log_file` and call `tick` meanwhile."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}  # one process per core is faster than threads
-    with (
-        log_file.open("ab") as log,
-        subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT) as process,
-    ):
-        try:
-            while True:
-                try:
-                    return process.wait(timeout=1)
-                except subprocess.TimeoutExpired:
-                    tick()
-        except BaseException:  # Ctrl-C must not leave a training run behind
-            process.terminate()
-            raise
+    with log_file.open("ab") as log:
+        return run_passing_signals(command, env=environment, tick=tick, stdout=log, stderr=subprocess.STDOUT)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -94,6 +93,7 @@ if __name__ == "__main__":
 import torch
 
 from eval.base.consoles import plain_console
+from eval.base.launch import run_passing_signals
 from eval.measures.costs import Cost, cost_conditions, measure_costs
 from eval.measures.figures import Column, best_models, figure_columns, figure_conditions, format_figure, model_figures
 from eval.measures.retrieval_examples import retrieval_examples
@@ -201,7 +201,7 @@ def run_training(preset: str, out_dir: Path, options: Options, steps: int | None
 def launch(command: list[str]) -> int:
     """Run a command to its end and return its exit code. Its output goes to stderr; stdout is for the table."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # one process per core is faster than threads
-    return subprocess.run(command, env=environment, stdout=sys.stderr.fileno()).returncode
+    return run_passing_signals(command, env=environment, stdout=sys.stderr.fileno())
 
 
 def say(step: str, message: str) -> None:

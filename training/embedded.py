@@ -75,7 +75,8 @@ def _run_first(preset: str, out_dir: Path, config: TrainConfig, runtime: Runtime
     if _is_finished(out_dir):
         return
     logger.info("nothing in %s yet: running preset %s first", out_dir, preset)
-    first = parse_config([preset, "--run.device", config.run.device])
+    # a run that was stopped goes on
+    first = parse_config([preset, "--run.device", config.run.device, "--run.resume", "auto"])
     check_config(first, runtime.world_size)
     prepare_embedded(first, runtime)
     distillation = build_distillation(first, runtime)

@@ -176,19 +176,25 @@ class Watchdog:
 
     def _say_once(self, line: str) -> None:
         """Print a line, on one of the processes that have it to say."""
-        is_heard = time.monotonic() - self._heard < 3 * self._beat
-        if self._store is None or not is_heard or self._store.add(line.partition(":")[0], 1) == 1:
-            os.write(2, f"{line}\n".encode())
+        if self._store is not None and time.monotonic() - self._heard < 3 * self._beat:
+            try:
+                moment = max(seen.phase for seen in self._seen)
+                if self._store.add(f"{line.partition(':')[0]} {moment}", 1) > 1:
+                    return
+            except RuntimeError:  # its process has just ended, with the same line
+                return
+        os.write(2, f"{line}\n".encode())
 
     def _end(self, silent: list[int]) -> None:
         resume = "the run ends (--run.collective_timeout); --run.resume auto goes on from the last checkpoint"
-        self._say_once(f"error: no progress for {self._limit:g} s: {self._accused(silent)}; {resume}")
-        for rank in silent:
-            process = self._seen[rank].process
-            if process and process == _identity(int(process[1])):  # it is here, and no other has got its number
-                os.kill(int(process[1]), signal.SIGKILL)
-        kill_children()
-        os._exit(TIMED_OUT)
+        try:
+            self._say_once(f"error: no progress for {self._limit:g} s: {self._accused(silent)}; {resume}")
+            for process in (self._seen[rank].process for rank in silent):
+                if process and process == _identity(int(process[1])):  # it is here, and no other has got its number
+                    os.kill(int(process[1]), signal.SIGKILL)
+        finally:
+            kill_children()
+            os._exit(TIMED_OUT)
 
     def _name_the_lost(self) -> None:
         """Raise InputError that names the ranks that have ended, if their silence tells, on one of the others."""

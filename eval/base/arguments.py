@@ -14,8 +14,11 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from types import TracebackType
 from typing import Any, Protocol, TypeVar, get_args
 
 import tyro
@@ -51,13 +54,23 @@ def read_options(kind: type[Options], description: str | None = None) -> Options
 
 
 def answer_early(kind: type[Any], description: str | None = None) -> None:
-    """End the program if the command line asks for help or is refused; return otherwise."""
+    """End the program if the command line asks for help or is refused; return otherwise. From now on Ctrl-C is one line
+    and exit code 130, in the imports that follow too."""
 
     def answer() -> None:
         with reported_once():
             read_options(kind, description)
 
     run_command(answer)
+    sys.excepthook = _interrupted_in_one_line
+
+
+def _interrupted_in_one_line(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, where)
+        return
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def _option_names(kind: Any) -> list[str]:

@@ -7,6 +7,7 @@ The processes exchange safetensors bytes, not pickle.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from eval.base.progress import Interrupted
+from eval.base.workers import end_with_parent
 from longclip_teacher.errors import InputError
 from longclip_teacher.folder_lock import folder_lock
 
@@ -84,6 +86,8 @@ def start(device: str = "auto", allow_tf32: bool = True) -> Iterator[Runtime]:
     if world_size == 1:
         yield Runtime(0, 1, chosen)
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)  # torchrun starts each process in a session of its own: it would live on
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield Runtime(dist.get_rank(), world_size, chosen)

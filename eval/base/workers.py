@@ -1,4 +1,4 @@
-"""Worker processes of a DataLoader: they end with their process, leave signals to it, and fail aloud."""
+"""Processes that another has started end with it. A DataLoader's workers leave signals to it and fail aloud."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-__all__ = ["share_tensors", "start_worker"]
+__all__ = ["end_with_parent", "share_tensors", "start_worker"]
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 Result = TypeVar("Result")
@@ -23,8 +23,13 @@ def start_worker(_: int) -> None:
     alone. A parent that finishes its step after SIGTERM still needs its workers."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """On Linux, let this process get signal `number` when its parent dies."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def share_tensors(result: Result) -> Result:
