@@ -93,6 +93,7 @@ from eval.base.processes import Runtime, all_results, start
 from eval.towers.models import load_model
 from longclip_teacher import LongCLIP
 from longclip_teacher.weights_file import file_sha256
+from training.cache.freshness import is_stale
 from training.cache.manifest import (
     CACHE_MANIFEST,
     CacheSettings,
@@ -106,6 +107,7 @@ from training.cache.manifest import (
     sidecar_path,
     teacher_hashes,
     write_cache_manifest,
+    write_record,
 )
 from training.cache.sidecar import Sidecar
 from training.cache.writer import SidecarWriter, cache_settings
@@ -121,7 +123,8 @@ class Work:
 
     writer: SidecarWriter
     identities: list[ShardIdentity]
-    is_done: list[bool]
+    records: list[SidecarRecord | None]
+    """Of the shards that an earlier run finished; None for the others."""
 
 
 def prepare(options: Options, device: torch.device) -> Work:
@@ -149,9 +152,9 @@ def prepare(options: Options, device: torch.device) -> Work:
         _refuse_other_settings(folder, settings)
     identities = shard_identities(index)
     records = read_records(folder)
-    is_done = [_is_finished(folder, shard, records.get(shard.shard)) for shard in identities]
+    finished = [_finished(folder, shard, records.get(shard.shard)) for shard in identities]
     return Work(
-        SidecarWriter(model, settings, index, folder, options.batch_size, options.num_workers), identities, is_done
+        SidecarWriter(model, settings, index, folder, options.batch_size, options.num_workers), identities, finished
     )
 
 
@@ -191,14 +194,11 @@ def _other(folder: Path, name: str, old: object, new: object) -> InputError:
     )
 
 
-def _is_finished(folder: Path, identity: ShardIdentity, record: SidecarRecord | None) -> bool:
+def _finished(folder: Path, identity: ShardIdentity, record: SidecarRecord | None) -> SidecarRecord | None:
     path = sidecar_path(folder, identity.shard)
-    return (
-        record is not None
-        and not changes(record, identity)
-        and path.is_file()
-        and path.stat().st_size == record.num_bytes
-    )
+    if record is None or changes(record, identity) or not path.is_file() or path.stat().st_size != record.num_bytes:
+        return None
+    return record
 
 
 @contextmanager
@@ -226,6 +226,26 @@ def samples_bar(runtime: Runtime, total: int) -> Iterator[Any]:
         yield advance
 
 
+def find_stale(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Tensor]:
+    """Return a mask of this process's share of the finished shards that were changed since.
+
+    Those whose file has another time are read; whose contents are the same get the new time into their record.
+    """
+    mask = torch.zeros(len(is_done), dtype=torch.bool)
+    folder, settings = work.writer.folder, work.writer.settings
+    for place in range(runtime.rank, len(is_done), runtime.world_size):
+        record = work.records[place]
+        if not is_done[place] or not record or record.shard_changed_ns == work.identities[place].shard_changed_ns:
+            continue
+        path, is_upright = sidecar_path(folder, record.shard), record.shard_changed_ns != 0
+        mask[place] = is_stale(path, work.writer.index, place, settings.context_length, is_upright=is_upright)
+        if mask[place]:
+            print(f"{record.shard} was changed since {path.name} was made: made again", file=sys.stderr)
+        else:
+            write_record(folder, replace(record, shard_changed_ns=work.identities[place].shard_changed_ns))
+    return {"stale": mask}
+
+
 def make(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Tensor]:
     """Cache this process's share of the remaining shards and return its counts."""
     left = [(place, identity) for place, identity in enumerate(work.identities) if not is_done[place]]
@@ -249,11 +269,13 @@ def cache(options: Options, runtime: Runtime) -> None:
         work = prepared[0]
         if runtime.is_main:
             write_cache_manifest(work.writer.folder, work.writer.settings)
-        return {"is_done": torch.tensor(work.is_done)}
+        return {"is_done": torch.tensor([record is not None for record in work.records])}
 
     # rank 0's view decides for all: a process that starts late finds more shards done and would deal out others
     is_done = all_results(mask)[0]["is_done"].tolist()
     work, begin = prepared[0], time.monotonic()
+    stale = torch.stack([part["stale"] for part in all_results(lambda: find_stale(work, is_done, runtime))]).any(dim=0)
+    is_done = [done and not was_changed for done, was_changed in zip(is_done, stale.tolist(), strict=True)]
     counts = torch.stack([part["counts"] for part in all_results(lambda: make(work, is_done, runtime))]).sum(dim=0)
     seconds = time.monotonic() - begin
     if not runtime.is_main:

@@ -20,7 +20,7 @@ from PIL.ExifTags import Base
 from eval.base.plain_files import check_plain
 from longclip_teacher.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_IMAGE_PIXELS", "TURNS", "is_picture", "open_image", "orientation"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_IMAGE_PIXELS", "TURNS", "is_picture", "open_image", "orientation", "picture_header"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS, because Pillow would start Ghostscript for it
@@ -78,6 +78,16 @@ def open_image(source: str | Path | bytes, most_pixels: int | None = None) -> Im
     except Exception as error:  # a decoder may raise anything on damaged bytes: OSError, SyntaxError, struct.error, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise InputError(f"{name}: damaged picture ({reason.splitlines()[0]})") from None
+
+
+def picture_header(data: bytes) -> tuple[int, tuple[int, int]]:
+    """Return the EXIF orientation of a picture's file, and width and height as they lie in it; (1, (0, 0)) for a file
+    that is no picture."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:  # reads no pixels
+            return orientation(image), image.size
+    except Exception:  # as in open_image
+        return 1, (0, 0)
 
 
 def orientation(image: Image.Image) -> int:

@@ -116,6 +116,9 @@ class ShardIdentity:
     shard_bytes: int
     shard_sha256: str
     """"" if the shard's own manifest does not give it."""
+    shard_changed_ns: int
+    """When the file was last changed, as the file system says (ctime). A sidecar whose record has another time is
+    compared with its shard before it is kept. 0 in caches of earlier versions."""
     num_samples: int
     keys_sha256: str
 
@@ -133,6 +136,7 @@ class SidecarRecord(ShardIdentity):
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SidecarRecord:
         """Invert `dataclasses.asdict`. Raise KeyError, TypeError or ValueError for anything else."""
+        data = {"shard_changed_ns": 0, **data}
         read: dict[str, Any] = {
             f.name: (int if f.type == "int" else str)(data[f.name]) for f in dataclasses.fields(cls)
         }
@@ -263,7 +267,8 @@ def shard_identities(index: ShardIndex) -> list[ShardIdentity]:
     identities, start = [], 0
     for path, size, sha256 in zip(index.paths, index.shard_sizes.tolist(), index.shard_sha256, strict=True):
         digest = hashlib.sha256(json.dumps([index.key(i) for i in range(start, start + size)]).encode()).hexdigest()
-        identities.append(ShardIdentity(path.name, path.stat().st_size, sha256, size, digest))
+        status = path.stat()
+        identities.append(ShardIdentity(path.name, status.st_size, sha256, status.st_ctime_ns, size, digest))
         start += size
     return identities
 
@@ -271,12 +276,13 @@ def shard_identities(index: ShardIndex) -> list[ShardIdentity]:
 def changes(record: SidecarRecord, identity: ShardIdentity) -> list[tuple[str, Any, Any]]:
     """Return the fields in which a shard differs from the one that a sidecar was made from, with both values.
 
-    A sha256 that the shards' manifest does not give is not compared.
+    A sha256 that the shards' manifest does not give is not compared, nor is the time of the last change.
     """
     return [
         (field.name.replace("_", " "), getattr(record, field.name), getattr(identity, field.name))
         for field in dataclasses.fields(ShardIdentity)
         if getattr(record, field.name) != getattr(identity, field.name)
+        and field.name != "shard_changed_ns"
         and not (field.name == "shard_sha256" and not identity.shard_sha256)
     ]
 

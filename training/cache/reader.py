@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.base.processes import is_main_process
 from longclip_teacher.errors import InputError
+from longclip_teacher.text import CaptionTokenizer
+from training.cache.freshness import has_caption, is_same_picture, may_be_mirrored, sample_captions
 from training.cache.manifest import (
     CacheSettings,
     SidecarRecord,
@@ -29,7 +31,7 @@ from training.cache.manifest import (
     teacher_hashes,
     tokenizer_digest,
 )
-from training.cache.sidecar import Sidecar
+from training.cache.sidecar import Sidecar, StoredView
 from training.data.index import RawSample, ShardIndex
 from training.data.samples import BadSample
 from training.data.store import StoredDraw, TeacherInfo, choose_captions, choose_view
@@ -70,9 +72,9 @@ def open_cache(
     if digest != settings.tokenizer:
         raise _misfit(folder, "tokenizer", settings.tokenizer, digest)
     _check_augment(folder, settings, augment)
-    _check_shards(folder, records, index)
+    found = _check_shards(folder, records, index)
     _warn_of_versions(folder, settings, fast_decode)
-    return TeacherCacheStore(folder, settings, index)
+    return TeacherCacheStore(folder, settings, index, [bool(record.shard_changed_ns) for record in found])
 
 
 def _check_augment(folder: Path, settings: CacheSettings, augment: AugmentConfig) -> None:
@@ -85,7 +87,8 @@ def _check_augment(folder: Path, settings: CacheSettings, augment: AugmentConfig
             raise _misfit(folder, f"augment.{field.name}", cached, wanted)
 
 
-def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardIndex) -> None:
+def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardIndex) -> list[SidecarRecord]:
+    """Return the record of each of the index's shards."""
     refuse_same_names(index.paths)
     wanted = shard_identities(index)
     found = {identity.shard: records.get(identity.shard) or read_record(folder, identity.shard) for identity in wanted}
@@ -97,9 +100,8 @@ def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardI
             f"{folder}: {len(missing)} of {len(wanted)} shards have no sidecar, the first {missing[0]}: "
             "run scripts/cache_teacher.py again"
         )
-    for identity in wanted:
-        record = found[identity.shard]
-        assert record is not None
+    complete = [record for record in found.values() if record is not None]
+    for identity, record in zip(wanted, complete, strict=True):
         for name, cached, value in changes(record, identity):
             raise _misfit(folder, f"{identity.shard}: {name}", cached, value)
         num_bytes = sidecar_path(folder, identity.shard).stat().st_size
@@ -108,6 +110,7 @@ def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardI
                 f"{sidecar_path(folder, identity.shard)} is damaged ({num_bytes} bytes instead of {record.num_bytes}): "
                 "delete it and run scripts/cache_teacher.py again"
             )
+    return complete
 
 
 def _warn_of_versions(folder: Path, settings: CacheSettings, fast_decode: bool) -> None:
@@ -128,11 +131,14 @@ def _misfit(folder: Path, field: str, cached: object, wanted: object, note: str 
 class TeacherCacheStore:
     """Sidecars as a TeacherStore (store.py). Picklable; each process maps the files that it reads."""
 
-    def __init__(self, folder: Path, settings: CacheSettings, index: ShardIndex) -> None:
+    def __init__(self, folder: Path, settings: CacheSettings, index: ShardIndex, is_upright: Sequence[bool]) -> None:
+        """`is_upright` says of each shard whether its pictures are known to have been stored upright."""
         self.folder = folder
         self.settings = settings
         self.index = index
         self.teacher_info = TeacherInfo((settings.embed_dim,), settings.logit_scale, settings.context_length)
+        self._is_upright = is_upright
+        self._tokenizer = CaptionTokenizer(settings.context_length)
         self._sidecars: OrderedDict[int, Sidecar] = OrderedDict()
 
     def draw(self, raw: RawSample, seed: int, key: tuple[int, ...]) -> StoredDraw:
@@ -142,20 +148,41 @@ class TeacherCacheStore:
         stored = sidecar.view(row, choose_view(sidecar.num_views, seed, key), raw.key)
         if not stored.is_valid:
             raise BadSample("no stored features: unreadable when the teacher cache was made")
-        if zlib.crc32(raw.image or b"") != stored.picture_crc:
-            raise InputError(
-                f"{self.index.paths[shard]}: the picture of {raw.key} is not the one that the teacher cache was made "
-                "from: run scripts/cache_teacher.py again"
-            )
+        if not is_same_picture(stored, raw):
+            raise self._stale(shard, f"the picture of {raw.key} is not the one that the teacher cache was made from")
+        if not self._is_upright[shard] and may_be_mirrored(stored, raw):
+            raise self._stale(shard, f"the teacher cache may hold the picture of {raw.key} before it is turned upright")
         chosen_long, chosen_short = choose_captions(
             len(stored.long), 0 if stored.shorts_follow else len(stored.short), seed, key
         )
         short_row = stored.short[chosen_long if chosen_short < 0 else chosen_short]
-        long, long_tokens = sidecar.caption(int(stored.long[chosen_long]), raw.key)
-        short, short_tokens = sidecar.caption(int(short_row), raw.key)
+        rows = int(stored.long[chosen_long]), int(short_row)
+        if not self._has_captions(sidecar, stored, raw, (chosen_long, chosen_short), rows):
+            raise self._stale(shard, f"the captions of {raw.key} are not those that the teacher cache was made from")
+        (long, long_tokens), (short, short_tokens) = (sidecar.caption(row, raw.key) for row in rows)
         return StoredDraw(
             stored.augmentation, long_tokens, short_tokens, stored.image, long, short, picture_size=stored.size
         )
+
+    def _has_captions(
+        self, sidecar: Sidecar, stored: StoredView, raw: RawSample, chosen: tuple[int, int], rows: tuple[int, int]
+    ) -> bool:
+        """Return whether the sample has as many captions as are stored, and the chosen ones are those in `rows`."""
+        try:
+            long, short, shorts_follow = sample_captions(raw)
+        except BadSample:
+            return False
+        if (len(long), len(short), shorts_follow) != (len(stored.long), len(stored.short), stored.shorts_follow):
+            return False
+        texts = long[chosen[0]], short[chosen[0] if chosen[1] < 0 else chosen[1]]
+        return all(
+            has_caption(sidecar, row, raw.key, text, self._tokenizer) for row, text in zip(rows, texts, strict=True)
+        )
+
+    def _stale(self, shard: int, what: str) -> InputError:
+        path = self.index.paths[shard]
+        sidecar = sidecar_path(self.folder, path).name
+        return InputError(f"{path}: {what}: run scripts/cache_teacher.py again, which makes {sidecar} anew")
 
     def _sidecar(self, shard: int) -> Sidecar:
         if shard not in self._sidecars:

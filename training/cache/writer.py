@@ -27,8 +27,9 @@ from eval.towers.precision import Precision
 from longclip_teacher import LongCLIP
 from longclip_teacher.errors import InputError
 from longclip_teacher.features import unit_features
-from longclip_teacher.text import caption_lengths, first_sentence
+from longclip_teacher.text import caption_lengths
 from longclip_teacher.weights_file import file_sha256
+from training.cache.freshness import sample_captions
 from training.cache.manifest import (
     CacheSettings,
     ShardIdentity,
@@ -44,7 +45,7 @@ from training.cache.sidecar import CaptionRows, SampleEntry, write_sidecar
 from training.data.decoding import normalized, open_picture, picture_size
 from training.data.index import RawSample, ShardIndex
 from training.data.randomness import sample_generator
-from training.data.samples import BadSample, read_captions
+from training.data.samples import BadSample
 from training.data.transforms import ViewSpec, draw_augmentation, render
 from training.settings.augment import AugmentConfig
 
@@ -134,7 +135,7 @@ class _Pieces(Dataset):
     def _read(self, raw: RawSample, shard: int, row: int) -> tuple[_ReadSample, list[Tensor]]:
         settings = self.settings
         try:
-            long, short = read_captions(raw)
+            long, short, shorts_follow = sample_captions(raw)
             picture = open_picture(raw.image or b"", settings.decoder == "fast")
         except (BadSample, InputError):
             return _ReadSample(SampleEntry(raw.key), [], []), []
@@ -148,8 +149,6 @@ class _Pieces(Dataset):
         ]
         spec = ViewSpec(settings.image_size, settings.interpolation)
         images = [render(picture, augmentation, [spec])[0] for augmentation in augmentations]
-        shorts_follow = not short
-        short = short or [first_sentence(caption) for caption in long]
         entry = SampleEntry(raw.key, size, zlib.crc32(raw.image or b""), augmentations, shorts_follow=shorts_follow)
         return _ReadSample(entry, long, short), images
 
