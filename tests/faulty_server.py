@@ -25,8 +25,10 @@ from training.data.index import RawSample
 from training.data.stream import read_remote_shard
 
 HURRIED = Patience(
-    connect=5, read=0.4, least_bytes=1 << 10, first_wait=0.01, longest_wait=0.02, longest_retry_after=0.05
+    connect=5, read=3.0, least_bytes=1 << 10, first_wait=0.01, longest_wait=0.02, longest_retry_after=0.05
 )
+HASTY = replace(HURRIED, read=0.8)
+"""For servers that stall."""
 MTIME = "Mon, 02 Jan 2023 10:00:00 GMT"
 
 
@@ -205,7 +207,7 @@ def lasting_fault(generator: random.Random) -> tuple[Fault, str]:
     ])  # fmt: skip
 
 
-def http_trial(generator: random.Random, patience: Patience = HURRIED) -> str | None:
+def http_trial(generator: random.Random, patience: Patience = HASTY) -> str | None:
     """Read a random shard from a server with random faults. Return what went wrong, or None if no sample was lost or
     doubled, or else the shard and the cause were named in one line."""
     content, expected = make_shard(generator, generator.randrange(1, 12))
@@ -219,13 +221,13 @@ def http_trial(generator: random.Random, patience: Patience = HURRIED) -> str | 
     cause = ""
     if generator.random() < 0.25:
         fault, cause = lasting_fault(generator)
-        faults = [*[fault for fault in faults if fault.status in (429, 500, 502, 503, 504)], fault]
+        faults = [*[fault for fault in faults if fault.status in (429, 500, 502, 503, 504)], *[fault] * 20]
     elif generator.random() < 0.1:
         content, cause = content[: generator.randrange(0, end, 512)], "cut short|end of data|empty file"
         faults = [replace(fault, cut_at=None) for fault in faults if fault.status]
     elif generator.random() < 0.1:
         changed = bytes(1) + content[1:]
-        faults = [Fault(cut_at=end), Fault(headers={"ETag": '"two"', "Last-Modified": ""}, body=changed)]
+        faults = [Fault(cut_at=end), *[Fault(headers={"ETag": '"two"', "Last-Modified": ""}, body=changed)] * 20]
         options["ranges"], cause = False, "it changed on the server while it was read"
     found: list[RawSample] = []
     message = ""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from faulty_server import HURRIED, MTIME, Fault, FaultyServer, http_trial, make_shard, serving
+from faulty_server import HASTY, HURRIED, MTIME, Fault, FaultyServer, http_trial, make_shard, serving
 from longclip_teacher.errors import InputError
 from training.data.download import Download, TriesExhausted
 from training.data.stream import read_remote_shard
@@ -54,7 +54,7 @@ PASSING = {
 @pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
 def test_what_passes_is_tried_again(fault: Fault, validators: tuple[str, ...]) -> None:
     with serving(CONTENT, fault, validators=validators) as server:
-        assert downloaded(server) == CONTENT
+        assert downloaded(server, HASTY if fault.then in ("stall", "trickle") else HURRIED) == CONTENT
     assert len(server.requests) == 2 and not server.faults
 
 
@@ -63,7 +63,7 @@ def test_what_passes_is_tried_again(fault: Fault, validators: tuple[str, ...]) -
 def test_the_rest_is_asked_for_if_the_server_can_tell_its_files_apart(framing: str, then: str) -> None:
     for validators, expected in [(("ETag", "Last-Modified"), '"one"'), (("Last-Modified",), MTIME)]:
         with serving(CONTENT, Fault(cut_at=CUT, then=then), validators=validators, framing=framing) as server:
-            assert downloaded(server, ending=bytes(1024)) == CONTENT
+            assert downloaded(server, HASTY if then == "stall" else HURRIED, bytes(1024)) == CONTENT
         (first, start), condition = requested(server, "Range"), requested(server, "If-Range")
         assert first is None and start is not None and condition == [None, expected]
         assert start == f"bytes={CUT}-" or then == "reset"  # a reset throws away what was on the way
@@ -241,7 +241,7 @@ def test_random_faults_lose_nothing(seed: int) -> None:
 
 
 def test_without_tries_the_trials_would_fail() -> None:
-    patience = replace(HURRIED, tries=1)
+    patience = replace(HASTY, tries=1)
     assert sum(http_trial(random.Random(seed), patience) is not None for seed in range(12)) >= 6
 
 
@@ -259,9 +259,9 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     [
         (header("x", 3 << 30, tarfile.XHDTYPE), b"x" * 51_200, "more than 64 KiB of names and attributes"),
         (header("x", 3 << 30, tarfile.GNUTYPE_LONGNAME), b"x" * 51_200, "more than 64 KiB of names and attributes"),
-        (header("1.mp4", 1 << 50), b"x" * 51_200, "no sample in 4 MiB"),
-        (header("1.jpg", 0) + bytes(1024), bytes(51_200), "no sample in 4 MiB"),
-        (b"", header("folder", 0, tarfile.DIRTYPE) * 100, "no sample in 4 MiB"),
+        (header("1.mp4", 1 << 50), b"x" * 51_200, "no sample in 2 MiB"),
+        (header("1.jpg", 0) + bytes(1024), bytes(51_200), "no sample in 2 MiB"),
+        (b"", header("folder", 0, tarfile.DIRTYPE) * 100, "no sample in 2 MiB"),
         (b"", b"".join(header(f"1.{n}", 0) for n in range(2000)), "more than 1000 members"),
     ],
     ids=["pax", "long name", "member", "end mark", "folders", "members"],
@@ -269,7 +269,7 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 def test_tars_without_end_are_left_in_little_memory(
     start: bytes, more: bytes, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eval.base.tar_samples._MAX_BYTES_WITHOUT_SAMPLE", 4 << 20)
+    monkeypatch.setattr("eval.base.tar_samples._MAX_BYTES_WITHOUT_SAMPLE", 2 << 20)
     with serving(b"", Fault(raw=b"HTTP/1.1 200 OK\r\n\r\n" + start, then="repeat", more=more)) as server:
         tracemalloc.start()
         try:
