@@ -17,11 +17,11 @@ from longclip_teacher.errors import InputError
 from training.settings.tree import parse_config
 from training.update import count_bad_step
 
-__all__ = ["ROWS"]
+__all__ = ["ROWS", "small_run"]
 
 
 @remembered
-def _run() -> Run:
+def small_run() -> Run:
     """A run of this process, which its trials go on with: a bad step must leave it as it was."""
     run = Run(Runtime(0, 1, torch.device("cpu")))
     assert run.step()[2]
@@ -73,7 +73,7 @@ def _wrong(run: Run, folder: Path, name: str, fault: Fault | None) -> str | None
 def trial(draws: random.Random, folder: Path, material: Path) -> str | None:
     if draws.random() < 0.1:
         return _trial_of_two(draws, folder)
-    run = _run()
+    run = small_run()
     return _wrong(run, folder, *drawn_fault(run, draws))
 
 

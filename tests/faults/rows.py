@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults import checkpoints, code, mutations, not_finite, runs, stored, transfers
+from faults import at_once, bombs, checkpoints, code, flat_memory, mutations, not_finite, runs, stored, transfers
 
 __all__ = ["ROWS"]
 
@@ -14,4 +14,7 @@ ROWS = [
     *mutations.ROWS,
     *code.ROWS,
     *transfers.ROWS,
+    *bombs.ROWS,
+    *at_once.ROWS,
+    *flat_memory.ROWS,
 ]
