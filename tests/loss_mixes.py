@@ -21,12 +21,14 @@ from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.config import TEACHERS
 from mobileclip_student import MobileCLIP, create_student
 from mobileclip_student.model import override, variant_config
+from training.data.mixing import mix
 from training.data.samples import Batch
 from training.data.store import TeacherInfo
 from training.distillation import assemble
 from training.losses.table import LOSSES, Loss, Part, Stage
 from training.settings.losses import LossOptions
 from training.settings.needs import Tower
+from training.settings.options import MixOptions
 from training.settings.tree import PRESETS, config_from_toml
 from training.step import backward_step
 from training.teachers import Teachers
@@ -121,7 +123,7 @@ CASES = {
 
 def options_of(case: Case) -> LossOptions:
     weights = dict.fromkeys(LossOptions().weights, 0.0) | case.losses
-    return LossOptions(**weights, **{"pca_rank": 3, "mask_ratio": 0.0, "head_match": "mean", **case.settings})
+    return LossOptions(**weights, **{"pca_rank": 3, "head_match": "mean", **case.settings})
 
 
 def student_of(case: Case) -> MobileCLIP:
@@ -160,7 +162,15 @@ def batch_of(runtime: Runtime) -> Batch:
     def pictures() -> Tensor:
         return torch.randint(0, 256, (BATCH, 3, 48, 48), generator=generator, dtype=torch.uint8)
 
-    whole = Batch(pictures(), (pictures(),), captions(12), captions(6), [str(i) for i in range(BATCH)], {})
+    whole = Batch(
+        pictures(),
+        (pictures(),),
+        captions(12),
+        captions(6),
+        [str(i) for i in range(BATCH)],
+        [(0, i) for i in range(BATCH)],
+        {},
+    )
     share = BATCH // runtime.world_size
     return whole.rows(slice(runtime.rank * share, (runtime.rank + 1) * share))
 
@@ -181,6 +191,7 @@ def two_steps(case: Case, runtime: Runtime, accumulation: int) -> dict[str, Tens
         found = assemble(student, Teachers(stored=stored), options_of(case), **given)
         batch = replace(batch, teacher={name: value.half().double() for name, value in rows.items()})
     distiller = found.distiller.double().eval()
+    batch = mix(batch, MixOptions(), seed=0, step=0, mask=distiller.mask)
     module = DistributedDataParallel(distiller) if runtime.world_size > 1 else distiller
     optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -23,7 +23,7 @@ from training.distill import Distiller
 from training.ema import ModelEma
 from training.generations import verified_file, write_generation
 from training.optim import load_moments
-from training.resume import RunInputs, changes_since
+from training.resume import RunInputs, changes_since, other_processes
 from training.settings.tree import TrainConfig
 
 __all__ = ["TrainState", "find_checkpoint", "load_checkpoint", "save_checkpoint", "save_weights"]
@@ -108,6 +108,8 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
     saved, inputs = content["config"], content.get("inputs")
     before = None if inputs is None else RunInputs.from_dict(inputs)
     notes = changes_since(path, content["step"], saved, before, config, state.inputs)
+    if before is not None:
+        notes += other_processes(before, config, state.inputs, state.distiller)
     load_strictly(state.distiller, content["distiller"], path)
     state.distiller.clamp_scales()  # older checkpoints may hold larger ones
     load_moments(state.optimizer, content["optimizer"], path)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -22,24 +21,15 @@ from longclip_teacher.features import unit_features
 from longclip_teacher.trace import Trace
 from mobileclip_student import MobileCLIP
 from mobileclip_student.vit_trace import trace_vit
+from training.data.mixing import Mask
 from training.features import Features, LossParameters, Outputs, normalized_for
 from training.layer_losses import LayerMaps, LayerMatch
 from training.settings.needs import TOWERS, Needs, Tower
 
-__all__ = ["Distiller", "Mask", "masked", "tower_of"]
+__all__ = ["Distiller", "masked", "tower_of"]
 
 _MAX_LOG_SCALE = math.log(100)  # CLIP's: a larger logit scale makes the softmax a hard maximum
 _INITIAL_LOG_SCALE = math.log(1 / 0.07)
-
-
-@dataclass(frozen=True)
-class Mask:
-    """How much of a picture masked_fd hides."""
-
-    ratio: float
-    """Share of the squares."""
-    patch: int
-    """Side of a square in pixels."""
 
 
 class Distiller(nn.Module):
@@ -64,7 +54,7 @@ class Distiller(nn.Module):
         """
         super().__init__()
         self.model = model
-        self.needs, self._mask, self._frozen = needs, mask, frozen
+        self.needs, self.mask, self._frozen = needs, mask, frozen
         self._short_tower = "text" if short_teacher_width is None else "short_text"
         self.project = nn.ModuleDict()
         self.mixture = nn.ParameterDict()
@@ -109,8 +99,10 @@ class Distiller(nn.Module):
         short_tokens: Int[Tensor, "B L2"],
         long_shift: Int[Tensor, " B"] | None = None,
         short_shift: Int[Tensor, " B"] | None = None,
+        hidden: Bool[Tensor, "B P P"] | None = None,
     ) -> Outputs:
-        """Features and traces of the trained model, with gradient. Shifts move the positions of a student's tokens."""
+        """Features and traces of the trained model, with gradient. Shifts move the positions of a student's tokens;
+        `hidden` are the squares that `mask` asks for."""
         raw: dict[str, Tensor] = {}
         traces: dict[Tower, Trace] = {}
         for tower in self._frozen if self.training else ():
@@ -118,7 +110,7 @@ class Distiller(nn.Module):
         for tower in self.needs.towers:
             with torch.set_grad_enabled(torch.is_grad_enabled() and tower not in self._frozen):
                 if tower == "image":
-                    found, trace = self._images(images)
+                    found, trace = self._images(images, hidden)
                 else:
                     captions = {"long": (long_tokens, long_shift), "short": (short_tokens, short_shift)}
                     found, trace = self._captions({name: captions[name] for name in self.needs.lengths})
@@ -128,14 +120,17 @@ class Distiller(nn.Module):
         features = Features.of({name: unit_features(value) for name, value in raw.items()})
         return Outputs(features, self._mapped(raw), self._loss_parameters(), traces)
 
-    def _images(self, images: UInt8[Tensor, "B 3 H W"]) -> tuple[dict[str, Tensor], Trace | None]:
+    def _images(
+        self, images: UInt8[Tensor, "B 3 H W"], hidden: Bool[Tensor, "B P P"] | None
+    ) -> tuple[dict[str, Tensor], Trace | None]:
         model = self.model
         pictures = normalized_for(model, images)
         raw: dict[str, Tensor] = {}
-        if self._mask is not None:
+        if self.mask is not None:
+            assert hidden is not None, "training.data.mixing.mix draws it"
             norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
             with _statistics_kept(norms):
-                raw["masked_image"] = model.encode_image(masked(pictures, self._mask))
+                raw["masked_image"] = model.encode_image(masked(pictures, hidden, self.mask.patch))
             if not (self.needs.features & {"image", "distilled_image"} or "image" in self.layers):
                 if not norms:  # nothing looks at the complete picture
                     return raw, None
@@ -212,11 +207,7 @@ def _statistics_kept(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterat
             norm.momentum = momentum
 
 
-def masked(pictures: Float[Tensor, "B 3 R R"], mask: Mask) -> Float[Tensor, "B 3 R R"]:
-    """Pictures with a share `mask.ratio` of their squares set to zero, chosen at random for each picture."""
-    side = math.ceil(pictures.shape[-1] / mask.patch)
-    num_hidden = round(mask.ratio * side**2)
-    order = torch.rand(len(pictures), side**2, device=pictures.device).argsort(dim=1)
-    shown = (order.argsort(dim=1) >= num_hidden).view(-1, 1, side, side).to(pictures.dtype)
-    squares = interpolate(shown, scale_factor=mask.patch, mode="nearest")
+def masked(pictures: Float[Tensor, "B 3 R R"], hidden: Bool[Tensor, "B P P"], patch: int) -> Float[Tensor, "B 3 R R"]:
+    """Pictures with their `hidden` squares of `patch` pixels set to zero."""
+    squares = interpolate((~hidden).unsqueeze(1).to(pictures.dtype), scale_factor=patch, mode="nearest")
     return pictures * squares[..., : pictures.shape[-2], : pictures.shape[-1]]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from longclip_teacher import LongCLIP
 from mobileclip_student import MobileCLIP
-from training.distill import Distiller, Mask
+from training.data.mixing import Mask
+from training.distill import Distiller
 from training.layer_losses import match_layers, student_shape, teacher_shape
 from training.losses.table import Stage
 from training.objective import Objective

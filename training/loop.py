@@ -75,8 +75,9 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
             if found is None:
                 break
             meter.wait(time.monotonic() - waiting)
+            batch = found.to(runtime.device)
+            batch = mix(batch, config.mix, seed=run.seed, step=state.step, mask=distiller.mask)
             key = (run.seed, state.step, runtime.rank)
-            batch = mix(found.to(runtime.device), config.mix, key)
 
             rate = learning_rate(state.step, total_steps, config.optim)
             for group in state.optimizer.param_groups:

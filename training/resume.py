@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from longclip_teacher.errors import InputError
 from training.cache.manifest import cache_sha256, teacher_sha256
 from training.data.index import Contents
@@ -18,7 +21,7 @@ from training.optim import learning_rate
 from training.settings.options import SpeedOptions
 from training.settings.tree import TrainConfig, without_removed
 
-__all__ = ["RunInputs", "changes_since"]
+__all__ = ["RunInputs", "changes_since", "other_processes"]
 
 _LENGTH = ("max_steps", "epochs")  # of section run: compared by the number of steps that they come to
 _OTHER_FOLDER = "use another --run.out_dir"
@@ -96,12 +99,35 @@ def changes_since(
             f"{path} is of a run with data.num_workers = {before.stream_workers}, this one has {now.stream_workers}, "
             f"and the order of streamed samples depends on it: {_OTHER_FOLDER}"
         )
-    if before.world_size != now.world_size:
-        notes.append(
-            f"resuming with another number of processes ({now.world_size}, it was {before.world_size}): each has "
-            "BatchNorm statistics of its own, so the result will differ a little"
-        )
     return notes
+
+
+def other_processes(before: RunInputs, config: TrainConfig, now: RunInputs, module: nn.Module) -> list[str]:
+    """A line if the run goes on with another number of processes: what of the trained `module` depends on it.
+
+    Crops, captions, rectangles and masks do not: they are keyed by sample.
+    """
+    if before.world_size == now.world_size:
+        return []
+    shares = [config.run.global_batch_size // inputs.world_size for inputs in (before, now)]
+    depends = {
+        "BatchNorm normalises each process's share of the batch": not config.run.sync_bn
+        and any(isinstance(part, _BatchNorm) and _learns(part) for part in module.modules()),
+        "drop path is drawn by each process": any(
+            getattr(part, "drop_prob", 0) or (isinstance(part, nn.Dropout) and part.p) for part in module.modules()
+        ),
+        "PCA is that of each process's share": config.needs.reads_short and config.loss.pca_scope == "rank",
+        "pictures are mixed within each process's share, which is odd": bool(config.mix.mixup or config.mix.cutmix)
+        and any(share % 2 for share in shares),
+        "each process draws its own streamed samples": now.stream_workers is not None,
+    }
+    told = [what for what, does in depends.items() if does]
+    result = f"{', '.join(told)}: the result will differ a little" if told else "the result differs by rounding alone"
+    return [f"resuming with another number of processes ({now.world_size}, it was {before.world_size}): {result}"]
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _teacher_hashes(config: TrainConfig, data: Mapping[str, Contents]) -> dict[str, str]:

@@ -163,5 +163,6 @@ def random_batch(batch_size: int, image_size: int, teacher_image_size: int | Non
         long_tokens=captions(_LONG),
         short_tokens=captions(_SHORT),
         keys=[str(number) for number in range(batch_size)],
+        draws=[(0, number) for number in range(batch_size)],
         skipped={},
     )

@@ -16,10 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from eval.base.processes import start
 from longclip_teacher import create_teacher
 from mobileclip_student import create_student
+from training.data.mixing import mix
 from training.data.samples import Batch
 from training.distillation import assemble
 from training.losses.table import LOSSES
 from training.settings.losses import LossOptions
+from training.settings.options import MixOptions
 from training.step import backward_step
 from training.teachers import Teachers
 
@@ -48,6 +50,7 @@ def random_batch(rank: int, world_size: int) -> Batch:
         long_tokens=long_tokens[rows],
         short_tokens=short_tokens[rows],
         keys=[str(i) for i in range(GLOBAL_BATCH)][rows],
+        draws=[(0, i) for i in range(GLOBAL_BATCH)][rows],
         skipped={},
     )
 
@@ -57,8 +60,8 @@ def options(pca_scope: str, layers: bool) -> LossOptions:
     weights = {"pair": 0.3, "across": 0.3, "feature": 0.7, "layer": 0.5}
     on = {loss.option(part): weights[loss.family] for loss in LOSSES for part in loss.parts}
     on |= {"gd_long": 1e4, "gd_short": 1e4}
-    # masked pictures are drawn by each process, and the tiny student's image tower has no attention
-    off = ["masked_fd", *(loss.option("image") for loss in LOSSES if loss.family == "layer")]
+    # the tiny student's image tower has no attention
+    off = [loss.option("image") for loss in LOSSES if loss.family == "layer"]
     off += [loss.option("text") for loss in LOSSES if loss.family == "layer" and not layers]
     on |= dict.fromkeys(off, 0.0)
     return LossOptions(
@@ -79,6 +82,7 @@ def main() -> None:
         module = DistributedDataParallel(distiller) if runtime.world_size > 1 else distiller
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         batch = random_batch(runtime.rank, runtime.world_size)
+        batch = mix(batch, MixOptions(), seed=0, step=0, mask=distiller.mask)
         losses = backward_step(
             module, batch, distillation.objective, teachers,
             precision="fp32", accumulation=accumulation, scaler=scaler, key=(0, 0),

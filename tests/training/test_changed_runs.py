@@ -17,12 +17,14 @@ import torch
 
 from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError
+from mobileclip_student import create_student
+from mobileclip_student.model import override, variant_config
 from training.data.index import scan_tar
 from training.data.writer import write_shard
 from training.main import main
 from training.optim import learning_rate
 from training.record.run_log import read_metrics
-from training.resume import RunInputs, changes_since
+from training.resume import RunInputs, changes_since, other_processes
 from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER, OptimOptions
 from training.settings.tree import TrainConfig, config_from_toml, parse_config
 
@@ -225,6 +227,32 @@ class TestComparison:
         config = parse_config([])
         with pytest.raises(InputError, match="the order of streamed samples depends on it"):
             self.changes(config, config, stream_workers=2)
+
+    @pytest.mark.parametrize(
+        ("args", "world_sizes", "told"),
+        [
+            ([], (2, 1), ["BatchNorm normalises each process's share of the batch"]),
+            (["--init.freeze_image", "True", "--student.variant", "vit_tiny"], (1, 2), []),
+            (["deit_image"], (2, 4), ["drop path is drawn by each process"]),
+            (["deit_image", "--run.global_batch_size", "40"], (1, 8),
+             ["drop path is drawn by each process", "pictures are mixed within each process's share, which is odd"]),
+            (["--loss.pca_scope", "rank"], (1, 2),
+             ["BatchNorm normalises each process's share of the batch", "PCA is that of each process's share"]),
+        ],
+    )  # fmt: skip
+    def test_what_depends_on_the_number_of_processes_is_told(
+        self, args: list[str], world_sizes: tuple[int, int], told: list[str]
+    ) -> None:
+        config = parse_config(args)
+        student = create_student(override(variant_config(config.student.variant), **config.student.shape))
+        before, now = (replace(INPUTS, world_size=number) for number in world_sizes)
+        assert other_processes(now, config, now, student) == []
+        (line,) = other_processes(before, config, now, student)
+        start = f"resuming with another number of processes ({world_sizes[1]}, it was {world_sizes[0]}): "
+        result = "the result will differ a little" if told else "the result differs by rounding alone"
+        assert line == start + ", ".join(told) + (": " if told else "") + result
+        (streamed,) = other_processes(before, config, replace(now, stream_workers=1), student)
+        assert "each process draws its own streamed samples: the result" in streamed
 
     def test_a_checkpoint_of_an_earlier_version_is_read(self) -> None:
         config = parse_config([])

@@ -112,6 +112,7 @@ class Toy(nn.Module):
         self.model.text_encoder = nn.Linear(2, 2)
         self.model.register_parameter("logit_scale", nn.Parameter(torch.tensor(4.0)))
         self.model.linear_logit_scale = torch.tensor(1.0)
+        self.mask = None
         self.log_scales = nn.ParameterDict({"vrd": nn.Parameter(torch.tensor(4.6))})
 
     linear_scales, clamp_scales = Distiller.linear_scales, Distiller.clamp_scales
@@ -127,7 +128,7 @@ class Loader:
             generator = torch.Generator().manual_seed(10 * epoch + step)
             images = torch.randint(0, 256, (5, 3, 9, 9), generator=generator, dtype=torch.uint8)
             tokens = torch.zeros(5, 0, dtype=torch.long)
-            yield Batch(images, (), tokens, tokens, [str(i) for i in range(5)], {})
+            yield Batch(images, (), tokens, tokens, [str(i) for i in range(5)], [(epoch, i) for i in range(5)], {})
 
 
 def test_the_loop_mixes_scales_the_rates_and_evaluates_the_average(
@@ -176,7 +177,7 @@ def test_the_loop_mixes_scales_the_rates_and_evaluates_the_average(
 
     sources = [batch for epoch in (0, 1) for batch in Loader().batches(epoch, 0)]
     for step, (batch, source) in enumerate(zip(batches, sources, strict=False)):
-        wanted = mix(source, MixOptions(erase=1.0), (7, step, 0))
+        wanted = mix(source, MixOptions(erase=1.0), seed=7, step=step)
         assert torch.equal(batch.shown, wanted.shown) and not torch.equal(batch.shown, source.images)
         assert torch.equal(batch.images, source.images)
 

@@ -44,6 +44,7 @@ def _batch() -> Batch:
         long_tokens=captions(30),
         short_tokens=captions(9),
         keys=[str(number) for number in range(BATCH_SIZE)],
+        draws=[(0, number) for number in range(BATCH_SIZE)],
         skipped={},
     )
 

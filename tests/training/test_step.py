@@ -12,7 +12,6 @@ from training.losses.table import LOSSES
 
 ALL_LOSSES = {loss.option(part) for loss in LOSSES if loss.family != "layer" for part in loss.parts}
 ALL_LOSSES |= {"loss"}
-ALL_LOSSES -= {"masked_fd"}
 SCRIPT = Path(__file__).with_name("one_step.py")
 
 

@@ -16,8 +16,9 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.text import EOT, SOT
 from mobileclip_student import create_student, load_student, save_student
 from training.build import build_distillation, build_student
+from training.data.mixing import Mask, mix
 from training.data.samples import Batch
-from training.distill import Mask, masked
+from training.distill import masked
 from training.distillation import Distillation, assemble
 from training.features import Features
 from training.losses import crd_loss
@@ -25,6 +26,7 @@ from training.losses.table import LOSSES
 from training.pca import pca_project
 from training.settings.checks import check_config
 from training.settings.losses import LossOptions
+from training.settings.options import MixOptions
 from training.settings.tree import TrainConfig, parse_config
 from training.step import backward_step
 from training.teachers import Teachers, views_of
@@ -58,7 +60,15 @@ def batch_for(distillation: Distillation) -> Batch:
         torch.randint(0, 256, (BATCH, 3, view.image_size, view.image_size), generator=generator, dtype=torch.uint8)
         for view in views_of(distillation.distiller.model, teachers)
     ]
-    return Batch(first, tuple(others), captions(20), captions(7), [str(i) for i in range(BATCH)], {})
+    return Batch(
+        first,
+        tuple(others),
+        captions(20),
+        captions(7),
+        [str(i) for i in range(BATCH)],
+        [(0, i) for i in range(BATCH)],
+        {},
+    )
 
 
 def distillation_by(teachers: Teachers | None, options: LossOptions, variant: str = "tiny") -> Distillation:
@@ -70,7 +80,7 @@ def distillation_by(teachers: Teachers | None, options: LossOptions, variant: st
 
 def step(found: Distillation, batch: Batch | None = None) -> dict[str, Tensor]:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    batch = batch or batch_for(found)
+    batch = mix(batch or batch_for(found), MixOptions(), seed=0, step=0, mask=found.distiller.mask)
     return backward_step(
         found.distiller, batch, found.objective, found.teachers,
         precision="fp32", accumulation=1, scaler=scaler, key=(0, 0),
@@ -204,8 +214,10 @@ class TestShortCaptionsWithTheFullTarget:
 class TestMaskedPictures:
     @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
     def test_that_share_of_the_squares_is_hidden(self, ratio: float) -> None:
-        torch.manual_seed(0)
-        hidden = masked(torch.ones(5, 3, 48, 48), Mask(ratio, 8)) == 0
+        batch = replace(batch_for(distillation_by(None, LossOptions())), draws=[(2, i) for i in range(BATCH)])
+        batch = mix(batch, MixOptions(), seed=1, step=0, mask=Mask(ratio, 8))
+        assert batch.hidden is not None and batch.inputs[-1] is batch.hidden
+        hidden = masked(torch.ones(BATCH, 3, 48, 48), batch.hidden, 8) == 0
         assert hidden.double().mean() == ratio
         squares = hidden.unflatten(3, (6, 8)).unflatten(2, (6, 8))  # [B, 3, 6, 8, 6, 8]
         assert (squares.all(dim=5).all(dim=3) == squares.any(dim=5).any(dim=3)).all(), "whole squares"

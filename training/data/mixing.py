@@ -1,46 +1,61 @@
-"""Changes to the pictures of a batch: mixup, CutMix and random erasing, in uint8, on the batch's device.
+"""Changes to the pictures of a batch: mixup, CutMix, random erasing and masks, in uint8, on the batch's device.
 
-Shapes: B batch, H W sides of the pictures in pixels. A box is (top, left, bottom, right) as shares of the sides, so it
-is the same part of a picture at every resolution.
+What is drawn for one picture is keyed by (seed, epoch, sample), and what is drawn once for the batch by (seed, step).
+Neither depends on the number of processes.
+
+Shapes: B batch, H, W a view's height and width, P squares along a side. Boxes are top, left, bottom, right as shares of
+the sides, so that one box is the same part of a picture at every resolution.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from training.data.randomness import sample_generator
 from training.data.samples import Batch
 from training.settings.options import MixOptions
 
-__all__ = ["mix"]
+__all__ = ["Mask", "mix"]
 
-_STREAM = 0x6D6978  # separates these random numbers from others with the same key
+# separate these random numbers from others with the same key, and from one another
+_MIX, _ERASE, _HIDE = 0x6D6978, 0x6D6979, 0x6D697A
 _ERASED_AREA = (0.02, 0.33)  # Zhong et al. 2020, section 4.1, here and below
 _ERASED_LOG_ASPECT = (math.log(0.3), -math.log(0.3))
 
 
-def mix(batch: Batch, options: MixOptions, key: tuple[int, ...]) -> Batch:
-    """Return `batch` with its pictures mixed and erased as `options` say. It depends only on the batch and on `key`.
+@dataclass(frozen=True)
+class Mask:
+    """How much of a picture masked_fd hides."""
 
-    Mixup, CutMix: each picture gets one partner; the share and the box are drawn once per batch. Student and teachers
-    see the same mixture, each at its resolution, so the teacher must be run on it. Captions stay as they are: they say
-    nothing about a mixture.
+    ratio: float
+    """Share of the squares."""
+    patch: int
+    """Side of a square in pixels."""
+
+
+def mix(batch: Batch, options: MixOptions, *, seed: int, step: int, mask: Mask | None = None) -> Batch:
+    """Return `batch` with its pictures mixed, erased and masked. It depends on nothing but the arguments.
+
+    Mixup, CutMix: each picture gets one partner, its neighbour in the batch; the share and the box are drawn once for
+    the batches of all processes. Student and teachers see the same mixture, each at its resolution, so the teacher must
+    be run on it. Captions stay as they are: they say nothing about a mixture.
 
     Erasing: with probability `erase` a rectangle of a picture is replaced with noise, uniform in each pixel and
     channel. The result is `erased`, which the student sees; `images` stay complete for the teachers that read them.
+
+    Masks: `hidden` tells which squares of the student's view masked_fd hides.
     """
-    generator = sample_generator(*key, _STREAM)
     if options.mixup > 0 or options.cutmix > 0:
-        batch = _mixed(batch, options, generator)
+        batch = _mixed(batch, options, sample_generator(seed, step, _MIX))
     if options.erase > 0:
-        batch = replace(batch, erased=_erased(batch.images, options.erase, generator))
-    return batch
+        batch = replace(batch, erased=_erased(batch, options.erase, seed, step))
+    return batch if mask is None else replace(batch, hidden=_hidden(batch, mask, seed))
 
 
 def _mixed(batch: Batch, options: MixOptions, generator: np.random.Generator) -> Batch:
@@ -50,7 +65,7 @@ def _mixed(batch: Batch, options: MixOptions, generator: np.random.Generator) ->
     share = float(generator.beta(alpha, alpha))  # the picture's own share of a mixture
     half_side, centre = np.sqrt(1 - share) / 2, generator.random(2)
     box = np.concatenate([centre - half_side, centre + half_side]).clip(0, 1)
-    partners = torch.from_numpy(generator.permutation(len(batch.images)))
+    partners = _neighbours(len(batch.images))
 
     def mixed(images: UInt8[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
         others = images[partners.to(images.device)]
@@ -63,19 +78,38 @@ def _mixed(batch: Batch, options: MixOptions, generator: np.random.Generator) ->
     )
 
 
-def _erased(
-    images: UInt8[Tensor, "B 3 H W"], probability: float, generator: np.random.Generator
-) -> UInt8[Tensor, "B 3 H W"]:
-    """Apply random erasing (Zhong et al. 2020). The rectangles are windows on one field of noise per batch."""
-    count = len(images)
-    is_erased = generator.random(count) < probability
-    area = generator.uniform(*_ERASED_AREA, count)
-    aspect = np.exp(generator.uniform(*_ERASED_LOG_ASPECT, count))
+def _neighbours(count: int) -> Int64[Tensor, " B"]:
+    """Return a partner for each place: 0 and 1, 2 and 3, and so on; the last of an odd number takes the first.
+
+    The order of a batch is random, so neighbours are random pairs. A share of even size holds the same pairs in the
+    batch of one process.
+    """
+    partners = torch.arange(count) ^ 1
+    return partners.where(partners < count, 0)
+
+
+def _erased(batch: Batch, probability: float, seed: int, step: int) -> UInt8[Tensor, "B 3 H W"]:
+    """Apply random erasing (Zhong et al. 2020). The rectangles are windows on one field of noise per step."""
+    images = batch.images
+    drawn = np.stack([sample_generator(seed, *draw, _ERASE).random(5) for draw in batch.draws])
+    low, high = _ERASED_AREA
+    area = low + drawn[:, 1] * (high - low)
+    low, high = _ERASED_LOG_ASPECT
+    aspect = np.exp(low + drawn[:, 2] * (high - low))
     sides = np.sqrt(np.stack([area * aspect, area / aspect], axis=1)).clip(max=1)  # B 2: height, width
-    corner = generator.random((count, 2)) * (1 - sides)
-    boxes = np.concatenate([corner, corner + sides * is_erased[:, None]], axis=1)
-    noise = torch.from_numpy(generator.integers(0, 256, images.shape[1:], dtype=np.uint8)).to(images.device)
-    return torch.where(_inside(boxes, images), noise, images)
+    corner = drawn[:, 3:] * (1 - sides)
+    is_erased = drawn[:, :1] < probability
+    boxes = np.concatenate([corner, corner + sides * is_erased], axis=1)
+    field = sample_generator(seed, step, _ERASE).integers(0, 256, images.shape[1:], dtype=np.uint8)
+    return torch.where(_inside(boxes, images), torch.from_numpy(field).to(images.device), images)
+
+
+def _hidden(batch: Batch, mask: Mask, seed: int) -> Bool[Tensor, "B P P"]:
+    """Choose a share `mask.ratio` of the squares of each picture."""
+    side = math.ceil(batch.images.shape[-1] / mask.patch)
+    orders = [sample_generator(seed, *draw, _HIDE).permutation(side**2) for draw in batch.draws]
+    hidden = torch.from_numpy(np.stack(orders)) < round(mask.ratio * side**2)
+    return hidden.view(-1, side, side).to(batch.images.device)
 
 
 def _inside(boxes: np.ndarray, images: UInt8[Tensor, "B 3 H W"]) -> Bool[Tensor, "N 1 H W"]:

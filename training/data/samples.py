@@ -45,6 +45,7 @@ class Sample:
     """A decoded sample: one uint8 [3, S, S] tensor per view, its two captions, and stored teacher features if any."""
 
     key: str
+    draw: tuple[int, ...]  # what tells this draw from others, see `SampleDecoder.decode`
     pictures: list[Tensor]  # none in the text stage
     captions: tuple[Caption, Caption] | None  # long and short; None in the image stage
     shifts: tuple[float | None, float | None]  # numbers from 0 to 1 that decide the shifts of both; None: no shift
@@ -63,11 +64,13 @@ class Batch:
     long_tokens: Tensor  # int64 [B, L]
     short_tokens: Tensor  # int64 [B, L']
     keys: list[str]
+    draws: list[tuple[int, ...]]  # (epoch, index) or whatever else keys the random numbers of each sample
     skipped: dict[str, int]  # samples that could not be decoded and were replaced, by cause
     teacher: dict[str, Tensor] | None = None  # stored features by name, as far as the stage uses them, [B, D]
     erased: Tensor | None = None  # uint8 [B, 3, S, S]: `images` with rectangles erased, for the trained model alone
     long_shift: Tensor | None = None  # int64 [B]: how far the student's positions of the long captions move
     short_shift: Tensor | None = None
+    hidden: Tensor | None = None  # bool [B, P, P]: squares of the pictures that masked_fd hides
 
     @property
     def shown(self) -> Tensor:
@@ -76,8 +79,8 @@ class Batch:
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """What the trained model reads: pictures, long and short tokens, and their shifts."""
-        return self.shown, self.long_tokens, self.short_tokens, self.long_shift, self.short_shift
+        """What the trained model reads: pictures, long and short tokens, their shifts, and what is hidden."""
+        return self.shown, self.long_tokens, self.short_tokens, self.long_shift, self.short_shift, self.hidden
 
     def to(self, device: str | torch.device) -> Batch:
         """Return the same batch with its tensors on `device`."""
@@ -89,7 +92,7 @@ class Batch:
 
     def rows(self, rows: slice) -> Batch:
         """Return some samples of the batch, without its `skipped` counts."""
-        return replace(self._map(lambda tensor: tensor[rows]), keys=self.keys[rows], skipped={})
+        return replace(self._map(lambda tensor: tensor[rows]), keys=self.keys[rows], draws=self.draws[rows], skipped={})
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
@@ -102,6 +105,7 @@ class Batch:
             erased=None if self.erased is None else function(self.erased),
             long_shift=None if self.long_shift is None else function(self.long_shift),
             short_shift=None if self.short_shift is None else function(self.short_shift),
+            hidden=None if self.hidden is None else function(self.hidden),
         )
 
 
@@ -133,7 +137,7 @@ class SampleDecoder:
             captions = (draw.caption_long, draw.caption_short) if draw is not None else self._captions(raw, key)
         pictures = self._pictures(raw, draw, key) if self.stage != "text" else []
         teacher = _features(draw, self.stage) if draw is not None and self.stored_features else None
-        return Sample(raw.key, pictures, captions, self._shifts(key), teacher)
+        return Sample(raw.key, key, pictures, captions, self._shifts(key), teacher)
 
     def _pictures(self, raw: RawSample, draw: StoredDraw | None, key: tuple[int, ...]) -> list[Tensor]:
         if raw.image is None:
@@ -283,6 +287,7 @@ def collate(samples: Sequence[Sample], tokenization: Tokenization, skipped: dict
         long_tokens=long[0],
         short_tokens=short[0],
         keys=[sample.key for sample in samples],
+        draws=[sample.draw for sample in samples],
         skipped=skipped,
         teacher=teacher,
         long_shift=long[1],
