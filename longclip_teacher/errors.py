@@ -38,6 +38,7 @@ def run_command(main: Callable[[], None]) -> None:
         _print_error(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda _: None  # objects that were half made, such as a loader, complain when they go
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # the program that read our output (head, less) has ended

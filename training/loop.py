@@ -21,6 +21,7 @@ from eval.base.peak_memory import peak_memory_gb
 from eval.base.processes import Runtime, agreed, on_main
 from eval.base.progress import Interrupted, told
 from longclip_teacher.errors import reported_once
+from longclip_teacher.process_failures import kill_children
 from training.build import validation_teacher
 from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
 from training.data.loader import Batch, ShardLoader
@@ -203,6 +204,7 @@ def _save_and_stop(
     else:
         _save(config, runtime, state, watchdog, "last")
         log.say(f"{name}: stopped after {done}, which is saved; the same command with --run.resume auto goes on")
+    kill_children()  # the loader would wait five seconds for each worker that is busy
     raise Stopped(128 + number)
 
 

@@ -19,10 +19,11 @@ Result = TypeVar("Result")
 
 
 def start_worker(_: int) -> None:
-    """As `worker_init_fn`: the worker dies with its parent, and signals sent to the whole group are the parent's
-    alone. A parent that finishes its step after SIGTERM still needs its workers."""
+    """As `worker_init_fn`: the worker dies with its parent, and ignores the signals that the parent handles. A parent
+    that finishes its step after SIGTERM still needs its workers, and the signal may be sent to the whole group."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+        if signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
 
 
