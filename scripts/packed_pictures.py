@@ -23,7 +23,7 @@ def picture_bytes(path: Path, resize: int | None) -> tuple[str, bytes]:
 
     The picture is decoded in either case. Raise InputError for one that training could not use.
     """
-    picture = open_image(path, MAX_TRAINING_PIXELS if resize is None else None)
+    picture = open_image(path, MAX_TRAINING_PIXELS, shrink_to=resize)
     width, height = picture.size
     scale = 1 if resize is None else min(1, resize / min(picture.size))
     if scale < 1:

@@ -11,12 +11,14 @@ Brightness of more than 8 bits becomes 0..255 by the range of its values:
 from __future__ import annotations
 
 import io
+import mmap
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
+from eval.base.picture_structure import check_structure
 from eval.base.plain_files import check_plain
 from longclip_teacher.errors import InputError
 
@@ -46,12 +48,16 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def open_image(source: str | Path | bytes, most_pixels: int | None = None) -> Image.Image:
+def open_image(source: str | Path | bytes, most_pixels: int | None = None, shrink_to: int | None = None) -> Image.Image:
     """Decode a picture, given as a path or as the bytes of a file, to RGB: transparent pixels on white, turned upright
     as its EXIF data say.
 
     Raise InputError, naming the path if there is one, for a missing, truncated or foreign file, for one that is not a
-    plain file, and for a picture of more than `most_pixels` (default and upper limit: MAX_IMAGE_PIXELS).
+    plain file, for a picture of more than `most_pixels` (default and upper limit: MAX_IMAGE_PIXELS), and for one that
+    would cost far more than its pixels (`check_structure`); all before it is decoded.
+
+    shrink_to  a JPEG of more than `most_pixels`, but not of more than MAX_IMAGE_PIXELS, may be decoded at a half, a
+               quarter or an eighth of its size, whose shorter side is at least this. It counts as decoded
     """
     name = "picture" if isinstance(source, bytes) else str(source)
     most_pixels = MAX_IMAGE_PIXELS if most_pixels is None else min(most_pixels, MAX_IMAGE_PIXELS)
@@ -60,7 +66,10 @@ def open_image(source: str | Path | bytes, most_pixels: int | None = None) -> Im
             check_plain(Path(source))
         if not (len(source) if isinstance(source, bytes) else Path(source).stat().st_size):
             raise InputError(f"{name}: empty file")
+        _check_structure(name, source, most_pixels if shrink_to is None else MAX_IMAGE_PIXELS)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
+            if shrink_to is not None and most_pixels < image.width * image.height <= MAX_IMAGE_PIXELS:
+                image.draft(None, (shrink_to, shrink_to))  # other formats than JPEG stay as they are
             if image.width * image.height > most_pixels:  # only the header has been read so far
                 raise Image.DecompressionBombError
             image.load()
@@ -80,10 +89,19 @@ def open_image(source: str | Path | bytes, most_pixels: int | None = None) -> Im
         raise InputError(f"{name}: damaged picture ({reason.splitlines()[0]})") from None
 
 
+def _check_structure(name: str, source: str | Path | bytes, most_pixels: int) -> None:
+    if isinstance(source, bytes):
+        check_structure(name, source, most_pixels)
+        return
+    with Path(source).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        check_structure(name, data, most_pixels)
+
+
 def picture_header(data: bytes) -> tuple[int, tuple[int, int]]:
     """Return the EXIF orientation of a picture's file, and width and height as they lie in it; (1, (0, 0)) for a file
     that is no picture."""
     try:
+        check_structure("picture", data, MAX_IMAGE_PIXELS)
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:  # reads no pixels
             return orientation(image), image.size
     except Exception:  # as in open_image

@@ -83,8 +83,8 @@ def test_shrunk_pictures_are_upright(run: Run, tmp_path: Path) -> None:
 def test_pictures_that_training_would_refuse_are_left_out_unless_they_shrink(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_pictures(tmp_path / "in", ["a.png", "b.png"], (100, 60))
-    write_pictures(tmp_path / "in", ["b.png"], (10, 10))
+    write_pictures(tmp_path / "in", ["a.jpg", "b.jpg"], (100, 60))
+    write_pictures(tmp_path / "in", ["b.jpg"], (10, 10))
     for name in "ab":
         (tmp_path / "in" / f"{name}.txt").write_text(name)
     monkeypatch.setattr(training.data.index, "MAX_TRAINING_PIXELS", 5999)

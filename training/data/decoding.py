@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.base import images
+from eval.base.picture_structure import check_structure
 from longclip_teacher.errors import InputError
 from training.data.index import MAX_TRAINING_PIXELS
 
@@ -113,6 +114,7 @@ def _jpeg_pixels(data: bytes) -> Tensor | None:
     if _decode_jpeg is None or not data.startswith(b"\xff\xd8"):
         return None
     try:
+        check_structure("picture", data, MAX_TRAINING_PIXELS)
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:  # reads no pixels
             width, height = header.size
             plain = header.format == "JPEG" and header.mode in ("RGB", "L")  # not CMYK, not several pictures in one
