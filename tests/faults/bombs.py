@@ -132,9 +132,9 @@ def arrays(draws: random.Random, folder: Path) -> Callable[[], object]:
 
 
 def _packed_arrays(material: Path) -> None:
-    (material / "pth.gz").write_bytes(_zeros(600 << 20))
+    (material / "pth.gz").write_bytes(_zeros(400 << 20))
     with (material / "npz").open("wb") as file:
-        np.savez_compressed(file, image_emb=np.zeros((150 << 20, 1), np.float32))
+        np.savez_compressed(file, image_emb=np.zeros((100 << 20, 1), np.float32))
 
 
 def _zeros(size: int) -> bytes:

@@ -128,7 +128,7 @@ def killed_trial(draws: random.Random, folder: Path, material: Path) -> str | No
     out_dir, whole = folder / "run", material / f"whole{ranks}"
     most = float((material / f"seconds{ranks}").read_text())
     # the start takes half of so short a run: it gets a third of the kills
-    moments = [draws.uniform(draws.choice([0.1, 0.6, 0.6]), 1) * most for _ in range(draws.choice([1, 1, 2]))]
+    moments = [draws.uniform(draws.choice([0.1, 0.7, 0.7]), 1) * most for _ in range(draws.choice([1, 1, 2]))]
     for moment in moments:
         _killed(start_run(material, run_arguments(out_dir), ranks), moment, draws)
     if (status := ended(start_run(material, run_arguments(out_dir), ranks))) != [0] * ranks:

@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,22 +55,18 @@ class Result:
         return not self.failures and self.failures_off > 0
 
 
-def measured(row: Row, num_trials: int, seed: int, commit: str, progress: Progress) -> Result:
+def measured(row: Row, num_trials: int, seed: int, commit: str, material: Path, progress: Progress) -> Result:
     """Run a row with its defences and without one of them."""
     start = time.monotonic()
     failures: dict[bool, list[str]] = {True: [], False: []}
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        material = Path(folder) / "material"
-        material.mkdir()
-        prepared(row, material)
-        task = progress.add_task(row.name, total=num_trials + row.num_off)
-        for defended, number in ((True, num_trials), (False, row.num_off)):
-            for outcome in outcomes(row, number, seed, material, defended=defended):
-                if outcome is not None:
-                    failures[defended].append(outcome.replace(folder, ""))
-                    if defended:
-                        progress.print(f"{row.name}: {outcome}", markup=False)
-                progress.update(task, advance=1, refresh=True)
+    task = progress.add_task(row.name, total=num_trials + row.num_off)
+    for defended, number in ((True, num_trials), (False, row.num_off)):
+        for outcome in outcomes(row, number, seed, material, defended=defended):
+            if outcome is not None:
+                failures[defended].append(outcome.replace(str(material.parent), ""))
+                if defended:
+                    progress.print(f"{row.name}: {outcome}", markup=False)
+            progress.update(task, advance=1, refresh=True)
     return Result(
         row=row.name,
         seed=seed,
@@ -152,13 +148,18 @@ def main() -> None:
     results = read_results(options.results)
     finished = {(result.row, result.seed, result.trials) for result in results}
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    with Progress(auto_refresh=False, disable=not sys.stderr.isatty()) as progress:
+    materials: dict[Callable[[Path], None], Path] = {}  # several rows may need the same
+    progress = Progress(auto_refresh=False, disable=not sys.stderr.isatty())
+    with progress, tempfile.TemporaryDirectory(prefix="faults-") as folder:
         for row in ROWS:
             num_trials = row.few if options.few else max(1, round(options.share * row.full))
             wanted = row.name in options.rows if options.rows else (row.name, options.seed, num_trials) not in finished
             if not wanted:
                 continue
-            result = measured(row, num_trials, options.seed, commit, progress)
+            if row.prepare not in materials:
+                materials[row.prepare] = Path(folder) / str(len(materials)) / "material"
+                prepared(row, materials[row.prepare])
+            result = measured(row, num_trials, options.seed, commit, materials[row.prepare], progress)
             results.append(result)
             with options.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(result)) + "\n")

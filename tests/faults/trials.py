@@ -64,6 +64,7 @@ class Row:
 
 def prepared(row: Row, material: Path) -> None:
     """Make the material of a row. Raises RuntimeError if that fails."""
+    material.mkdir(parents=True)
     failure = forked(lambda: row.prepare(material), material.with_suffix(".log"), 600)
     if failure is not None:
         raise RuntimeError(f"no material for {row.name}: {failure}")
