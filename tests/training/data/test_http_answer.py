@@ -256,6 +256,12 @@ def test_headers_without_end_are_left_in_little_memory(fault: Fault, cause: str)
             tracemalloc.stop()
 
 
+def test_headers_that_are_cut_short_are_not_believed() -> None:
+    fault = Fault(raw=b"HTTP/1.1 302 Found\r\nLocation: /b")
+    with serving(b"", fault) as server, pytest.raises(Interrupted, match="the connection broke off"):
+        fetched(f"{server.url}/a.tar")
+
+
 @pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n", CHUNKED + b"99\r\n"])
 def test_a_byte_now_and_then_is_too_slow(start: bytes) -> None:
     """The server sends one every 0.05 s and would go on for 10 s; each comes within the time-out."""
