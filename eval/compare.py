@@ -88,6 +88,7 @@ from eval.towers.feature_cache import FeatureCache
 from eval.towers.models import ClipModel, describe_model, weights_file
 from eval.towers.named_models import ReadSettings, parse_models
 from longclip_teacher.atomic_files import write_json, write_text
+from longclip_teacher.folder_lock import folder_lock
 
 console = plain_console(stderr=True, soft_wrap=True)
 
@@ -95,6 +96,12 @@ console = plain_console(stderr=True, soft_wrap=True)
 def main() -> None:
     """Run the command."""
     options = read_options(Options)
+    with folder_lock(options.out):
+        write_comparison(options)
+
+
+def write_comparison(options: Options) -> None:
+    """Measure, write the files of --out, print the table."""
     comparison = compare(options)
     summary = summarise(comparison)
     markdown = comparison_markdown(comparison, summary)

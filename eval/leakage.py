@@ -93,7 +93,7 @@ from eval.leaks.audit_parts import FileList, Part, Shard, hash_parts
 from eval.leaks.leakage_audit import FILES_PER_PART, LEAKS, SIGNS, Audit, load_benchmark
 from eval.pages.pair_sheet import PicturePair, draw_pairs
 from eval.towers.features import show_track
-from longclip_teacher.atomic_files import write_json
+from longclip_teacher.atomic_files import atomic_file, write_json
 
 __all__ = ["Options", "pair_sheet", "picture_files", "protocol_files", "run_audit", "shard_parts", "sharegpt4v_parts"]
 
@@ -257,11 +257,8 @@ def _notes(figures: dict[str, Any]) -> list[str]:
 
 
 def _write_png(path: Path, image: Image.Image) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, "PNG")
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror})") from None
+    with atomic_file(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from longclip_teacher.errors import DISK_ERRORS, InputError
-from longclip_teacher.folder_lock import check_folder, try_lock
+from longclip_teacher.folder_lock import check_folder
+from longclip_teacher.temporaries import own_folder
 
 __all__ = [
     "atomic_file",
@@ -21,30 +22,36 @@ __all__ = [
     "json_text",
     "keep_previous",
     "previous_generation",
-    "remove_leftovers",
     "without_nan",
     "write_json",
     "write_text",
     "written_into",
 ]
 
-_NUM_BYTES = 8
-_RANDOM = "[0-9a-f]" * 2 * _NUM_BYTES  # the part of a temporary name that differs
+Made = TypeVar("Made")
 
 
 @contextmanager
 def atomic_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """An empty file to write into, which takes the name `path` when the block ends; after an error it is removed.
 
-    It lies in `path`'s folder, which is made if need be, under a name of its own: of several writers the last one
-    wins. Its permissions are those of any new file (the umask's). With `sync` the contents are on the disk before the
-    name is, so that not even a power cut leaves the name without them.
+    It has `path`'s name, in a folder of its own beside `path`: of several writers the last one wins. `path`'s folder is
+    made if need be. The permissions are those of any new file (the umask's), also if the block puts another file in its
+    place, as safetensors does. With `sync` the contents are on the disk before the name is, so that not even a power
+    cut leaves the name without them.
 
     Raises InputError if the folder cannot be written, if the disk is full, or if this process holds the folder and it
     was deleted since. Other errors of the block pass.
     """
-    with _temporary(path, lambda new: os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)) as temporary:
+
+    def make(new: Path) -> int:
+        new.touch(exist_ok=False)
+        return stat.S_IMODE(new.stat().st_mode)
+
+    with _temporary(path, make) as (temporary, mode):
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         if sync:
             with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
@@ -56,41 +63,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     There must be nothing at `path` by then, or an empty folder. Raises InputError as `atomic_file`.
     """
-
-    def make(new: Path) -> int:
-        new.mkdir()
-        return os.open(new, os.O_RDONLY)
-
-    with _temporary(path, make) as temporary:
+    with _temporary(path, Path.mkdir) as (temporary, _):
         yield temporary
 
 
 @contextmanager
-def _temporary(path: Path, make: Callable[[Path], int]) -> Iterator[Path]:
-    """A new file or folder, which `make` opens, beside `path`. It is locked while its writer lives."""
+def _temporary(path: Path, make: Callable[[Path], Made]) -> Iterator[tuple[Path, Made]]:
+    """What will be `path`, and what `make` returns of it. Its own folder is locked while the writer lives, and holds
+    whatever a library writes beside it."""
     check_folder(path)
-    temporary, descriptor = _made(path, make)
     try:
-        with written_into(path, temporary):
-            yield temporary
+        folder, descriptor = own_folder(path)
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from None
+    temporary = folder / path.name
+    try:
+        with written_into(path, folder):
+            yield temporary, make(temporary)
             check_folder(path)
             os.replace(temporary, path)
     finally:
-        _remove(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
-
-
-def _made(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
-    while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(_NUM_BYTES)}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = make(temporary)
-        except (OSError, ValueError) as error:
-            raise _cannot_write(path, error) from None
-        if try_lock(descriptor) is not False and os.fstat(descriptor).st_nlink:
-            return temporary, descriptor
-        os.close(descriptor)  # `remove_leftovers` of another process took it before it was locked
 
 
 @contextmanager
@@ -125,32 +119,6 @@ def keep_previous(path: Path) -> None:
             os.link(path, second)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, second)
-
-
-def remove_leftovers(folder: Path, names: str = "*", *, is_shared: bool = False) -> None:
-    """Remove what killed writers left of the files and folders in `folder` whose names match the glob pattern `names`.
-
-    What a living writer has is locked, and stays. A file system without locks cannot tell: there the process must be
-    the one writer of these files, as one that holds the folder is; nothing is removed if others share it.
-    """
-    for leftover in folder.glob(f".{names}.{_RANDOM}.part"):
-        with suppress(OSError):
-            descriptor = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
-            try:
-                is_left = try_lock(descriptor)
-                if is_left or (is_left is None and not is_shared):
-                    _remove(leftover)
-            finally:
-                os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or a folder, as far as the disk lets us."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

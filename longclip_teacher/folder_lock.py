@@ -17,23 +17,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from glob import escape
 from pathlib import Path
 
 from longclip_teacher.errors import InputError
+from longclip_teacher.temporaries import remove_leftovers, try_lock
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["LOCK_NAME", "check_folder", "folder_lock", "try_lock"]
+__all__ = ["LOCK_NAME", "check_folder", "folder_lock"]
 
 LOCK_NAME = ".compact-longclip.lock"
 _POLL = 0.5  # seconds between two tries of a process that waits
 _MOST_TRIES = 100  # while other processes remove the lock file that was just opened
 _MAX_BYTES = 4096  # of a lock file that is read
-_HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EBADF)
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class _Holder:
     @property
     def is_dead(self) -> bool:
         """Whether it has certainly ended. A process of another host or container never counts as ended."""
-        if not self.is_here or fcntl is None:
+        if not self.is_here or os.name == "nt":
             return False
         try:
             os.kill(self.pid, 0)
@@ -100,7 +95,7 @@ def folder_lock(folder: Path, *, beside: bool = False, wait: bool = False) -> It
     whose own lock a child process takes. With `wait` a held lock is waited for, and stderr says so once.
 
     Raises InputError if another process holds the folder, or if it cannot be made or written. Processes forked by this
-    one do not hold the lock.
+    one do not hold the lock. What killed writers left in the folder and in the folders directly in it is removed.
     """
     place = folder.absolute()
     path = place.with_name(f".{place.name}{LOCK_NAME}") if beside else place / LOCK_NAME
@@ -120,6 +115,11 @@ def folder_lock(folder: Path, *, beside: bool = False, wait: bool = False) -> It
     _held.append(held)
     _descriptors.add(descriptor)
     try:
+        if beside:
+            remove_leftovers(place.parent, escape(place.name))
+        else:
+            for part in (place, *place.glob("*/")):
+                remove_leftovers(part)
         yield
     finally:
         if held.pid == os.getpid():
@@ -137,24 +137,6 @@ def check_folder(path: Path) -> None:
             )
 
 
-def try_lock(descriptor: int) -> bool | None:
-    """Take the operating system's lock of an open file, which ends when the file is closed.
-
-    Returns False if another process has it, and None if the file system has no such locks.
-    """
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _HELD_ELSEWHERE:
-            return False
-        if error.errno in _NO_LOCKS:
-            return None
-        raise
-    return True
-
-
 def _take(path: Path, folder: Path) -> int | None:
     """The open lock file, now this process's; None if another process holds it."""
     try:
@@ -170,8 +152,7 @@ def _take(path: Path, folder: Path) -> int | None:
                 if locked is False or (locked is None and not is_new and not _set_aside(path)):
                     return None
                 if (locked or is_new) and _is_at(path, os.fstat(descriptor)):
-                    os.ftruncate(descriptor, 0)
-                    os.write(descriptor, json.dumps(asdict(_myself())).encode())
+                    _write_name(descriptor, path)
                     is_mine = True
                     return descriptor
             finally:
@@ -190,6 +171,15 @@ def _open(path: Path) -> tuple[int, bool]:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
     except FileExistsError:
         return os.open(path, flags), False
+
+
+def _write_name(descriptor: int, path: Path) -> None:
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(asdict(_myself())).encode())
+    except OSError:
+        path.unlink()  # a lock without a name would tell nobody whom to wait for
+        raise
 
 
 def _set_aside(path: Path) -> bool:

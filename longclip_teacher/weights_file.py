@@ -180,7 +180,10 @@ def write_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     contents = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with atomic_file(Path(path)) as temporary:
         checksum = dict(zip(_CHECKSUM, ("sha256", content_sha256(contents, metadata)), strict=True))
-        save_file(contents, temporary, {**metadata, **checksum})
+        try:
+            save_file(contents, temporary, {**metadata, **checksum})
+        except SafetensorError as error:  # its writer hides what the disk says
+            raise InputError(f"cannot write {path} ({_first_line(error)}): the file before it is as it was") from None
         _sort_metadata(temporary)
 
 

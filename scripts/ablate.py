@@ -75,7 +75,8 @@ from ablation_runs import RECORD, comparison_conditions, config_differences, gat
 from ablation_table import write_table
 from eval.base.consoles import plain_console
 from eval.base.launch import run_passing_signals
-from longclip_teacher.atomic_files import json_text, write_json, write_text
+from longclip_teacher.atomic_files import json_text, write_json, write_text, written_into
+from longclip_teacher.folder_lock import folder_lock
 from training.generations import write_text_generation
 from training.record.run_log import read_metrics
 
@@ -251,12 +252,21 @@ def is_finished(job: Job) -> bool:
 
 
 def run_job(job: Job, processes: int, tick: Callable[[], None]) -> str | None:
-    """Train one run to its end. Return None, or what went wrong in one line; failed.json has the details."""
+    """Train one run to its end. Return None, or what went wrong in one line; failed.json has the details.
+
+    A run that another ablation trains is waited for.
+    """
+    with folder_lock(job.folder, beside=True, wait=True):  # its own lock is for the training
+        return None if is_finished(job) else _run_job(job, processes, tick)
+
+
+def _run_job(job: Job, processes: int, tick: Callable[[], None]) -> str | None:
     (job.folder / FAILURE).unlink(missing_ok=True)
     if missing := [folder for folder in job.stages if not (folder / RECORD).exists()]:
         return fail(job, processes, f"its stage {missing[0]} is not finished")
-    job.folder.mkdir(parents=True, exist_ok=True)
-    code = launch(job.command(processes), job.folder / LOG, tick)
+    with written_into(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        code = launch(job.command(processes), job.folder / LOG, tick)
     if code != 0:
         return fail(job, processes, f"exit code {code}")
     try:

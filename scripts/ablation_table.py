@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from ablation_grid import Grid
 from ablation_runs import Difference, Row
-from longclip_teacher.atomic_files import write_json, write_text
+from longclip_teacher.atomic_files import atomic_file, write_json, write_text
 
 __all__ = ["write_table"]
 
@@ -157,4 +157,5 @@ def _plot(path: Path, grid: Grid, rows: Sequence[Row]) -> None:
     handles = [Line2D([], [], color=colours[group], marker="D", linestyle="", label=group) for group in groups if group]
     if handles:
         figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary)

@@ -89,7 +89,7 @@ import torch
 from torch import Tensor
 
 from eval.base.freed_memory import keep_freed_memory
-from eval.base.processes import Runtime, all_results, start
+from eval.base.processes import Runtime, all_results, job_lock, start
 from eval.towers.models import load_model
 from longclip_teacher import LongCLIP
 from longclip_teacher.weights_file import file_sha256
@@ -127,14 +127,23 @@ class Work:
     """Of the shards that an earlier run finished; None for the others."""
 
 
-def prepare(options: Options, device: torch.device) -> Work:
-    """Load the index, the teacher and the settings, and find the shards that an earlier run finished."""
-    assert options.teacher is not None  # check() ensures it
+def cache_folder(options: Options) -> Path:
+    """Return the folder of the sidecars. Raise InputError for shards that cannot have any."""
     found = expand_patterns(options.shards)
     if is_remote(found[0]):
         raise InputError(f"{found[0]}: sidecars belong to local shards; copy them to a disk first")
-    index = ShardIndex(found, show_progress=_STDERR.is_terminal)
-    folder = _folder(options, index.paths)
+    if options.out is not None:
+        return options.out
+    parents = {Path(shard).parent for shard in found}
+    if len(parents) > 1:
+        raise InputError(f"the shards are in {len(parents)} folders: give --out for their sidecars")
+    return parents.pop() / "teacher_cache"
+
+
+def prepare(options: Options, folder: Path, device: torch.device) -> Work:
+    """Load the index, the teacher and the settings, and find the shards that an earlier run finished."""
+    assert options.teacher is not None  # check() ensures it
+    index = ShardIndex(expand_patterns(options.shards), show_progress=_STDERR.is_terminal)
     refuse_same_names(index.paths)
     model = load_model(options.teacher, activation=options.activation, device=str(device))
     if not isinstance(model, LongCLIP):
@@ -156,15 +165,6 @@ def prepare(options: Options, device: torch.device) -> Work:
     return Work(
         SidecarWriter(model, settings, index, folder, options.batch_size, options.num_workers), identities, finished
     )
-
-
-def _folder(options: Options, paths: Sequence[Path]) -> Path:
-    if options.out is not None:
-        return options.out
-    parents = {path.parent for path in paths}
-    if len(parents) > 1:
-        raise InputError(f"the shards are in {len(parents)} folders: give --out for their sidecars")
-    return parents.pop() / "teacher_cache"
 
 
 def _refuse_other_settings(folder: Path, settings: CacheSettings) -> None:
@@ -261,11 +261,24 @@ def make(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Ten
 
 
 def cache(options: Options, runtime: Runtime) -> None:
-    """Create what is missing, on all processes, and report what the cache now holds."""
+    """Hold the cache's folder, create what is missing on all processes, and report what the cache now holds."""
+    folders: list[Path] = []
+
+    def find() -> dict[str, Tensor]:
+        folders.append(cache_folder(options))
+        return {}
+
+    all_results(find)
+    with job_lock(folders[0], runtime):
+        fill(options, folders[0], runtime)
+
+
+def fill(options: Options, folder: Path, runtime: Runtime) -> None:
+    """Create what is missing in `folder`, on all processes, and report what it now holds."""
     prepared: list[Work] = []
 
     def mask() -> dict[str, Tensor]:
-        prepared.append(prepare(options, runtime.device))
+        prepared.append(prepare(options, folder, runtime.device))
         work = prepared[0]
         if runtime.is_main:
             write_cache_manifest(work.writer.folder, work.writer.settings)
@@ -280,7 +293,6 @@ def cache(options: Options, runtime: Runtime) -> None:
     seconds = time.monotonic() - begin
     if not runtime.is_main:
         return
-    folder = work.writer.folder
     records = write_cache_manifest(folder, work.writer.settings)
     own = [records[identity.shard] for identity in work.identities]
     num_samples, num_shards = counts.tolist()

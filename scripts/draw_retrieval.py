@@ -77,7 +77,7 @@ def main() -> None:
         raise InputError(f"--caption {number}: the set has captions 0 to {len(reference.captions) - 1}")
     figure = _draw(number, encoded, first, min(contexts.values()))
     with atomic_file(options.out) as temporary:
-        figure.savefig(temporary, format=options.out.suffix[1:], dpi=_DPI)
+        figure.savefig(temporary, dpi=_DPI)
     plain_console(soft_wrap=True).print(f"caption {number} of {len(reference.captions)}: {options.out}")
 
 

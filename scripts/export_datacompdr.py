@@ -50,6 +50,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from longclip_teacher.folder_lock import folder_lock
 from longclip_teacher.text import CaptionTokenizer, first_sentence
 from training.cache.datacompdr import write_datacompdr_sample
 from training.cache.manifest import CacheSettings, read_cache, shard_identities, sidecar_path
@@ -135,7 +136,12 @@ def export(options: Options) -> tuple[int, int]:
     open_cache(options.cache, index, settings.augment, None)  # refuses a cache of other shards
     if options.out.resolve() in {path.parent.resolve() for path in index.paths}:
         raise InputError(f"--out {options.out} is the folder of the shards themselves: give another folder")
-    options.out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(options.out):
+        return write_missing(options, settings, teacher_info, index), index.num_samples
+
+
+def write_missing(options: Options, settings: CacheSettings, teacher_info: TeacherInfo, index: ShardIndex) -> int:
+    """Write the new shards that are not there yet. Return how many samples the new shards hold."""
     tokenizer = CaptionTokenizer(settings.context_length)
     inputs = {
         path.name: _digest(settings, sidecar_path(options.cache, path), shard.keys_sha256)
@@ -155,7 +161,7 @@ def export(options: Options) -> tuple[int, int]:
             record = write_shard(options.out / path.name, source)
             records[path.name] = dataclasses.replace(record, inputs=inputs[path.name])
             write_manifest(options.out, list(records.values()), {"teacher_cache": dataclasses.asdict(settings)})
-    return sum(len(record.keys) for record in records.values()), index.num_samples
+    return sum(len(record.keys) for record in records.values())
 
 
 def _digest(settings: CacheSettings, sidecar: Path, keys: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -163,7 +162,8 @@ if __name__ == "__main__":
     answer_early(Command, __doc__)  # --help and refused options end here: the imports below take seconds
 
 from eval.base.consoles import plain_console
-from longclip_teacher.atomic_files import remove_leftovers
+from longclip_teacher.atomic_files import atomic_folder, write_text
+from longclip_teacher.folder_lock import folder_lock
 from packed_pictures import left_out, picture_bytes
 from training.data.index import ShardRecord, expand_patterns, read_manifest
 from training.data.writer import caption_member, index_shard, write_manifest, write_shard
@@ -214,7 +214,7 @@ def make_shard(job: ShardJob) -> tuple[ShardRecord | None, list[LeftOut]]:
     # a shard that lacks a picture is written again next time, when the picture may be readable
     if not missing:
         record = replace(record, inputs=job.inputs)
-        record_path(job.path).write_text(json.dumps(record.to_json()), encoding="utf-8")
+        write_text(record_path(job.path), json.dumps(record.to_json()))
     return record, missing
 
 
@@ -266,30 +266,28 @@ def in_parallel(function: Callable, items: Sequence, workers: int, title: str) -
 def write_val(args: Output, pairs: Sequence[Pair]) -> list[LeftOut]:
     """Replace OUT/val by image/N.suffix and caption/N.txt of these pairs. Return what cannot be used."""
     missing: list[LeftOut] = []
-    temporary = args.out / f".val.{os.getpid()}"
-    (temporary / "image").mkdir(parents=True)
-    (temporary / "caption").mkdir()
-    for number, pair in enumerate(pairs, start=1):
-        try:
-            suffix, data = picture_bytes(pair.path, args.resize)
-        except InputError as error:
-            missing.append(left_out(pair.name, pair.path, error))
-            continue
-        caption = pair.caption_long if isinstance(pair.caption_long, str) else pair.caption_long[0]
-        (temporary / "image" / f"{number}.{suffix}").write_bytes(data)
-        (temporary / "caption" / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")
-    if (args.out / "val").exists():
-        shutil.rmtree(args.out / "val")
-    temporary.rename(args.out / "val")
+    val = args.out / "val"
+    with atomic_folder(val) as temporary:
+        (temporary / "image").mkdir()
+        (temporary / "caption").mkdir()
+        for number, pair in enumerate(pairs, start=1):
+            try:
+                suffix, data = picture_bytes(pair.path, args.resize)
+            except InputError as error:
+                missing.append(left_out(pair.name, pair.path, error))
+                continue
+            caption = pair.caption_long if isinstance(pair.caption_long, str) else pair.caption_long[0]
+            (temporary / "image" / f"{number}.{suffix}").write_bytes(data)
+            (temporary / "caption" / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")
+        if val.exists():
+            shutil.rmtree(val)
     return missing
 
 
 def make_shards(args: Output, rows: Iterator[Row]) -> None:
-    """Select, check, write the missing shards, then write the manifest."""
+    """Select, check, write the missing shards, then write the manifest. The process must hold the folder."""
     present, missing = select(progress(rows, "reading captions"), args.include, args.exclude, args.limit)
     num_rows, listing = len(present) + len(missing), args.out / "missing.txt"
-    args.out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(args.out, f"{glob.escape(args.name)}-*.tar")
     check_missing(listing, num_rows, missing, args.max_missing_share)
     is_val = [zlib.crc32(pair.name.encode("utf-8", "surrogatepass")) / 2**32 < args.val_share for pair in present]
     train = [pair for pair, val in zip(present, is_val, strict=True) if not val]
@@ -349,7 +347,8 @@ def main() -> None:
     if isinstance(args, Index):
         write_index(args)
     else:
-        make_shards(args, args.rows())
+        with folder_lock(args.out):
+            make_shards(args, args.rows())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from caption_sources import LeftOut, Pair, Row
+from longclip_teacher.atomic_files import write_text
 from longclip_teacher.errors import InputError
 
 __all__ = ["causes", "check_missing", "select"]
@@ -52,7 +53,7 @@ def check_missing(listing: Path, num_rows: int, missing: Sequence[LeftOut], max_
         listing.unlink(missing_ok=True)
         return
     names = "\n".join(sorted(row.name for row in missing)) + "\n"
-    listing.write_text(names, encoding="utf-8", errors="backslashreplace")
+    write_text(listing, names)
     if len(missing) > max_share * num_rows:
         raise InputError(
             f"{len(missing)} of {num_rows} pictures are missing, broken or without a caption "

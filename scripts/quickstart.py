@@ -99,8 +99,9 @@ from eval.measures.figures import Column, best_models, figure_columns, figure_co
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.report import Report, model_colours, write_report
-from eval.towers.models import ClipModel, load_model
+from eval.towers.models import load_model
 from longclip_teacher.atomic_files import write_json
+from longclip_teacher.folder_lock import folder_lock
 from mobileclip_student import MobileCLIP, reparameterize, save_student
 from training.data.digit_scenes import is_outdated, write_digit_scenes
 from training.record.curves import run_provenance, training_curves
@@ -124,6 +125,12 @@ Figures = dict[str, float]
 def main() -> None:
     """Run the command."""
     options = read_options(Options)
+    with folder_lock(options.out):  # the runs it starts lock their own folders
+        run(options)
+
+
+def run(options: Options) -> None:
+    """Make what is missing, compare, report."""
     torch.set_num_threads(1)  # for these small tensors a second thread gains nothing and stalls on a busy machine
     started = time.monotonic()
     make_data(options.data)
@@ -164,8 +171,12 @@ def make_data(data: Path) -> None:
 
 
 def make_teacher(options: Options) -> None:
-    """Train the tiny teacher if it does not exist."""
-    if (options.teacher / WEIGHTS).exists():
+    """Train the tiny teacher if it does not exist. Another quickstart that trains it is waited for."""
+    weights = options.teacher / WEIGHTS
+    if not weights.exists():
+        with folder_lock(options.teacher, wait=True):
+            pass
+    if weights.exists():
         say("teacher", f"reusing {options.teacher}")
         return
     say("teacher", f"training the tiny Long-CLIP teacher in {options.teacher}: the longest part, needed only once")
@@ -212,19 +223,13 @@ def say(step: str, message: str) -> None:
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(options: Options, model: ClipModel) -> Figures:
-    """Return a model's percentages on the tests."""
-    return model_figures(evaluate_tests(model, student_config(options)))
-
-
 def evaluate_students(options: Options, seed: int) -> dict[str, Figures]:
     """Return the percentages of one seed's students. Save the reparameterized student beside the others."""
-    fused_dir = options.run_dir("reparameterized", seed)
     distilled = load_model(options.run_dir("distilled", seed))
     assert isinstance(distilled, MobileCLIP)
-    fused_dir.mkdir(parents=True, exist_ok=True)
-    save_student(reparameterize(distilled), fused_dir / WEIGHTS)
-    return {name: evaluate(options, load_model(options.run_dir(name, seed))) for name in (*STUDENTS, "reparameterized")}
+    save_student(reparameterize(distilled), options.run_dir("reparameterized", seed) / WEIGHTS)
+    models = {name: load_model(options.run_dir(name, seed)) for name in (*STUDENTS, "reparameterized")}
+    return {name: model_figures(evaluate_tests(model, student_config(options))) for name, model in models.items()}
 
 
 def costs_of_models(options: Options) -> tuple[dict[str, Cost], dict[str, Cost]]:

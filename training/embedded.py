@@ -9,7 +9,9 @@ import logging
 import sys
 from pathlib import Path
 
-from eval.base.processes import Runtime, on_main
+import torch
+
+from eval.base.processes import Runtime, all_results, job_lock, on_main
 from longclip_teacher.errors import InputError
 from training.build import build_distillation, build_training_loader, frozen_teacher
 from training.cache.manifest import CACHE_MANIFEST, shard_identities, write_cache_manifest
@@ -37,12 +39,13 @@ def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
     """
     if _names_embedded_data(config.data):
         on_main(_make_data)
-    cached = config.teacher.cache == EMBEDDED_CACHE and not Path(EMBEDDED_CACHE, CACHE_MANIFEST).exists()
+    cached = config.teacher.cache == EMBEDDED_CACHE and not _is_there(Path(EMBEDDED_CACHE, CACHE_MANIFEST))
     teachers = {config.teacher.checkpoint, config.teacher.short} if config.distils else set()
     if EMBEDDED_TEACHER in teachers and (config.teacher.cache is None or cached):
         _run_first("tiny_teacher", Path(EMBEDDED_TEACHER), config, runtime)
     if cached and config.distils:
-        on_main(lambda: _write_cache(config))
+        with job_lock(Path(EMBEDDED_CACHE), runtime):
+            on_main(lambda: _write_cache(config))
     for tower, source in (("image", config.init.image), ("text", config.init.text)):
         if source not in _STAGES:
             continue
@@ -78,13 +81,19 @@ def _run_first(preset: str, out_dir: Path, config: TrainConfig, runtime: Runtime
     # a run that was stopped goes on
     first = parse_config([preset, "--run.device", config.run.device, "--run.resume", "auto"])
     check_config(first, runtime.world_size)
-    prepare_embedded(first, runtime)
-    distillation = build_distillation(first, runtime)
-    train(first, runtime, distillation, build_training_loader(first, runtime, distillation))
+    with job_lock(out_dir, runtime):
+        prepare_embedded(first, runtime)
+        distillation = build_distillation(first, runtime)
+        train(first, runtime, distillation, build_training_loader(first, runtime, distillation))
 
 
 def _is_finished(out_dir: Path) -> bool:
-    return (out_dir / "best.safetensors").exists()
+    return _is_there(out_dir / "best.safetensors")
+
+
+def _is_there(path: Path) -> bool:
+    """Rank 0's view, for all processes: another job may be writing the file."""
+    return bool(all_results(lambda: {"is_there": torch.tensor(path.exists())})[0]["is_there"])
 
 
 def _write_cache(config: TrainConfig) -> None:
@@ -94,7 +103,6 @@ def _write_cache(config: TrainConfig) -> None:
     teacher = frozen_teacher(config)
     index = ShardIndex(expand_patterns(config.data.shards))
     settings = cache_settings(checkpoint, teacher, views=1, augment=config.augment)
-    folder.mkdir(parents=True, exist_ok=True)
     writer = SidecarWriter(teacher, settings, index, folder, _CACHE_BATCH, config.data.num_workers)
     for _ in writer.write(list(enumerate(shard_identities(index))), lambda _: None):
         pass

@@ -14,10 +14,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from glob import escape
 from pathlib import Path
 
-from longclip_teacher.atomic_files import atomic_file, keep_previous, previous_generation, remove_leftovers, write_json
+from longclip_teacher.atomic_files import atomic_file, keep_previous, previous_generation, write_json
 from longclip_teacher.errors import InputError, warn_once
 from longclip_teacher.weights_file import file_sha256
 
@@ -32,7 +31,6 @@ def write_generation(path: Path, write: Callable[[Path], None]) -> None:
 
     Only for the one process that writes this folder. Raises InputError where it cannot be written.
     """
-    remove_leftovers(path.parent, escape(path.name))
     with atomic_file(path, sync=True) as temporary:
         try:
             write(temporary)

@@ -34,6 +34,7 @@ from eval.benchmarks.shard_samples import MAX_MEMBER_BYTES, shard_samples
 from eval.leaks.picture_hashes import THUMBNAIL_SIZE, hash_picture
 from longclip_teacher.atomic_files import atomic_file
 from longclip_teacher.errors import InputError
+from longclip_teacher.temporaries import remove_leftovers
 from longclip_teacher.text import first_sentence
 
 __all__ = ["FileList", "HashedPart", "Part", "Sample", "Shard", "hash_parts", "join_parts", "normalized"]
@@ -176,6 +177,7 @@ def hash_parts(
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make the folder {cache} ({error.strerror})") from None
+        remove_leftovers(cache, is_shared=True)
     if num_workers == 0:
         for part in parts:
             yield part, _hash_or_load(part, cache)
@@ -297,12 +299,8 @@ def _json_captions(content: Any) -> list[str]:
 
 def _save(path: Path, hashed: HashedPart) -> None:
     """Save atomically, so that a killed audit leaves the complete file or none."""
-    with atomic_file(path) as temporary:
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **{field.name: getattr(hashed, field.name) for field in fields(HashedPart)})
-        except OSError as error:
-            raise InputError(f"cannot write {path} ({error.strerror})") from None
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **{field.name: getattr(hashed, field.name) for field in fields(HashedPart)})
 
 
 def _load(path: Path) -> HashedPart | None:

@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from sklearn.metrics import confusion_matrix as count_confusions
 from torch import Tensor
 
+from longclip_teacher.atomic_files import atomic_file
 from longclip_teacher.errors import InputError
 
 __all__ = ["check_plot_path", "confused_pairs", "confusion_matrix", "draw_confusion", "mean_recall", "recall_by_class"]
@@ -95,11 +96,9 @@ def draw_confusion(matrix: Matrix, classnames: Sequence[str], title: str, path: 
             _write_percentages(axes, shares)
         figure.colorbar(image, label="% of the true class's pictures", ticks=[0, 1, 5, 10, 25, 50, 75, 100], shrink=0.8)
         dots_per_inch = 100 if num_classes <= MAX_LABELLED else 200  # a cell of 1000 still has a pixel
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=dots_per_inch, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-        except OSError as error:
-            raise InputError(f"cannot write {path} ({error.strerror})") from None
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, dpi=dots_per_inch, metadata=metadata)
 
 
 def _mark_classes(axes: Axes, shown: list[int], classnames: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from longclip_teacher.errors import InputError
+from longclip_teacher.atomic_files import atomic_file
 
 __all__ = ["plot_long_captions"]
 
@@ -33,11 +33,8 @@ def plot_long_captions(result: dict[str, Any], path: Path) -> None:
         panel.set_ylim(0, min(105, top))
         panel.set_ylabel("R@1 %")
     _note(note, result, edits)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror})") from None
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary)
 
 
 def _bars(axes: Axes, result: dict[str, Any]) -> None:

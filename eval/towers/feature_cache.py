@@ -26,6 +26,7 @@ import mobileclip_student
 from eval.towers.models import ClipModel
 from longclip_teacher.atomic_files import atomic_file
 from longclip_teacher.errors import InputError
+from longclip_teacher.temporaries import remove_leftovers
 
 __all__ = ["FeatureCache"]
 
@@ -42,6 +43,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
+        remove_leftovers(self.folder, is_shared=True)
 
     def image_key(self, model: ClipModel, paths: Sequence[Path], precision: str) -> str:
         """The key for the features of these pictures (their contents, in this order)."""

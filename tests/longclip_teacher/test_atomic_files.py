@@ -10,23 +10,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from longclip_teacher.atomic_files import (
     atomic_file,
     atomic_folder,
-    remove_leftovers,
     write_json,
     write_text,
     written_into,
 )
 from longclip_teacher.errors import InputError
+from longclip_teacher.temporaries import remove_leftovers
 
 
 def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
     write_text(path, "old é")
     with atomic_file(path) as temporary:
-        assert temporary.parent == path.parent
+        assert temporary.name == path.name and temporary.parent.parent == path.parent
         temporary.write_text("ne")
         assert path.read_text(encoding="utf-8") == "old é"
         temporary.write_text("new")
@@ -61,9 +63,12 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int, mode:
     before = os.umask(umask)
     try:
         write_text(tmp_path / "a.txt", "a")
+        with atomic_file(tmp_path / "a.safetensors") as temporary:
+            save_file({"a": torch.zeros(2)}, temporary)
     finally:
         os.umask(before)
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_contents_are_on_the_disk_before_the_name_where_asked_for(
@@ -94,24 +99,25 @@ with atomic_file(folder / "a.tar"), atomic_file(folder / "b.tar"), atomic_folder
 
 def test_leftovers_of_dead_writers_alone_are_removed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    own = tmp_path / ".a.tar.notes.part"
-    own.touch()
+    own = [tmp_path / ".a.tar.notes.part", tmp_path / ".a.tar.0123456789abcdef.part"]
+    own[0].mkdir()
+    own[1].touch()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
         remove_leftovers(tmp_path)
-        assert len(list(tmp_path.glob(".*.part"))) == 4, "their writer lives"
+        assert len(list(tmp_path.glob(".*.part"))) == 5, "their writer lives"
         writer.kill()
     remove_leftovers(tmp_path, "a.tar")
-    assert sorted(path.name.split(".")[1] for path in tmp_path.iterdir()) == ["a", "b", "val"]
+    assert sorted(path.name.split(".")[1] for path in tmp_path.iterdir()) == ["a", "a", "b", "val"]
     remove_leftovers(tmp_path)
-    assert list(tmp_path.iterdir()) == [own]
+    assert sorted(tmp_path.iterdir()) == sorted(own)
 
 
 def test_without_locks_leftovers_are_removed_by_the_one_writer_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longclip_teacher.atomic_files.try_lock", lambda descriptor: None)
-    (tmp_path / ".a.0123456789abcdef.part").touch()
+    monkeypatch.setattr("longclip_teacher.temporaries.try_lock", lambda descriptor: None)
+    (tmp_path / ".a.0123456789abcdef.part").mkdir()
     remove_leftovers(tmp_path, is_shared=True)
     assert len(list(tmp_path.iterdir())) == 1
     remove_leftovers(tmp_path)
@@ -123,16 +129,18 @@ def test_a_new_file_that_is_taken_for_a_leftover_is_made_again(tmp_path: Path, m
     made: list[Path] = []
 
     def opened(path: Path, *options: int) -> int:
+        made.extend([path] if path.suffix == ".part" else [])
+        if path.suffix == ".part" and len(made) == 1:
+            path.rmdir()
         descriptor = real(path, *options)
-        made.append(path)
-        if len(made) == 1:
-            path.unlink()
+        if path.suffix == ".part" and len(made) == 2:
+            path.rmdir()
         return descriptor
 
     real = os.open
     monkeypatch.setattr(os, "open", opened)
     write_text(tmp_path / "a", "a")
-    assert len(made) == 2 and (tmp_path / "a").read_text() == "a"
+    assert len(made) == 3 and (tmp_path / "a").read_text() == "a"
 
 
 def test_a_folder_appears_once_it_is_filled(tmp_path: Path) -> None:

@@ -152,6 +152,20 @@ def test_nothing_is_left_of_a_folder_in_which_nothing_was_written(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+def test_leftovers_of_dead_writers_are_removed(tmp_path: Path) -> None:
+    names = [
+        ".a.pt.0123456789abcdef.part",
+        "checkpoints/.b.pt.0123456789abcdef.part",
+        "x/y/.c.pt.0123456789abcdef.part",
+    ]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    with folder_lock(tmp_path):
+        assert [(tmp_path / name).exists() for name in names] == [False, False, True]
+    with folder_lock(tmp_path / "x" / "y" / "c.pt", beside=True):
+        assert not (tmp_path / names[2]).exists()
+
+
 def test_nothing_is_written_into_a_folder_that_was_deleted_or_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     message = rf"\A{folder} was deleted or replaced while it was being written"
@@ -201,6 +215,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
         folder_lock(tmp_path),
     ):
         pass
+    assert not list(tmp_path.iterdir())
 
 
 def stale(path: Path, **changes: object) -> None:
@@ -249,7 +264,7 @@ def test_without_flock_a_lock_of_elsewhere_is_named_with_what_to_do(
 def test_without_flock_one_of_several_takes_a_dead_process_lock(start: Start, tmp_path: Path) -> None:
     (tmp_path / "counter").write_text("0")
     stale(tmp_path.with_name(f".{tmp_path.name}{LOCK_NAME}"))
-    program = "import longclip_teacher.folder_lock as module\nmodule._POLL, module.fcntl.flock = 0.001, None\n"
+    program = "import longclip_teacher.folder_lock as module\nmodule._POLL = 0.001\n"
     program += "module.try_lock = lambda descriptor: None\n" + COUNT
     for process in [start(program, tmp_path, 10) for _ in range(4)]:
         _, errors = process.communicate(timeout=60)

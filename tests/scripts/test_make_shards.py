@@ -134,7 +134,7 @@ def test_an_interrupted_run_keeps_what_is_done(
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert [name for name in names if name.endswith(".tar")] == ["train-000000.tar", "train-000001.tar"]
     assert not any(name.endswith(".part") or name == "manifest.json" for name in names)
-    (tmp_path / "out/.train-000002.tar.0123456789abcdef.part").touch()  # what SIGKILL would have left
+    (tmp_path / "out/.train-000002.tar.0123456789abcdef.part").mkdir()  # what SIGKILL would have left
     monkeypatch.setattr(writer, "index_shard", real)
     stamp = (tmp_path / "out/train-000000.tar").stat().st_mtime_ns
     assert run(*arguments) == 0

@@ -30,14 +30,13 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from glob import escape
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from longclip_teacher.atomic_files import atomic_file, remove_leftovers
+from longclip_teacher.atomic_files import atomic_file
 from longclip_teacher.errors import InputError
 from training.data.transforms import RAND_AUGMENT_OPS, Augmentation
 
@@ -120,7 +119,6 @@ def write_sidecar(
     Raise InputError if the folder cannot be written.
     """
     arrays = _arrays(entries, num_ops, image_features, captions)
-    remove_leftovers(path.parent, escape(path.name))
     with atomic_file(path, sync=True) as temporary:
         try:
             save_file(arrays, temporary, _METADATA)

@@ -17,8 +17,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import secrets
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +29,9 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from longclip_teacher.atomic_files import atomic_folder
 from longclip_teacher.errors import InputError
+from longclip_teacher.folder_lock import folder_lock
 from training.data.index import ShardRecord
 from training.data.writer import caption_member, write_manifest, write_shard
 
@@ -245,6 +245,8 @@ def write_digit_scenes(
 ) -> bool:
     """Write the digit scenes to the folder `out` atomically. Return False if the same scenes were there already.
 
+    A process that is writing them is waited for.
+
     train/, val/              indexed shards
     val_twins/                `num_val_twins` pairs, Urban-1k folder, for choosing settings and the best checkpoint
     random/, twins/           `num_test` pairs each, Urban-1k folders (image/N.jpg, caption/N.txt)
@@ -260,39 +262,34 @@ def write_digit_scenes(
         raise InputError("each part of the digit scenes needs at least one sample")
     if _is_finished(out, settings):
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.{secrets.token_hex(8)}"
-    folder.mkdir()  # not mkdtemp, whose permissions are not the umask's
-
-    def boards(
-        name: str, draw: Callable[[random.Random, Part], Iterable[Board]], part: Part, count: int
-    ) -> Iterator[Picture]:
-        rng = random.Random(f"{seed} {name}")
-        steps = track(range(count), description=f"digit scenes: {name}", disable=not show_progress, transient=True)
-        for _, board in zip(steps, draw(rng, part), strict=False):
-            yield board, _jpeg(render(board, rng, part))
-
-    try:
-        _write_shards(folder / "train", boards("train", draw_boards, "train", num_train), settings)
-        _write_shards(folder / "val", boards("val", draw_boards, "val", num_val), settings)
-        _write_pairs(folder / "val_twins", boards("val_twins", draw_twins, "val", num_val_twins))
-        _write_pairs(folder / "random", boards("random", draw_full_boards, "test", num_test))
-        _write_pairs(folder / "twins", boards("twins", draw_twins, "test", num_test))
-        _write_singles(folder / "digits", boards("digits", _draw_singles, "test", num_test))
-        (folder / "manifest.json").write_text(json.dumps(settings, indent=2) + "\n")
-        if out.is_dir():
-            out.rmdir()  # empty, as _is_finished has checked
-        folder.rename(out)
-    except OSError:
-        if _is_finished(out, settings):  # another process was faster
+    with folder_lock(out, beside=True, wait=True):
+        if _is_finished(out, settings):  # another process has just written them
             return False
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _write_parts(out, settings, show_progress)
     return True
 
 
 Picture = tuple[Board, bytes]  # what a picture shows, and its JPEG file
+
+
+def _write_parts(out: Path, settings: dict[str, Any], show_progress: bool) -> None:
+    def boards(
+        name: str, draw: Callable[[random.Random, Part], Iterable[Board]], part: Part, count: int
+    ) -> Iterator[Picture]:
+        rng = random.Random(f"{settings['seed']} {name}")
+        steps = track(range(count), description=f"digit scenes: {name}", disable=not show_progress, transient=True)
+        for _, board in zip(steps, draw(rng, part), strict=False):
+            yield board, _jpeg(render(board, rng, part))
+
+    num_test = settings["num_test"]
+    with atomic_folder(out) as folder:
+        _write_shards(folder / "train", boards("train", draw_boards, "train", settings["num_train"]), settings)
+        _write_shards(folder / "val", boards("val", draw_boards, "val", settings["num_val"]), settings)
+        _write_pairs(folder / "val_twins", boards("val_twins", draw_twins, "val", settings["num_val_twins"]))
+        _write_pairs(folder / "random", boards("random", draw_full_boards, "test", num_test))
+        _write_pairs(folder / "twins", boards("twins", draw_twins, "test", num_test))
+        _write_singles(folder / "digits", boards("digits", _draw_singles, "test", num_test))
+        (folder / "manifest.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _is_finished(out: Path, settings: dict[str, Any]) -> bool:

@@ -6,13 +6,13 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from textwrap import indent
 from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from eval.base.consoles import plain_console
 from eval.base.environment import environment_record, uncommitted_changes
@@ -20,8 +20,10 @@ from eval.base.processes import Runtime
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import EncodedSet
 from eval.pages.example_sheet import draw_examples
-from longclip_teacher.atomic_files import json_text, without_nan, write_text
+from longclip_teacher.atomic_files import json_text, without_nan, write_text, written_into
+from longclip_teacher.folder_lock import check_folder
 from training.generations import write_text_generation
+from training.record.event_file import EventFile
 from training.settings.tree import TrainConfig, config_to_toml
 
 __all__ = ["RunLog", "read_metrics"]
@@ -30,7 +32,8 @@ _NUM_EXAMPLES, _NUM_ANSWERS = 4, 3  # of the sheet of retrieval examples
 
 
 class RunLog:
-    """Writes the run's records on rank 0 and nothing elsewhere."""
+    """Writes the run's records on rank 0 and nothing elsewhere. Its methods raise InputError if the run's folder cannot
+    be written."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime, *, step: int, total_steps: int) -> None:
         self.enabled = runtime.is_main
@@ -38,16 +41,16 @@ class RunLog:
         self.console = plain_console(stderr=True, quiet=not self.enabled, soft_wrap=True)
         if not self.enabled:
             return
-        out_dir = config.run.out_dir
-        out_dir.mkdir(parents=True, exist_ok=True)
+        self._out_dir = out_dir = config.run.out_dir
         write_text_generation(out_dir / "config.toml", config_to_toml(config))
         _write_environment(out_dir)
         self._metrics_path = out_dir / "metrics.jsonl"
         every = config.run.eval_every
         _forget_after(self._metrics_path, step, is_validated_again=every > 0 and step % every == 0)
-        self._metrics = self._metrics_path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
-        self._board.add_text("config", _code_block(config_to_toml(config)), step)
+        with written_into(out_dir):
+            self._metrics = self._metrics_path.open("a", encoding="utf-8")
+            self._board = EventFile(out_dir / "tensorboard", first_step=step + 1)
+            self._board.text(step, "config", _code_block(config_to_toml(config)))
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -72,10 +75,11 @@ class RunLog:
         if not self.enabled:
             return
         row = without_nan({"step": step, "group": group, **values})
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{group}/{name}", value, step)
+        check_folder(self._metrics_path)
+        with written_into(self._out_dir):
+            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+            self._metrics.flush()
+            self._board.scalars(step, {f"{group}/{name}": value for name, value in values.items()})
         if group != "train":
             shown = "  ".join(f"{name} {value:.2f}" for name, value in values.items())
             self.console.print(f"step {step} {group}: {shown}")
@@ -92,18 +96,19 @@ class RunLog:
         """Draw a few pictures of an encoded set with the captions found for them, for TensorBoard."""
         if self.enabled:
             sheet = draw_examples(retrieval_examples(encoded, num_examples=_NUM_EXAMPLES, num_answers=_NUM_ANSWERS))
-            self._board.add_image("val/pictures and the captions found", np.asarray(sheet), step, dataformats="HWC")
+            with written_into(self._out_dir):
+                self._board.picture(step, "val/pictures and the captions found", np.asarray(sheet))
 
     def say(self, message: str) -> None:
         """A line on the console."""
         self.console.print(message)
 
     def close(self) -> None:
-        """Flush and close; call also when the run failed."""
+        """Close; call also when the run failed."""
         if self.enabled:
             self._progress.stop()
-            self._metrics.close()
-            self._board.close()
+            with written_into(self._out_dir), closing(self._board):
+                self._metrics.close()
 
 
 def read_metrics(run_dir: Path, group: str = "train") -> list[dict[str, float]]:
