@@ -54,6 +54,7 @@ def start_run(material: Path, arguments: list[str], ranks: int = 1) -> list[int]
     """Start training in forked processes; the processes by rank."""
 
     def train() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background programs ignore it
         os.chdir(material)
         sys.argv = ["training/main.py", *arguments]
         training_main.run_command(training_main.main)
@@ -200,7 +201,7 @@ ROWS = [
         few=1,
         off="a resumed run forgets the optimiser's moments",
         switch_off=_forget_moments,
-        num_off=2,
+        num_off=3,
         prepare=_uninterrupted,
         seconds=300,
     ),
