@@ -23,6 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".compat"
 _START, _STOP = "<!-- table of versions: make compat -->", "<!-- end of the versions -->"
 _REQUIREMENT = re.compile(r'"([A-Za-z][\w.-]*)(?:\[[\w,]+\])?>=([\d.]+)')
+_IMPORTS = """
+import importlib, pkgutil
+for name in ("longclip_teacher", "mobileclip_student", "eval", "training"):
+    for module in pkgutil.walk_packages(importlib.import_module(name).__path__, name + "."):
+        importlib.import_module(module.name)
+"""
 _CLASSIFIER = re.compile(r'"Programming Language :: Python :: (3\.\d+)"')
 
 
@@ -118,7 +124,9 @@ def made(part: Part, folder: Path, project: str) -> dict[str, str]:
             raise Unavailable(f"uv makes no environment of Python {part.python}: {reason}")
         print(f"installing for Python {part.python}, resolution {part.resolution}: 6 GB", flush=True)
         install = ["pip", "install", "--quiet", "--python", str(python)]
-        must(uv(*install, "--resolution", part.resolution, "--editable", ".[dev,s3]"))
+        must(uv(*install, "--resolution", part.resolution, "--editable", "."))
+        must(subprocess.run([python, "-c", _IMPORTS], cwd=folder, capture_output=True, text=True))  # needs no extra
+        must(uv(*install, "--upgrade", "--resolution", part.resolution, "--editable", ".[dev,s3]"))
         must(uv(*install, "--no-deps", "clip-benchmark==1.6.2"))
         mark.write_text(made_for, encoding="utf-8")
     listed = json.loads(must(uv("pip", "list", "--quiet", "--format", "json", "--python", str(python))))
