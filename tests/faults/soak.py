@@ -170,7 +170,8 @@ def main() -> None:
             )
     if options.page is not None:
         write_table(options.page, results)
-    if unsound := [result.row for result in results if not result.is_sound]:
+    newest = {result.row: result for result in results}
+    if unsound := [result.row for result in newest.values() if not result.is_sound]:
         raise InputError(f"rows with failures, or without any when undefended: {', '.join(unsound)}")
 
 
