@@ -43,12 +43,12 @@ class ChunkedDistiller(nn.Module):
         self.chunks_seen = {False: 0, True: 0}
         """Calls so far, of the pass without a graph (False) and of the replay (True)."""
 
-    def forward(self, images: Tensor, long_tokens: Tensor, short_tokens: Tensor) -> Outputs:
-        """Features of one chunk and the linear logit scale."""
+    def forward(self, images: Tensor, *others: Tensor | None) -> Outputs:
+        """Features of one chunk and the linear logit scale. `others` are the further inputs of a Distiller."""
         replays = torch.is_grad_enabled()
         self.chunks_seen[replays] += 1
         if self.chunks_seen[replays] <= self.real_chunks:
-            return self.distiller(images, long_tokens, short_tokens)
+            return self.distiller(images, *others)
         model = self.distiller.model
         scale = model.linear_logit_scale
         shape = (len(images), model.embed_dim)

@@ -97,7 +97,7 @@ def test_checkpoints_of_other_settings_or_damaged_ones_are_refused(whole: Path, 
         ("mix", "erase", "0.5", 0.25),
         ("init", "freeze_text", "False", True),
         ("optim", "ema", "0.9", None),
-        ("optim", "lr", "0.002", 0.001),
+        ("optim", "lr", "0.004", 0.001),
         ("optim", "weight_decay", r"0\.\d+", 0.3),
         ("optim", "betas", r"\[0\.9, 0\.98\]", (0.9, 0.9)),
     ):

@@ -30,6 +30,19 @@ ARGS = [
 NO_VALIDATION = ["--data.val", "None"]
 
 
+@pytest.fixture(autouse=True)
+def _no_signal_is_ignored() -> Iterator[None]:
+    """Tests that nohup or a shell's background runs inherit ignored signals, which a run then ignores too, as it
+    should."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = {number: handler for number, handler in usual.items() if signal.getsignal(number) == signal.SIG_IGN}
+    for number, handler in ignored.items():
+        signal.signal(number, handler)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def running(
     checkout: Path, out_dir: Path, world_size: int, *args: str
