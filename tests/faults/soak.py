@@ -91,30 +91,38 @@ def read_results(path: Path) -> list[Result]:
         raise InputError(f"{path} holds no results of the battery ({error}): delete it") from None
 
 
-def table_of(results: Sequence[Result]) -> str:
-    """The Markdown table: the newest result of each row, marked where it had fewer trials than planned."""
+def table_of(results: Sequence[Result], earlier: str = "") -> str:
+    """The Markdown table: the newest result of each row, marked if it had fewer trials than planned.
+
+    A row without a result keeps its line of the table `earlier`.
+    """
     newest = {result.row: result for result in results}
+    kept = {line.split("|")[1].strip(): line for line in earlier.splitlines() if line.startswith("| ")}
     heading = ("Row", "What is done, and what must hold", "Trials", "Failures", "Without its defence", "Run")
-    lines = [heading, ("---", "---", "---:", "---:", "---", "---")]
+    lines = [_line(heading), _line(("---", "---", "---:", "---:", "---", "---"))]
     for row in ROWS:
         what = f"{row.what}. Found and mended: {row.found}" if row.found else row.what
         if (result := newest.get(row.name)) is None:
-            lines.append((row.name, what, f"0 of {row.full:,}", "not run", row.off, ""))
+            lines.append(kept.get(row.name) or _line((row.name, what, f"0 of {row.full:,}", "not run", row.off, "")))
             continue
         trials = f"{result.trials:,}" + (f" of {row.full:,}" if result.trials < row.full else "")
         without = f"{row.off}: {result.failures_off} of {result.trials_off} fail"
         run = f"seed {result.seed}, {result.seconds:.0f} s, {result.commit[:8]}"
-        lines.append((row.name, what, trials, f"{result.failures:,}", without, run))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        lines.append(_line((row.name, what, trials, f"{result.failures:,}", without, run)))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def write_table(page: Path, results: Sequence[Result]) -> None:
     """Put the table of `results` into a page, between its marks. Raises InputError if it has none."""
     before, start, rest = page.read_text(encoding="utf-8").partition(_START)
-    _, stop, after = rest.partition(_STOP)
+    earlier, stop, after = rest.partition(_STOP)
     if not start or not stop:
         raise InputError(f"{page} has no lines {_START} and {_STOP}, between which the table belongs")
-    write_text(page, f"{before}{start}\n\n{table_of(results)}\n\n{stop}{after}")
+    write_text(page, f"{before}{start}\n\n{table_of(results, earlier)}\n\n{stop}{after}")
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:

@@ -64,6 +64,8 @@ def test_the_table_says_what_was_not_run_and_what_was_run_in_part(tmp_path: Path
     write_table(page, results)
     assert page.read_text().startswith("before\n<!--") and page.read_text().endswith("-->\nafter\n")
     assert "a stale table" not in page.read_text() and page.read_text().count(first.what) == 1
+    write_table(page, [a_result(third.name, 5)])
+    assert table_of([*results, a_result(third.name, 5)]) in page.read_text(), "rows that were run elsewhere stay"
     page.write_text("a page without marks")
     with pytest.raises(InputError, match="has no lines <!-- table"):
         write_table(page, results)
