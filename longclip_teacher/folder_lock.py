@@ -27,6 +27,7 @@ __all__ = ["LOCK_NAME", "check_folder", "folder_lock"]
 
 LOCK_NAME = ".compact-longclip.lock"
 _POLL = 0.5  # seconds between two tries of a process that waits
+_MAX_GLANCES = 20  # at a lock file whose holder has not written its name yet, within _POLL seconds
 _MOST_TRIES = 100  # while other processes remove the lock file that was just opened
 _MAX_BYTES = 4096  # of a lock file that is read
 
@@ -99,9 +100,13 @@ def folder_lock(folder: Path, *, beside: bool = False, wait: bool = False) -> It
     """
     place = folder.absolute()
     path = place.with_name(f".{place.name}{LOCK_NAME}") if beside else place / LOCK_NAME
-    was_there, is_told = _is_there(path.parent), False
+    was_there, is_told, glances = _is_there(path.parent), False, 0
     while (descriptor := _take(path, folder)) is None:
         holder = _read_holder(path)
+        if holder is None and glances < _MAX_GLANCES:  # it writes its name just after it has taken the lock
+            glances += 1
+            time.sleep(_POLL / _MAX_GLANCES)
+            continue
         message = f"{folder} is in use by {holder or 'another process'}"
         if holder is None or not holder.is_here:
             message += f" (if that no longer runs, delete {path})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -116,6 +118,17 @@ def test_a_lock_file_that_its_holder_removes_at_that_moment_is_no_lock(
     monkeypatch.setattr(os, "open", opened)
     with folder_lock(tmp_path):
         assert path.exists() and calls == 2
+
+
+def test_a_holder_that_has_not_written_its_name_yet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / LOCK_NAME
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        named = threading.Timer(0.1, lambda: stale(path, pid=os.getpid()))
+        named.start()
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()} on"), folder_lock(tmp_path):
+            pass
+        named.join()
 
 
 def test_a_process_that_waits_says_so_and_comes_next(start: Start, tmp_path: Path) -> None:
