@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("faults")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """The results of the rows whose tests are to run."""
     path = tmp_path_factory.mktemp("faults") / "results.jsonl"
-    calls = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    calls = [item.callspec for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     rows = [call.params["row"] for call in calls if "row" in call.params]
     done = subprocess.run(
         [sys.executable, "-m", "faults.soak", "--few", "--results", str(path), *rows],
