@@ -14,7 +14,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from glob import escape
@@ -100,7 +100,8 @@ def folder_lock(folder: Path, *, beside: bool = False, wait: bool = False) -> It
     """
     place = folder.absolute()
     path = place.with_name(f".{place.name}{LOCK_NAME}") if beside else place / LOCK_NAME
-    was_there, is_told, glances = _is_there(path.parent), False, 0
+    made = [parent for parent in path.parents if not _is_there(parent)]
+    is_told, glances = False, 0
     while (descriptor := _take(path, folder)) is None:
         holder = _read_holder(path)
         if holder is None and glances < _MAX_GLANCES:  # it writes its name just after it has taken the lock
@@ -129,7 +130,7 @@ def folder_lock(folder: Path, *, beside: bool = False, wait: bool = False) -> It
     finally:
         if held.pid == os.getpid():
             _held.remove(held)
-            _release(held, descriptor, remove_folder=not was_there)
+            _release(held, descriptor, made)
 
 
 def check_folder(path: Path) -> None:
@@ -146,10 +147,10 @@ def _take(path: Path, folder: Path) -> int | None:
     """The open lock file, now this process's; None if another process holds it."""
     try:
         for _ in range(_MOST_TRIES):
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 descriptor, is_new = _open(path)
-            except FileNotFoundError:  # its holder has just removed it
+            except FileNotFoundError:  # its holder has just removed it, or its folder
                 continue
             locked, is_mine = None, False
             try:
@@ -201,15 +202,16 @@ def _set_aside(path: Path) -> bool:
     return True
 
 
-def _release(held: _Held, descriptor: int, *, remove_folder: bool) -> None:
+def _release(held: _Held, descriptor: int, made: Sequence[Path]) -> None:
+    """Give the lock back. Of the folders that were `made` for it, the innermost first, those without a file go too."""
     with suppress(OSError):
         if held.is_in_place:
             held.path.unlink()
     _descriptors.discard(descriptor)
     os.close(descriptor)
-    if remove_folder:
-        with suppress(OSError):
-            held.path.parent.rmdir()  # if nothing was written
+    with suppress(OSError):
+        for folder in made:
+            folder.rmdir()
 
 
 def _close_inherited() -> None:

@@ -31,6 +31,7 @@ __all__ = ["TIMED_OUT", "Watchdog"]
 TIMED_OUT = 124
 """Exit code of a run that is ended for lack of progress, as that of timeout(1)."""
 _WARN_AFTER = 60.0  # seconds
+_PATIENCE = 5.0  # seconds, with a thread that waits for the store
 _COMPILED_STEPS = 10  # in which torch.compile may work for minutes
 _COMPILATION = "compilation"
 _ADVICE = {
@@ -75,6 +76,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         now = time.monotonic()
+        self._threads = [threading.Thread(target=self._judge, daemon=True)]
         self._seen = [_Seen(now, now) for _ in range(self._world_size)]
         self._mine, self._heard = self._seen[self._rank], now
         self._mine.process = _identity(os.getpid())
@@ -85,14 +87,19 @@ class Watchdog:
             self._store = dist.PrefixStore(f"watchdog{next(_num_watchdogs)}", store)
             self._store.set(str(self._rank), self._told(0))
             self._barrier()  # all have told something now
-            threading.Thread(target=self._exchange, args=(self._store,), daemon=True).start()
-        threading.Thread(target=self._judge, daemon=True).start()
+            self._threads.append(threading.Thread(target=self._exchange, args=(self._store,), daemon=True))
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
-        if self._world_size > 1 and is_lost_rank(error):
-            self._name_the_lost()
-        self._over.set()
+        try:
+            if self._world_size > 1 and is_lost_rank(error):
+                self._name_the_lost()
+        finally:
+            self._over.set()
+            for thread in self._threads:  # one that is in the store when Python ends aborts the process
+                thread.join(_PATIENCE)
 
     def station(self, name: str, step: int, *, waits: bool = False) -> None:
         """Note where this process is. All pass the same stations in the same order. One that only `waits` there for

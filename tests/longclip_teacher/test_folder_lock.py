@@ -156,7 +156,7 @@ def test_nothing_is_left_of_a_folder_in_which_nothing_was_written(tmp_path: Path
     folder = tmp_path / "new" / "folder"
     with folder_lock(folder):
         assert [path.name for path in folder.iterdir()] == [LOCK_NAME]
-    assert not folder.exists()
+    assert list(tmp_path.iterdir()) == [], "the folders above it go too"
     with folder_lock(folder):
         write_text(folder / "a", "a")
     assert [path.name for path in folder.iterdir()] == ["a"]

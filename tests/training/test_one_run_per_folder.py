@@ -56,7 +56,7 @@ def limit() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture(scope="module")
 def finished(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two runs that were begun at once in one folder, the one that went on: it must be whole."""
+    """Two runs are begun at once in one folder. Return the folder: the run that goes on must be whole."""
     out_dir = tmp_path_factory.mktemp("two") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(checkout)

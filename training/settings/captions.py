@@ -51,11 +51,6 @@ class CaptionOptions:
         if self.target == "full" and self.short != "sampled":
             raise InputError("--captions.target full needs sampled short captions: set --captions.short sampled")
 
-    @property
-    def samples(self) -> bool:
-        """True if some captions are sampled."""
-        return self.short == "sampled" or self.long_from_epoch is not None
-
 
 NO_SAMPLING = CaptionOptions()
 """Captions as the data gives them."""
