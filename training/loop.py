@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,15 +64,16 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
 
     watchdog = Watchdog(runtime, run.collective_timeout, is_compiled=config.speed.compile)
     with StopSignals() as stop, watchdog, closing(log):
+        training = _Run(config, runtime, state, log, stop, watchdog)
         while True:
             done = state.step >= total_steps
-            _evaluate_and_save(config, runtime, state, log, stop, watchdog, done)
+            training.evaluate_and_save(done)
             watchdog.station("data", state.step)
             waiting = time.monotonic()
             found = None if done else stop.wait_for(lambda: feed.batch_of(state.step))
             watchdog.station("step", state.step)
             if number := stop.agreed(runtime):
-                _save_and_stop(number, config, runtime, state, log, watchdog)
+                training.save_and_stop(number)
             if found is None:
                 break
             meter.wait(time.monotonic() - waiting)
@@ -125,27 +126,6 @@ def _resume(config: TrainConfig, state: TrainState) -> Path | None:
     return checkpoint
 
 
-def _evaluate_and_save(
-    config: TrainConfig,
-    runtime: Runtime,
-    state: TrainState,
-    log: RunLog,
-    stop: StopSignals,
-    watchdog: Watchdog,
-    done: bool,
-) -> None:
-    """Evaluate and write the checkpoints that are due at this step; at the last one both, whatever the intervals."""
-    run, step = config.run, state.step
-    if (run.eval_every and step % run.eval_every == 0 and step > 0) or done:
-        watchdog.station("evaluation", step)
-        with told(watchdog.progress), told(stop.interrupt):
-            _evaluate(config, runtime, state, log, watchdog)
-    if run.keep_every and step > 0 and step % run.keep_every == 0:
-        _save(config, runtime, state, watchdog, f"step_{step}")
-    if step > 0 and (step % run.save_every == 0 or done):
-        _save(config, runtime, state, watchdog, "last")
-
-
 def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
     if runtime.world_size == 1:
         return distiller
@@ -156,56 +136,85 @@ def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
     return DistributedDataParallel(distiller, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def _evaluate(config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog, watchdog: Watchdog) -> None:
-    """Validate on all processes together, and keep the weights and state of the best value so far, unless it is
-    interrupted."""
-    with reported_once():
-        teacher = agreed(lambda: validation_teacher(config, runtime.device))
-        try:
-            figures, encoded = validate(state.evaluated_model, config, teacher)
-        except Interrupted:  # on all of them
-            return
-        state.evaluated_step, score = state.step, figures.get("score")
-        is_best = state.best is None or score is None or score > state.best
-        if is_best and score is not None:
-            state.best = score
+@dataclass
+class _Run:
+    """A run that trains, for the parts of the loop that evaluate and save."""
 
-        def record() -> None:
-            if figures:
-                log.scalars(state.step, figures, group="val")
-            if encoded is not None:
-                log.examples(state.step, encoded)
-            if is_best:
-                save_weights(config.run.out_dir / "best.safetensors", state.evaluated_model)
-                save_checkpoint(config.run.out_dir / "checkpoints" / "best.pt", state, config)
+    config: TrainConfig
+    runtime: Runtime
+    state: TrainState
+    log: RunLog
+    stop: StopSignals
+    watchdog: Watchdog
 
-        watchdog.station("save", state.step, waits=not runtime.is_main)
-        on_main(record)
+    def evaluate_and_save(self, done: bool) -> None:
+        """Evaluate and write the checkpoints that are due at this step; at the last one both, whatever the
+        intervals."""
+        run, step = self.config.run, self.state.step
+        if (run.eval_every and step % run.eval_every == 0 and step > 0) or done:
+            self.watchdog.station("evaluation", step)
+            with told(self.watchdog.progress), told(self.stop.interrupt):
+                self._evaluate()
+        if run.keep_every and step > 0 and step % run.keep_every == 0:
+            self._save(f"step_{step}")
+        if step > 0 and (step % run.save_every == 0 or done):
+            self._save("last")
 
+    def save_and_stop(self, number: int) -> NoReturn:
+        """Save at the request of signal `number`, and end the run."""
+        step, total = self.state.step, self.state.inputs.total_steps
+        name = signal.Signals(number).name
+        if step == 0:
+            self.log.say(f"{name}: stopped before the first step; there is nothing to save")
+        else:
+            self._save("last")
+            self.log.say(
+                f"{name}: stopped after step {step} of {total}, which is saved; the same command with "
+                "--run.resume auto goes on"
+            )
+        kill_children()  # the loader would wait five seconds for each worker that is busy
+        raise Stopped(128 + number)
 
-def _save(config: TrainConfig, runtime: Runtime, state: TrainState, watchdog: Watchdog, name: str) -> None:
-    def save() -> None:
-        if name == "last":  # the checkpoint comes after all else of its step: once it is there, nothing is missing
-            save_weights(config.run.out_dir / "last.safetensors", state.evaluated_model)
-        save_checkpoint(config.run.out_dir / "checkpoints" / f"{name}.pt", state, config)
+    def _evaluate(self) -> None:
+        """Validate on all processes together, and keep the weights and state of the best value so far, unless it is
+        interrupted."""
+        config, state = self.config, self.state
+        with reported_once():
+            teacher = agreed(lambda: validation_teacher(config, self.runtime.device))
+            try:
+                figures, encoded = validate(state.evaluated_model, config, teacher)
+            except Interrupted:  # on all of them
+                return
+            state.evaluated_step, score = state.step, figures.get("score")
+            is_best = state.best is None or score is None or score > state.best
+            if is_best and score is not None:
+                state.best = score
 
-    watchdog.station("save", state.step, waits=not runtime.is_main)
-    with reported_once():
-        on_main(save)
+            def record() -> None:
+                if figures:
+                    self.log.scalars(state.step, figures, group="val")
+                if encoded is not None:
+                    self.log.examples(state.step, encoded)
+                if is_best:
+                    save_weights(config.run.out_dir / "best.safetensors", state.evaluated_model)
+                    save_checkpoint(config.run.out_dir / "checkpoints" / "best.pt", state, config)
 
+            self._on_main(record)
 
-def _save_and_stop(
-    number: int, config: TrainConfig, runtime: Runtime, state: TrainState, log: RunLog, watchdog: Watchdog
-) -> NoReturn:
-    """Save at the request of signal `number`, and end the run."""
-    name, done = signal.Signals(number).name, f"step {state.step} of {state.inputs.total_steps}"
-    if state.step == 0:
-        log.say(f"{name}: stopped before the first step; there is nothing to save")
-    else:
-        _save(config, runtime, state, watchdog, "last")
-        log.say(f"{name}: stopped after {done}, which is saved; the same command with --run.resume auto goes on")
-    kill_children()  # the loader would wait five seconds for each worker that is busy
-    raise Stopped(128 + number)
+    def _save(self, name: str) -> None:
+        out_dir, state = self.config.run.out_dir, self.state
+
+        def save() -> None:
+            if name == "last":  # the checkpoint comes after all else of its step: once it is there, nothing is missing
+                save_weights(out_dir / "last.safetensors", state.evaluated_model)
+            save_checkpoint(out_dir / "checkpoints" / f"{name}.pt", state, self.config)
+
+        with reported_once():
+            self._on_main(save)
+
+    def _on_main(self, write: Callable[[], None]) -> None:
+        self.watchdog.station("save", self.state.step, waits=not self.runtime.is_main)
+        on_main(write)
 
 
 @dataclass
