@@ -24,6 +24,7 @@ import training.record.evaluate as evaluation
 from eval.base.processes import Runtime, start
 from eval.towers.features import Encoding
 from eval.towers.models import load_model
+from judged_runs import config_of
 from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.errors import run_command
 from mobileclip_student import MobileCLIP, create_student
@@ -32,7 +33,6 @@ from ranks import ends_of_ranks, run_ranks
 from training.ema import ModelEma
 from training.record.evaluate import evaluate_tests, validate
 from training.record.run_log import read_metrics
-from training.settings.options import DataOptions, RunOptions, StudentOptions
 from training.settings.tree import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -61,21 +61,6 @@ def write_data(root: Path) -> None:
             shard.add(label, f"{number}.cls")
     (root / "names.txt").write_text("red\nold\nsmall")
     (root / "templates.txt").write_text("a {} board\na board that is {}\nthe {}")
-
-
-def config_of(data: Path, precision: Any = "fp32", stage: Any = "both") -> TrainConfig:
-    return TrainConfig(
-        run=RunOptions(stage=stage, precision=precision),
-        data=DataOptions(
-            val=data / "boards",
-            tests=(f"boards=folder:{data / 'boards'}",),
-            zeroshot=data / "classes",
-            zeroshot_classnames=None,
-            zeroshot_templates=str(data / "templates.txt"),
-            num_workers=0,
-        ),
-        student=StudentOptions(variant="tiny"),
-    )
 
 
 def student_in_training(runtime: Runtime) -> MobileCLIP:
@@ -113,7 +98,7 @@ def all_cases(runtime: Runtime, data: Path) -> dict[str, Any]:
             patched.setattr(evaluation, "_encoding", lambda config, encoding=encoding: encoding)
             found[f"student {size}"] = judged(student_in_training(runtime), plain)
             found[f"tests {size}"] = evaluate_tests(other, plain)
-    found["bf16"] = judged(student_in_training(runtime), config_of(data, "bf16"))
+    found["bf16"] = judged(student_in_training(runtime), config_of(data, precision="bf16"))
     found["average"] = judged(ModelEma(student_in_training(runtime), 0.9).model, plain)
     for stage in ("image", "text"):
         found[stage] = judged(student_in_training(runtime), config_of(data, stage=stage), teacher)

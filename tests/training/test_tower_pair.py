@@ -20,14 +20,15 @@ from eval.benchmarks.protocols import load_retrieval_set
 from eval.measures.retrieval_set import evaluate_retrieval
 from eval.measures.zeroshot import evaluate_zeroshot
 from eval.towers.tower_pair import TowerPair
+from judged_runs import config_of
 from longclip_teacher import LongCLIP, create_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP, create_student, reparameterize, save_student
 from mobileclip_student.model import variant_config
 from training.record.evaluate import evaluated_model, validate
 from training.record.run_report import judge_run, report_run
-from training.settings.options import DataOptions, RunOptions, StudentOptions, TeacherOptions
-from training.settings.tree import TrainConfig, config_to_toml
+from training.settings.options import TeacherOptions
+from training.settings.tree import config_to_toml
 
 TEMPLATES = ["a {} board", "a board that is {}"]
 
@@ -59,21 +60,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / f"boards/caption/{number}.txt").write_text(f"a {words[number]} board " + "goes on " * number)
     (root / "templates.txt").write_text("\n".join(TEMPLATES))
     return root
-
-
-def config_of(data: Path, stage: str, **run: object) -> TrainConfig:
-    return TrainConfig(
-        run=RunOptions(stage=stage, **run),
-        data=DataOptions(
-            val=data / "boards",
-            tests=(f"boards=folder:{data / 'boards'}",),
-            zeroshot=data / "classes",
-            zeroshot_classnames=None,
-            zeroshot_templates=str(data / "templates.txt"),
-            num_workers=0,
-        ),
-        student=StudentOptions(variant="tiny"),
-    )
 
 
 def features(model: LongCLIP | MobileCLIP, data: Path, tower: str) -> Tensor:
