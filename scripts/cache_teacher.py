@@ -89,7 +89,7 @@ import torch
 from torch import Tensor
 
 from eval.base.freed_memory import keep_freed_memory
-from eval.base.processes import Runtime, all_results, job_lock, start
+from eval.base.processes import Runtime, agreed, all_results, job_lock, on_main, start
 from eval.towers.models import load_model
 from longclip_teacher import LongCLIP
 from longclip_teacher.weights_file import file_sha256
@@ -262,35 +262,26 @@ def make(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Ten
 
 def cache(options: Options, runtime: Runtime) -> None:
     """Hold the cache's folder, create what is missing on all processes, and report what the cache now holds."""
-    folders: list[Path] = []
-
-    def find() -> dict[str, Tensor]:
-        folders.append(cache_folder(options))
-        return {}
-
-    all_results(find)
-    with job_lock(folders[0], runtime):
-        fill(options, folders[0], runtime)
+    folder = agreed(lambda: cache_folder(options))
+    with job_lock(folder):
+        fill(options, folder, runtime)
 
 
 def fill(options: Options, folder: Path, runtime: Runtime) -> None:
     """Create what is missing in `folder`, on all processes, and report what it now holds."""
-    prepared: list[Work] = []
+    work = agreed(lambda: prepare(options, folder, runtime.device))
 
-    def mask() -> dict[str, Tensor]:
-        prepared.append(prepare(options, folder, runtime.device))
-        work = prepared[0]
-        if runtime.is_main:
-            write_cache_manifest(work.writer.folder, work.writer.settings)
+    def begin() -> dict[str, Tensor]:
+        write_cache_manifest(folder, work.writer.settings)
         return {"is_done": torch.tensor([record is not None for record in work.records])}
 
     # rank 0's view decides for all: a process that starts late finds more shards done and would deal out others
-    is_done = all_results(mask)[0]["is_done"].tolist()
-    work, begin = prepared[0], time.monotonic()
+    is_done = on_main(begin)["is_done"].tolist()
+    started = time.monotonic()
     stale = torch.stack([part["stale"] for part in all_results(lambda: find_stale(work, is_done, runtime))]).any(dim=0)
     is_done = [done and not was_changed for done, was_changed in zip(is_done, stale.tolist(), strict=True)]
     counts = torch.stack([part["counts"] for part in all_results(lambda: make(work, is_done, runtime))]).sum(dim=0)
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - started
     if not runtime.is_main:
         return
     records = write_cache_manifest(folder, work.writer.settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from eval.base.processes import Runtime, all_results, job_lock, on_main
+from eval.base.processes import Runtime, job_lock, on_main
 from longclip_teacher.errors import InputError
 from training.build import build_distillation, build_training_loader, frozen_teacher
 from training.cache.manifest import CACHE_MANIFEST, shard_identities, write_cache_manifest
@@ -44,7 +44,7 @@ def prepare_embedded(config: TrainConfig, runtime: Runtime) -> None:
     if EMBEDDED_TEACHER in teachers and (config.teacher.cache is None or cached):
         _run_first("tiny_teacher", Path(EMBEDDED_TEACHER), config, runtime)
     if cached and config.distils:
-        with job_lock(Path(EMBEDDED_CACHE), runtime):
+        with job_lock(Path(EMBEDDED_CACHE)):
             on_main(lambda: _write_cache(config))
     for tower, source in (("image", config.init.image), ("text", config.init.text)):
         if source not in _STAGES:
@@ -81,7 +81,7 @@ def _run_first(preset: str, out_dir: Path, config: TrainConfig, runtime: Runtime
     # a run that was stopped goes on
     first = parse_config([preset, "--run.device", config.run.device, "--run.resume", "auto"])
     check_config(first, runtime.world_size)
-    with job_lock(out_dir, runtime):
+    with job_lock(out_dir):
         prepare_embedded(first, runtime)
         distillation = build_distillation(first, runtime)
         train(first, runtime, distillation, build_training_loader(first, runtime, distillation))
@@ -93,7 +93,7 @@ def _is_finished(out_dir: Path) -> bool:
 
 def _is_there(path: Path) -> bool:
     """Rank 0's view, for all processes: another job may be writing the file."""
-    return bool(all_results(lambda: {"is_there": torch.tensor(path.exists())})[0]["is_there"])
+    return bool(on_main(lambda: {"is_there": torch.tensor(path.exists())})["is_there"])
 
 
 def _write_cache(config: TrainConfig) -> None:

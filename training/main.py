@@ -36,7 +36,7 @@ def main() -> None:
                 logging.getLogger(__name__).info(note)
             with reported_once():
                 check_config(config, runtime.world_size)
-                held.enter_context(job_lock(config.run.out_dir, runtime))
+                held.enter_context(job_lock(config.run.out_dir))
                 prepare_embedded(config, runtime)
                 check_sets(config)
                 distillation = build_distillation(config, runtime)

@@ -16,11 +16,11 @@ from typing import TypeVar
 
 from eval.base.processes import Runtime
 from eval.base.progress import Interrupted
+from eval.base.workers import STOP_SIGNALS
 from longclip_teacher.process_failures import kill_children
 
 __all__ = ["StopSignals", "Stopped"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PATIENCE = 2.0  # seconds in which data that are on their way may still come
 _APART = 1.0  # seconds; a launcher may pass on a signal that was also sent to everyone, which is still one request
 Result = TypeVar("Result")
@@ -44,7 +44,7 @@ class StopSignals:
         self._is_waiting = False
         self._before = {
             number: signal.signal(number, self._note)
-            for number in _SIGNALS
+            for number in STOP_SIGNALS
             if signal.getsignal(number) != signal.SIG_IGN
         }
         self._alarm_before = signal.signal(signal.SIGALRM, self._wake)
@@ -96,7 +96,7 @@ class StopSignals:
     def _end_at_the_second(self) -> None:
         first = None
         while numbers := os.read(self._numbers, 64):
-            ours = [number for number in numbers if number in _SIGNALS]
+            ours = [number for number in numbers if number in STOP_SIGNALS]
             if not ours:
                 continue
             if first is None:

@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from eval.base.workers import STOP_SIGNALS
+
 __all__ = ["run_passing_signals"]
 
 _POLL = 1.0  # seconds
@@ -29,8 +31,7 @@ def run_passing_signals(
         # torchrun itself would die of SIGUSR1
         process.send_signal(signal.SIGTERM if number == signal.SIGUSR1 else number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.signal(number, pass_on) for number in numbers}
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
         while (code := _ended(process)) is None:
             tick()

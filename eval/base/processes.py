@@ -156,19 +156,13 @@ def all_results(compute: Callable[[], dict[str, Tensor]]) -> list[dict[str, Tens
 
 
 @contextmanager
-def job_lock(folder: Path, runtime: Runtime) -> Iterator[None]:
+def job_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` for this job, which may have several processes, while the block runs: `folder_lock` on rank 0.
 
     Raises InputError on every process if another job holds the folder, or if it cannot be written.
     """
     with ExitStack() as held:
-
-        def take() -> dict[str, Tensor]:
-            if runtime.is_main:
-                held.enter_context(folder_lock(folder))
-            return {}
-
-        all_results(take)
+        on_main(lambda: held.enter_context(folder_lock(folder)))
         yield
 
 

@@ -12,7 +12,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-__all__ = ["end_with_parent", "share_tensors", "start_worker"]
+__all__ = ["STOP_SIGNALS", "end_with_parent", "share_tensors", "start_worker"]
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""The signals that ask a run to end."""
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 Result = TypeVar("Result")
@@ -21,7 +24,7 @@ Result = TypeVar("Result")
 def start_worker(_: int) -> None:
     """As `worker_init_fn`: the worker dies with its parent, and ignores the signals that the parent handles. A parent
     that finishes its step after SIGTERM still needs its workers, and the signal may be sent to the whole group."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 # what training imports below its options, so that forked processes find it imported
+from eval.base.workers import STOP_SIGNALS
 from faults.trials import Row
 from longclip_teacher import create_teacher, save_teacher
 from training import main as training_main
@@ -29,7 +30,6 @@ __all__ = ["ROWS", "checkout", "ended", "free_port", "run_arguments", "start_ran
 
 STEPS = 4
 _RANKS = (1, 2)
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _UNFINISHED = os.WEXITED | os.WNOWAIT | os.WNOHANG
 
 
@@ -163,7 +163,7 @@ def _difference(ours: Any, other: Any, name: str = "") -> str | None:
 
 
 def stopped_trial(draws: random.Random, folder: Path, material: Path) -> str | None:
-    ranks, number = draws.choice([1, 1, 2]), draws.choice(_SIGNALS)
+    ranks, number = draws.choice([1, 1, 2]), draws.choice(STOP_SIGNALS)
     out_dir, whole = folder / "run", material / f"whole{ranks}"
     done = draws.randrange(STEPS - 1)  # steps before the signal
     pids = start_run(material, run_arguments(out_dir), ranks)
@@ -188,7 +188,7 @@ def _forget_moments(patch: pytest.MonkeyPatch) -> None:
 
 
 def _notice_no_signal(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("training.stopping._SIGNALS", ())
+    patch.setattr("training.stopping.STOP_SIGNALS", ())
 
 
 ROWS = [

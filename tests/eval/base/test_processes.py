@@ -32,7 +32,7 @@ from pathlib import Path
 from eval.base.processes import job_lock, start
 from longclip_teacher.errors import run_command
 def main():
-    with start("cpu") as runtime, job_lock(Path(sys.argv[1]), runtime):
+    with start("cpu") as runtime, job_lock(Path(sys.argv[1])):
         runtime.barrier()
         print("held")
         runtime.barrier()
