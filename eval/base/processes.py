@@ -31,6 +31,7 @@ __all__ = [
     "all_results",
     "is_main_process",
     "job_lock",
+    "leave_out_cudnn_attention",
     "my_share",
     "on_main",
     "process_device",
@@ -83,6 +84,7 @@ def start(device: str = "auto", allow_tf32: bool = True) -> Iterator[Runtime]:
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
+        leave_out_cudnn_attention()
     if world_size == 1:
         yield Runtime(0, 1, chosen)
         return
@@ -93,6 +95,15 @@ def start(device: str = "auto", allow_tf32: bool = True) -> Iterator[Runtime]:
         yield Runtime(dist.get_rank(), world_size, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def leave_out_cudnn_attention() -> None:
+    """Have torch choose among its other attention kernels on a GPU.
+
+    On Hopper and later GPUs torch prefers cuDNN's for half precision. That one builds an execution plan for each new
+    shape, and captions, which run in groups of equal length, come in hundreds of shapes.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def process_device(name: str) -> torch.device:

@@ -141,6 +141,23 @@ def test_one_process_alone_needs_no_group() -> None:
         pass
 
 
+def test_a_gpu_is_used_without_cudnn_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.base.processes.process_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    before = (
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+    )
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        with start():
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[1:]
+
+
 def main() -> None:
     """Run one process: encode twice, the second time from the cache, and print the number of batches each time."""
     sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/eval has its own conftest
