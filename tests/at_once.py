@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longclip_teacher.errors import run_command
 
-__all__ = ["at_once"]
+__all__ = ["at_once", "start"]
 
 
 def at_once(main: Callable[[], object], *commands: Sequence[str]) -> list[tuple[int, str]]:
@@ -18,12 +18,13 @@ def at_once(main: Callable[[], object], *commands: Sequence[str]) -> list[tuple[
     they need not import torch again."""
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, str(number)) for number in range(len(commands))]
-        pids = [_fork(main, command, log) for command, log in zip(commands, logs, strict=True)]
+        pids = [start(main, command, log) for command, log in zip(commands, logs, strict=True)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         return [(code, log.read_text()) for code, log in zip(codes, logs, strict=True)]
 
 
-def _fork(main: Callable[[], object], command: Sequence[str], log: Path) -> int:
+def start(main: Callable[[], object], command: Sequence[str], log: Path) -> int:
+    """Run `main` under a command line in a forked process that prints into `log`. Return the process."""
     if (pid := os.fork()) != 0:
         return pid
     code = 1

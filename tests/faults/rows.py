@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from faults import at_once, bombs, checkpoints, code, flat_memory, mutations, not_finite, runs, stored, transfers
+from faults import (
+    at_once,
+    bombs,
+    checkpoints,
+    code,
+    commands,
+    flat_memory,
+    mutations,
+    not_finite,
+    runs,
+    stored,
+    transfers,
+)
 
 __all__ = ["ROWS"]
 
@@ -16,5 +28,6 @@ ROWS = [
     *transfers.ROWS,
     *bombs.ROWS,
     *at_once.ROWS,
+    *commands.ROWS,
     *flat_memory.ROWS,
 ]

@@ -26,7 +26,17 @@ from training.data.digit_scenes import write_digit_scenes
 from training.record.run_log import read_metrics
 from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER
 
-__all__ = ["ROWS", "checkout", "ended", "free_port", "run_arguments", "start_ranks", "start_run"]
+__all__ = [
+    "ROWS",
+    "checkout",
+    "checkpoint_content",
+    "difference",
+    "ended",
+    "free_port",
+    "run_arguments",
+    "start_ranks",
+    "start_run",
+]
 
 STEPS = 4
 _RANKS = (1, 2)
@@ -107,7 +117,8 @@ def ended(pids: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def _content(out_dir: Path) -> dict[str, Any]:
+def checkpoint_content(out_dir: Path) -> dict[str, Any]:
+    """The last checkpoint of a run."""
     content: dict[str, Any] = torch.load(out_dir / "checkpoints" / "last.pt", weights_only=True)
     return content
 
@@ -134,7 +145,7 @@ def killed_trial(draws: random.Random, folder: Path, material: Path) -> str | No
         _killed(start_run(material, run_arguments(out_dir), ranks), moment, draws)
     if (status := ended(start_run(material, run_arguments(out_dir), ranks))) != [0] * ranks:
         return f"{ranks} ranks killed after {moments}: the resumed run ended with {status}"
-    if wrong := _difference(_content(out_dir), _content(whole)):
+    if wrong := difference(checkpoint_content(out_dir), checkpoint_content(whole)):
         return f"{ranks} ranks killed after {moments}: {wrong} differs"
     losses = [[(row["step"], row["loss"]) for row in read_metrics(run)] for run in (out_dir, whole)]
     return None if losses[0] == losses[1] else f"{ranks} ranks killed after {moments}: other losses"
@@ -151,12 +162,12 @@ def _killed(pids: list[int], moment: float, draws: random.Random) -> None:
     ended(pids)
 
 
-def _difference(ours: Any, other: Any, name: str = "") -> str | None:
+def difference(ours: Any, other: Any, name: str = "") -> str | None:
     """The name of the first value in two checkpoints that differs, but for the folder of the run."""
     if isinstance(other, dict):
         if ours.keys() != other.keys():
             return f"{name} keys"
-        found = (_difference(ours[key], other[key], f"{name}.{key}") for key in other if key != "out_dir")
+        found = (difference(ours[key], other[key], f"{name}.{key}") for key in other if key != "out_dir")
         return next((wrong for wrong in found if wrong), None)
     same = torch.equal(ours, other) if isinstance(other, torch.Tensor) else ours == other
     return None if same else name
@@ -174,12 +185,12 @@ def stopped_trial(draws: random.Random, folder: Path, material: Path) -> str | N
     said = f"{number.name} to a run of {ranks} after step {done + 1}"
     if (status := ended(pids)) not in ([128 + number] * ranks, [0] * ranks):  # 0: it was at its last step
         return f"{said}: it ended with {status}"
-    step, logged = _content(out_dir)["step"], len(read_metrics(out_dir))
+    step, logged = checkpoint_content(out_dir)["step"], len(read_metrics(out_dir))
     if step != logged or (any(status) and step == STEPS):
         return f"{said}: step {step} is saved, {logged} are logged, it ended with {status}"
     if (status := ended(start_run(material, run_arguments(out_dir), ranks))) != [0] * ranks:
         return f"{said}: the resumed run ended with {status}"
-    wrong = _difference(_content(out_dir), _content(whole))
+    wrong = difference(checkpoint_content(out_dir), checkpoint_content(whole))
     return wrong and f"{said}: {wrong} differs"
 
 
