@@ -25,6 +25,7 @@ STEPS = 9  # 7 per epoch, so the resumed part crosses an epoch boundary
 ARGS = [
     "--run.max_steps", str(STEPS), "--run.global_batch_size", "40", "--run.save_every", "2", "--run.log_every", "1",
     "--run.resume", "auto", "--data.val", "None", "--data.zeroshot", "None", "--data.tests", "--data.num_workers", "1",
+    "--captions.short", "sampled", "--captions.long_from_epoch", "1", "--captions.max_shift", "20",
     "--loss.fd_image", "0.5", "--loss.fd_text", "0.5", "--mix.erase", "0.5",
     "--optim.ema", "0.9", "--optim.layer_decay", "0.8", "--optim.image_lr_share", "0.5", "--optim.schedule", "constant",
 ]  # fmt: skip

@@ -149,6 +149,30 @@ def test_captions_do_not_depend_on_workers_and_processes(shards: Path, world_siz
         assert all((long < 0) == (epoch == 0) for *_, (long, _) in expected), "the long caption is full at first"
 
 
+def test_off_the_section_is_not_entered(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions are as the shards hold them, and nothing of this section draws a number."""
+    for name in ("sample_caption", "split_sentences", "shifts", "padded_in_front"):
+        monkeypatch.setattr(f"training.data.samples.{name}", lambda *_: pytest.fail("the section is off"))
+    drawn: list[tuple[int, ...]] = []
+
+    def counted(*key: int) -> np.random.Generator:
+        drawn.append(key)
+        return sample_generator(*key)
+
+    monkeypatch.setattr("training.data.samples.sample_generator", counted)
+    for batch in loader(shards).batches(1):
+        texts = [
+            " ".join([f"Picture {i}.", *(f"Thing {k} of {i}." for k in range(1 + i % 6))]) for i in map(int, batch.keys)
+        ]
+        for tokens, expected in (
+            (batch.long_tokens, TOKENIZER(texts, 248)),
+            (batch.short_tokens, TOKENIZER([f"Picture {int(key)}" for key in batch.keys], 248)),
+        ):
+            assert torch.equal(tokens, expected[:, : tokens.shape[1]]) and not expected[:, tokens.shape[1] :].any()
+        assert batch.long_shift is None and batch.short_shift is None
+    assert drawn and {key[-1] for key in drawn} == {0}, "crops alone"
+
+
 def test_off_changes_nothing_and_each_option_only_its_own(shards: Path) -> None:
     plain = rows(loader(shards).batches(1))
     assert plain == rows(loader(shards, sampling=NO_SAMPLING).batches(1))
