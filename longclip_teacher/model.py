@@ -159,7 +159,7 @@ class ImageTransformer(VisionTransformer):
         x = self.ln_pre(tokens + self.positional_embedding.to(tokens.dtype))
         for block in self.transformer.resblocks[:-1]:
             x = block(x)
-        position = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        position = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         x = _block_at(self.transformer.resblocks[-1], x, position, None)
         return self.ln_post(x) @ self.proj  # [B, W] -> [B, D]
 
@@ -174,7 +174,7 @@ class ImageTransformer(VisionTransformer):
 
     def _tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N W"]:
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, N-1, W]
-        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        class_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         return torch.cat([class_token, patches], dim=1)
 
 
@@ -230,7 +230,7 @@ class CaptionTransformer(TextTransformer):
         x, layers = _traced_blocks(self.transformer.resblocks, embedding, is_causal=True)
         lengths = caption_lengths(tokens)
         valid = torch.arange(tokens.shape[1], device=x.device) < lengths[:, None]
-        pooled = x[torch.arange(len(x), device=x.device), lengths - 1]  # [B, W]
+        pooled = x[torch.arange(x.shape[0], device=x.device), lengths - 1]  # [B, W]
         return self.ln_final(pooled) @ self.text_projection, Trace(embedding, embedded, *layers, valid, causal=True)
 
     def packed(self, tokens: Int[Tensor, "B L"], lengths: Sequence[int]) -> Float[Tensor, "B D"]:
@@ -276,7 +276,7 @@ def _block_at(
 ) -> Float[Tensor, "B W"]:
     """The output of `block` at one position per row, without attending to `hidden` keys. The other positions only give
     keys and values."""
-    rows = torch.arange(len(x), device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device)  # len(x) would fix the batch of an exported graph
     keys = block.ln_1(x)
     query = keys[rows, position].unsqueeze(1)  # [B, 1, W]
     attended, _ = block.attn(query, keys, keys, key_padding_mask=hidden, need_weights=False)

@@ -38,7 +38,7 @@ def fast_image_encoder(
     frozen copy on the student's device; `student` itself does not change.
 
     backend  eager: PyTorch, channels last. compile: torch.compile with the weights as constants; needs a C++ compiler
-             and half a minute for each new B. onnxruntime: CPU only, needs the extra `onnx`; uses as many threads as
+             and half a minute for each new B. onnxruntime: CPU only, needs the extra `export`; uses as many threads as
              torch does at the call. auto: see choose_backend.
 
     Raises InputError for a backend that is unknown or cannot run here.
@@ -50,7 +50,7 @@ def fast_image_encoder(
         backend = choose_backend(device)
     fused = reparameterize(student).image_encoder
     if backend == "onnxruntime":
-        return _in_onnxruntime(fused.trunk, student.image_size, device)
+        return _in_onnxruntime(fused, student.image_size, device)
     if backend == "compile":
         if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
             raise InputError("backend compile needs a C++ compiler: install g++, or choose eager")
@@ -70,37 +70,28 @@ def _compiled(tower: nn.Module) -> Callable[[Tensor], Tensor]:
     return torch.no_grad()(compiled)
 
 
-def _in_onnxruntime(trunk: nn.Module, image_size: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _in_onnxruntime(tower: nn.Module, image_size: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     if device.type != "cpu":
         raise InputError(
             f"backend onnxruntime runs on the CPU, but the student is on {device}: choose eager or compile"
         )
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"backend onnxruntime needs {', '.join(missing)}: pip install 'compact-longclip[onnx]'")
+        raise InputError(f"backend onnxruntime needs {', '.join(missing)}: pip install 'compact-longclip[export]'")
     import onnxruntime
+
+    from mobileclip_student.onnx_graphs import image_graph
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(_onnx_bytes(trunk, image_size), options, ["CPUExecutionProvider"])
+    graph = image_graph(tower, image_size).SerializeToString()
+    session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
 
     def encode(images: Tensor) -> Tensor:
-        features: Any = session.run(None, {"images": images.detach().float().contiguous().numpy()})[0]
+        features: Any = session.run(None, {"pixel_values": images.detach().float().contiguous().numpy()})[0]
         return torch.from_numpy(features)
 
     return encode
-
-
-@torch.no_grad()
-def _onnx_bytes(trunk: nn.Module, image_size: int) -> bytes:
-    """The tower as an ONNX model with one input, `images` [B, 3, R, R], for any B."""
-    batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    example = torch.zeros(2, 3, image_size, image_size)  # torch.export treats a size of 1 as a constant
-    program = torch.onnx.export(
-        trunk, (example,), input_names=["images"], dynamo=True, dynamic_shapes=({0: batch},), verbose=False
-    )
-    assert program is not None
-    return program.model_proto.SerializeToString()
 
 
 def compile_towers(model: nn.Module, mode: str | None = None) -> None:

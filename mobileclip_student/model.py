@@ -24,10 +24,10 @@ from longclip_teacher.text import CONTEXT_LENGTH, CaptionTokenizer
 from mobileclip_student.image_encoder import FIXED_SIZE_TOWERS, VIT, ImageConfig, ImageEncoder
 from mobileclip_student.text_encoder import TextConfig, TextTransformer
 
-__all__ = ["VARIANTS", "MobileCLIP", "StudentConfig", "TextTower", "create_student", "override", "variant_config"]
+__all__ = ["VARIANTS", "MobileCLIP", "StudentConfig", "TextTowerName", "create_student", "override", "variant_config"]
 
 _CONFIGS = Path(__file__).parent / "configs"
-TextTower = Literal["hybrid", "base", "causal", "longclip"]
+TextTowerName = Literal["hybrid", "base", "causal", "longclip"]
 _TEXT_TOWERS: dict[str, dict[str, Any]] = {
     "hybrid": {"hybrid": True, "causal": False, "activation": "gelu"},
     "base": {"hybrid": False, "causal": False, "activation": "gelu"},
@@ -183,7 +183,7 @@ def override(
     image_heads: int | None = None,
     distillation_token: bool | None = None,
     drop_path: float | None = None,
-    text_tower: TextTower | None = None,
+    text_tower: TextTowerName | None = None,
     text_width: int | None = None,
     text_layers: int | None = None,
     text_heads: int | None = None,

@@ -244,7 +244,7 @@ class RepMixerBlock(nn.Module):
 
 def take_tokens(x: Float[Tensor, "B L C"], index: Int[Tensor, " B"]) -> Float[Tensor, "B C"]:
     """The token at each caption's index."""
-    return x[torch.arange(len(x), device=x.device), index]
+    return x[torch.arange(x.shape[0], device=x.device), index]  # len(x) would fix the batch of an exported graph
 
 
 def _statistics(mixed: Sequence[Tensor], groups: Sequence[TokenGroup]) -> TokenStatistics:

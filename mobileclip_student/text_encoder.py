@@ -176,6 +176,22 @@ class TextTransformer(nn.Module):
         statistics of long and short captions differ, and inference has one set for both.
         """
         groups, _, lengths = self._embed(batches, shifts)
+        return self._features(groups, lengths)
+
+    def by_shape(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
+        """The features of `forward`, by operations that depend on the shape of `tokens` and not on their values, as an
+        exported graph needs. L is at most the context length; what follows a caption's first EOT does not matter.
+        """
+        if not self.pad_mask:  # these towers attend to zeros up to the context length
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            tokens = tokens * (positions < caption_lengths(tokens)[:, None])
+            tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1]))
+        group, _, lengths = self._embed_whole(tokens)
+        return self._features([group], [lengths])[0]
+
+    def _features(
+        self, groups: Sequence[TokenGroup], lengths: Sequence[Int[Tensor, " B"]]
+    ) -> list[Float[Tensor, "B D"]]:
         for block in self.blocks[:-1]:
             groups = _next_groups(groups, block(groups))
         pooled = self.blocks[-1](groups, [length - 1 for length in lengths])  # B C: only EOT is read from here on
@@ -218,12 +234,21 @@ class TextTransformer(nn.Module):
                 tokens = trim(tokens)
             else:
                 tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1]))
-            lengths.append(caption_lengths(tokens))
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
-            valid = positions < lengths[-1][:, None] if self.pad_mask else None
-            embedded.append(self.token_embedding(tokens))  # B L C
-            groups.append(TokenGroup(embedded[-1] + self._positions(tokens.shape[1], shift), valid))
+            group, alone, length = self._embed_whole(tokens, shift)
+            groups.append(group)
+            embedded.append(alone)
+            lengths.append(length)
         return groups, embedded, lengths
+
+    def _embed_whole(
+        self, tokens: Int[Tensor, "B L"], shift: Int[Tensor, " B"] | None = None
+    ) -> tuple[TokenGroup, Float[Tensor, "B L C"], Int[Tensor, " B"]]:
+        """The same for one batch, with all its columns."""
+        lengths = caption_lengths(tokens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        valid = positions < lengths[:, None] if self.pad_mask else None
+        embedded = self.token_embedding(tokens)  # B L C
+        return TokenGroup(embedded + self._positions(tokens.shape[1], shift), valid), embedded, lengths
 
     def _positions(self, length: int, shift: Int[Tensor, " B"] | None) -> Float[Tensor, "L C"] | Float[Tensor, "B L C"]:
         """Rows of the position table for `length` tokens, or for captions shifted by `shift` each.

@@ -20,7 +20,7 @@ from mobileclip_student.inference import choose_backend, compile_towers, fast_im
 from mobileclip_student.model import variant_config
 
 HAS_ONNX = all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime", "onnxscript"))
-needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="the extra onnx is not installed")
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="the extra export is not installed")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 
 
@@ -124,7 +124,7 @@ def test_backends_that_cannot_run_here_are_refused(student: MobileCLIP, monkeypa
     with pytest.raises(InputError, match="no backend 'tpu': choose auto"):
         fast_image_encoder(student, "tpu")
     monkeypatch.setattr(inference_module, "_ONNX_PACKAGES", ("no_such_package",))
-    with pytest.raises(InputError, match=r"needs no_such_package: pip install 'compact-longclip\[onnx\]'"):
+    with pytest.raises(InputError, match=r"needs no_such_package: pip install 'compact-longclip\[export\]'"):
         fast_image_encoder(student, "onnxruntime")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="needs a C\\+\\+ compiler"):

@@ -16,7 +16,7 @@ from longclip_teacher import create_teacher
 from longclip_teacher.config import TEACHERS
 from longclip_teacher.errors import InputError
 from mobileclip_student import VARIANTS, create_student
-from mobileclip_student.model import TextTower, override, variant_config
+from mobileclip_student.model import TextTowerName, override, variant_config
 from training.distill import Distiller
 from training.optim import build_optimizer, learning_rate, load_moments
 from training.settings.losses import LossOptions
@@ -95,7 +95,7 @@ def all_models() -> Iterator[nn.Module]:
     for variant in VARIANTS:
         yield create_student(variant)
     yield create_with_distillation_token("vit_tiny")
-    for tower in get_args(TextTower):
+    for tower in get_args(TextTowerName):
         yield create_student(override(variant_config("tiny"), text_tower=tower))
     for name in TEACHERS:
         yield create_teacher(name)
