@@ -98,6 +98,7 @@ def test_every_kind_of_setting_takes_a_step(
         "scripts/quickstart.py",
         "scripts/ablate.py",
         "scripts/bench.py",
+        "scripts/gpu_check.py",
         "scripts/cache_teacher.py",
         "scripts/export_datacompdr.py",
         "scripts/plan_run.py",

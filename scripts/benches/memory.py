@@ -133,8 +133,8 @@ def step_peak(
     side = Side(distillation, batch, options.precision, fused=True, module=module)
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    side.optimizer.step()  # allocates the averages
-    side.optimizer.zero_grad(set_to_none=True)
+    side.state.optimizer.step()  # allocates the averages
+    side.state.optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     before = _peak_gb(device)

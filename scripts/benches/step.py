@@ -14,22 +14,27 @@ from eval.base.freed_memory import keep_freed_memory
 from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT, trim
 from mobileclip_student import create_student
+from training.checkpointing import TrainState
 from training.data.samples import Batch
 from training.data.store import TeacherInfo
 from training.distillation import Distillation, assemble
 from training.optim import build_optimizer
+from training.resume import RunInputs
 from training.settings.losses import LossOptions
-from training.settings.options import OptimOptions
+from training.settings.needs import Needs
+from training.settings.tree import TrainConfig
 from training.step import backward_step
 from training.teachers import Teachers
+from training.update import Statistics, apply_update
 
-__all__ = ["Side", "bench_step", "random_batch", "step_case"]
+__all__ = ["Side", "bench_step", "random_batch", "step_case", "with_stored_features"]
 
 STUDENT = "s0"
 TEACHERS, FULL_TEACHERS = ("b16",), ("b16", "l14")
 _LONG, _SHORT = 100, 12  # mean tokens per caption
 _BATCH_SIZE, _GPU_BATCH_SIZE = 16, 256
 _KEY = (0, 0)  # key of drop path; the same in every step
+_CONFIG = TrainConfig()  # its optimiser is the one that is measured
 
 
 @dataclass
@@ -45,13 +50,16 @@ class Side:
 
     def __post_init__(self) -> None:
         self.module = self.module or self.distillation.distiller
-        self.optimizer = build_optimizer(self.module, OptimOptions(), fused=self.fused)
-        device = self.batch.images.device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=self.precision == "fp16")
+        scaler = torch.amp.GradScaler(self.batch.images.device.type, enabled=self.precision == "fp16")
+        optimizer = build_optimizer(self.module, _CONFIG.optim, fused=self.fused)
+        inputs = RunInputs(1, 1, None, {}, {})
+        self.state = TrainState(self.distillation.distiller, optimizer, scaler, inputs)
+        self.statistics = Statistics(self.distillation.distiller)
 
     def step(self, accumulation: int = 1) -> Tensor:
         """One step as the training loop makes it; returns the loss."""
         assert self.module is not None
+        self.statistics.remember()
         losses = backward_step(
             self.module,
             self.batch,
@@ -59,15 +67,10 @@ class Side:
             self.distillation.teachers,
             precision=self.precision,
             accumulation=accumulation,
-            scaler=self.scaler,
+            scaler=self.state.scaler,
             key=_KEY,
         )
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        apply_update(self.state, _CONFIG, losses["loss"], self.statistics)
         return losses["loss"]
 
 
@@ -89,7 +92,7 @@ def step_case(student: str, teacher_name: str, batch_size: int, options: BenchOp
     teacher = create_teacher(teacher_name).to(options.device).requires_grad_(False).eval()
     pca_rank = min(32, batch_size // 2)  # PCA with as many components as samples would do nothing
     baseline = _baseline(student, teacher, LossOptions(pca_rank=pca_rank), batch_size, options)
-    ours = _ours(student, teacher, baseline, options.precision)
+    ours = _ours(student, baseline, options.precision)
 
     difference = float((ours.step() - baseline.step()).abs())  # the first steps also warm up
     seconds_ours, seconds_baseline = medians([ours.step, baseline.step], options.rounds, options.device)
@@ -119,25 +122,31 @@ def _baseline(student: str, teacher: LongCLIP, losses: LossOptions, batch_size: 
     return Side(distillation, replace(batch, long_tokens=long, short_tokens=short), options.precision, fused=False)
 
 
-def _ours(student: str, teacher: LongCLIP, baseline: Side, precision: str) -> Side:
+def _ours(student: str, baseline: Side, precision: str) -> Side:
     """Build the same student and batch with the teacher's features stored in fp16."""
     torch.manual_seed(1)
     device = baseline.batch.images.device
     model = create_student(student).to(device).train()
     assert baseline.distillation.teachers is not None
     objective = baseline.distillation.objective
-    features = baseline.distillation.teachers.outputs(baseline.batch, objective.needs).features
-    batch = replace(
-        baseline.batch,
-        teacher_images=(),
-        long_tokens=trim(baseline.batch.long_tokens).contiguous(),
-        short_tokens=trim(baseline.batch.short_tokens).contiguous(),
-        teacher={name: value.half() for name, value in features.tensors().items()},
-    )
-    teacher_info = TeacherInfo((teacher.embed_dim,), float(teacher.linear_logit_scale), teacher.context_length)
+    batch, teacher_info = with_stored_features(baseline.batch, baseline.distillation.teachers, objective.needs)
     distillation = assemble(model, Teachers(stored=teacher_info), objective.options)
     distillation.distiller.to(device)
     return Side(distillation, batch, precision, fused=True)
+
+
+def with_stored_features(batch: Batch, teachers: Teachers, needs: Needs) -> tuple[Batch, TeacherInfo]:
+    """The batch as a cache gives it, with the features that `needs` asks for in fp16, and what the cache says about the
+    teacher."""
+    features = teachers.outputs(batch, needs).features
+    stored = replace(
+        batch,
+        teacher_images=(),
+        long_tokens=trim(batch.long_tokens).contiguous(),
+        short_tokens=trim(batch.short_tokens).contiguous(),
+        teacher={name: value.half() for name, value in features.tensors().items()},
+    )
+    return stored, teachers.info["long"]
 
 
 def random_batch(batch_size: int, image_size: int, teacher_image_size: int | None = None) -> Batch:

@@ -1,0 +1,86 @@
+"""How often a training step makes the host wait for the device.
+
+A step that waits leaves the device without work until the host has queued more. On a GPU torch itself reports each
+wait. On the CPU, which waits for nothing, the reads of single values are counted instead.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpu_parts.findings import Finding, Findings, Setting
+from gpu_parts.sides import build_side, sizes
+
+__all__ = ["ScalarReads", "waits_in", "waits_part"]
+
+_ROOT = Path(__file__).parents[2]
+_PRECISIONS = ("fp32", "bf16")  # with fp16 the scaler itself must know whether to step
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts the reads of single values (`item`, `bool`, `float`) inside the block, by the line of ours that reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.places[_line(traceback.extract_stack())] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _line(stack: traceback.StackSummary) -> str:
+    """The innermost line of the stack that is in this project, but not in this file."""
+    for frame in reversed(stack):
+        path = Path(frame.filename)
+        if path.is_relative_to(_ROOT) and "site-packages" not in path.parts and path != Path(__file__):
+            return f"{path.relative_to(_ROOT)}:{frame.lineno}"
+    return "elsewhere"
+
+
+def waits_in(function: Callable[[], Any], device: torch.device) -> Counter[str]:
+    """Call the function; return the waits in it, by line."""
+    if device.type != "cuda":
+        with ScalarReads() as reads:
+            function()
+        return reads.places
+    places: Counter[str] = Counter()
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        if "called a synchronizing" in str(message):
+            places[_line(traceback.extract_stack())] += 1
+
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return places
+
+
+def waits_part(setting: Setting) -> Findings:
+    """Count the waits of a step, teacher online and stored."""
+    device = setting.torch_device
+    student, teachers, batch = sizes(setting)
+    yield None
+    for stored in (True, False):
+        for precision in _PRECISIONS:
+            side = build_side(student, teachers[0], batch // 4, precision, device, stored=stored)
+            side.step()
+            found = waits_in(side.step, device)
+            where = ", ".join(f"{line} ({count})" for line, count in found.most_common(8))
+            name = f"{student} from {teachers[0]}, {'stored' if stored else 'online'}, {precision}"
+            yield Finding(f"{name}: host waits in a step", sum(found.values()), "waits", 0, note=where)
