@@ -46,7 +46,8 @@ class Options(EncodingOptions):
     teacher: str | None = None
     """Name of one of the models: also report how well the features of the others agree with it."""
     behaviour: bool = False
-    """Also measure recall when captions are cut to their first sentences: up to 25 more passes over the captions."""
+    """Also measure what the models read of long captions, as eval/long_captions.py does: the page then leads with how
+    many tokens each uses and what edits cost it. This takes about as long as 40 passes over the captions."""
     num_failures: int = 2
     """Worst failures shown for each model, test and direction."""
 
@@ -76,7 +77,7 @@ from eval.benchmarks.labelled_images import find_labelled_images
 from eval.benchmarks.named_sets import is_plain_name, parse_sets, set_digest
 from eval.benchmarks.protocols import RetrievalSet
 from eval.command_line import show_recognised
-from eval.long_captions import long_caption_behaviour
+from eval.measures.behaviour import measure_behaviour
 from eval.measures.compare_measures import Kept, measure_retrieval, model_digest
 from eval.measures.costs import cost_conditions, measure_costs
 from eval.measures.retrieval_set import EncodedSet, encode_retrieval_set
@@ -241,7 +242,7 @@ class Work:
             )
         if options.behaviour:
             results["behaviour"] = self.kept.get(
-                f"{stem}.behaviour", inputs, lambda: long_caption_behaviour(candidate.model, found, self.encoding)
+                f"{stem}.behaviour", inputs, lambda: measure_behaviour(candidate.model, encoded(), self.encoding)
             )
         return results
 

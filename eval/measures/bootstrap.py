@@ -11,17 +11,24 @@ or 100% no resample differs and the interval has no width, which says nothing ab
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from longclip_teacher.errors import InputError
 
-__all__ = ["Estimate", "Estimates", "bootstrap_recalls"]
+__all__ = ["INTERVAL_METHOD", "Estimate", "Estimates", "bootstrap_recalls"]
 
 NUM_RESAMPLES = 2000
+INTERVAL_METHOD = (
+    f"95% confidence intervals by bootstrap: the pictures are drawn {NUM_RESAMPLES} times with replacement, each with "
+    "all its captions, and the interval is the middle 95% of the results. It covers other pictures of the same kind. "
+    "If a model has several seeds, the interval is that of their mean, and ± is the standard deviation between seeds: "
+    "only ± shows what another training run would change."
+)
 _BLOCK_ELEMENTS = 4_000_000  # weights of resampled pictures held at a time
 
 
@@ -63,7 +70,7 @@ def bootstrap_recalls(
     series = np.stack([np.asarray(values, dtype=np.float64) for values in hits.values()], axis=1)  # [Q,K]
     sums, counts = _per_picture(series, query_picture)
     values = 100 * sums.sum(axis=0) / counts.sum()
-    resampled = 100 * _resampled(sums, counts, num_resamples, np.random.default_rng(seed))
+    resampled = 100 * _resampled(sums, counts, num_resamples, seed)
     first = list(hits).index(baseline) if baseline is not None else 0
     return Estimates(
         _estimates(hits, values, resampled, confidence),
@@ -82,17 +89,29 @@ def _per_picture(
 
 
 def _resampled(
-    sums: Float[np.ndarray, "P K"], counts: Float[np.ndarray, " P"], num_resamples: int, rng: np.random.Generator
+    sums: Float[np.ndarray, "P K"], counts: Float[np.ndarray, " P"], num_resamples: int, seed: int
 ) -> Float[np.ndarray, "B K"]:
-    """Return the shares of hits when as many pictures are drawn with replacement. Weights count the draws of each."""
-    num_pictures = len(counts)
+    """Return the shares of hits when as many pictures are drawn with replacement."""
+    if num_resamples * len(counts) <= _BLOCK_ELEMENTS:
+        blocks: Iterable[np.ndarray] = [_one_block(len(counts), num_resamples, seed)]
+    else:
+        blocks = _weights(len(counts), num_resamples, seed)
+    return np.concatenate([(weights @ sums) / (weights @ counts)[:, None] for weights in blocks])
+
+
+def _weights(num_pictures: int, num_resamples: int, seed: int) -> Iterator[Float[np.ndarray, "b P"]]:
+    """Yield how often each picture is drawn, in blocks of resamples."""
+    rng = np.random.default_rng(seed)
     block = max(1, _BLOCK_ELEMENTS // num_pictures)
-    shares = []
     for start in range(0, num_resamples, block):
         drawn = rng.integers(num_pictures, size=(min(block, num_resamples - start), num_pictures))
-        weights = np.stack([np.bincount(row, minlength=num_pictures) for row in drawn]).astype(np.float64)  # [b,P]
-        shares.append((weights @ sums) / (weights @ counts)[:, None])
-    return np.concatenate(shares)
+        yield np.stack([np.bincount(row, minlength=num_pictures) for row in drawn]).astype(np.float64)
+
+
+@lru_cache(maxsize=2)
+def _one_block(num_pictures: int, num_resamples: int, seed: int) -> Float[np.ndarray, "B P"]:
+    """Return `_weights` of one block. A report asks for hundreds of intervals over the same pictures."""
+    return next(_weights(num_pictures, num_resamples, seed))
 
 
 def _estimates(

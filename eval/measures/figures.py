@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 __all__ = [
     "COST_COLUMNS",
+    "WAYS",
     "Column",
     "Figures",
     "best_models",
@@ -17,6 +18,8 @@ __all__ = [
     "model_figures",
 ]
 
+WAYS = {"i2t": "picture → caption", "t2i": "caption → picture"}
+"""The directions of retrieval, in words."""
 Unit = Literal["%", "count", "bytes", "ms"]
 Figures = Mapping[str, float | None]  # by Column.key; None or absent: not measured
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-__all__ = ["NUM_COLOURS", "Band", "Points", "line_chart", "scatter_chart"]
+__all__ = ["NUM_COLOURS", "Band", "Points", "group_chart", "line_chart", "scatter_chart"]
 
 NUM_COLOURS = 6  # the page defines --line-0 ... --line-5, --ink and --rule
 _INK, _RULE = "#00000a", "#00000b"  # placeholders that matplotlib accepts, replaced in its output
@@ -105,6 +105,40 @@ def scatter_chart(
                 fontsize=10,
             )
     _style(axes, x_label, y_label)
+    return _svg(figure, title)
+
+
+def group_chart(
+    groups: Sequence[str],
+    values: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    colours: Mapping[str, int],
+    title: str,
+    *,
+    y_label: str,
+    level: float | None = None,
+    is_curve: bool = False,
+) -> str:
+    """Return an `<svg>` element with a point and an interval (value, low, high) of each name in each group.
+
+    `level` draws a dashed line across, and `is_curve` a line through the points of a name. A name has no point in a
+    group that is None.
+    """
+    figure, axes = _canvas()
+    if level is not None:
+        axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    for place, (name, found) in enumerate(values.items()):
+        index = colours[name] % NUM_COLOURS
+        shift = 0.7 * ((place + 0.5) / len(values) - 0.5)
+        points = [(number + shift, *point) for number, point in enumerate(found) if point is not None]
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        axes.vlines(
+            x, [point[2] for point in points], [point[3] for point in points], color=_LINES[index], linewidth=1.4
+        )
+        linestyle = _DASHES[index] if is_curve else ""
+        axes.plot(x, y, color=_LINES[index], marker="o", markersize=4.5, linestyle=linestyle, linewidth=1.2)
+    _style(axes, "", y_label)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.set_xticks(range(len(groups)), groups)
     return _svg(figure, title)
 
 

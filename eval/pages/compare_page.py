@@ -1,7 +1,4 @@
-"""The page of a comparison: tables, recall by caption length, latency against recall, the worst failures.
-
-Shapes: Q queries.
-"""
+"""The page of a comparison: tables, recall by caption length, latency against recall, the worst failures."""
 
 from __future__ import annotations
 
@@ -9,20 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from eval.base.environment import provenance
-from eval.measures.bootstrap import Estimate, bootstrap_recalls
+from eval.measures.bootstrap import INTERVAL_METHOD, Estimate, bootstrap_recalls
 from eval.measures.compare_measures import examples_of
-from eval.measures.figures import Column, best_models, format_figure
+from eval.measures.figures import WAYS, Column, best_models, format_figure
+from eval.measures.query_bins import query_bins
 from eval.measures.recall import RECALL_AT
+from eval.pages.behaviour_page import behaviour_charts, behaviour_tables
 from eval.pages.charts import line_chart, scatter_chart
-from eval.pages.compare_tables import COST_METHOD, INTERVAL_METHOD, WAYS, Comparison, Summary, queries_of
+from eval.pages.compare_tables import COST_METHOD, Comparison, Summary, queries_of
 from eval.pages.report import Chart, PlainTable, Report, model_colours
 
-__all__ = ["comparison_report", "length_bins"]
-
-_MOST_BINS, _QUERIES_PER_BIN = 8, 40  # fewer queries per bin say little: the interval is 30 points wide
+__all__ = ["comparison_report"]
 
 
 def comparison_report(comparison: Comparison, summary: Summary) -> Report:
@@ -31,7 +27,10 @@ def comparison_report(comparison: Comparison, summary: Summary) -> Report:
     colours = model_colours(names)
     sections = {
         "Recall against caption length": _length_charts(comparison, colours),
-        "Recall against number of sentences": _sentence_charts(comparison, colours),
+        **{
+            f"What is read of a caption: {test}": behaviour_charts(found, colours)
+            for test, found in comparison.behaviours.items()
+        },
         "Recall against time": _time_charts(comparison, summary, colours),
     }
     tables = {
@@ -40,6 +39,8 @@ def comparison_report(comparison: Comparison, summary: Summary) -> Report:
         **_difference_tables(comparison, summary),
         **_agreement_tables(comparison),
     }
+    for found in comparison.behaviours.values():
+        tables |= behaviour_tables(found)
     return Report(
         title=f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0],
         paragraphs=_paragraphs(comparison),
@@ -74,6 +75,7 @@ def _paragraphs(comparison: Comparison) -> list[str]:
         else []
     )
     return [
+        *comparison.behaviour_words(),
         "Every model saw the same pictures and captions. Recall (R@1) is the share of queries for which a right "
         "answer ranks first among all of the test.",
         *tests,
@@ -195,24 +197,6 @@ def _at(content: Mapping[str, Any], path: Sequence[str]) -> float | None:
 # --- charts ---
 
 
-def length_bins(num_tokens: Float[np.ndarray, " Q"]) -> list[Int[np.ndarray, " B"]]:
-    """Group queries by length: groups of about equal size, at most 8, each of 40 queries or more. Equal lengths stay
-    together. Return one group, or none, if there are too few queries."""
-    order = np.argsort(num_tokens, kind="stable")
-    size = max(_QUERIES_PER_BIN, -(-len(order) // _MOST_BINS))
-    bins: list[Int[np.ndarray, " B"]] = []
-    start = 0
-    while len(order) - start >= _QUERIES_PER_BIN:
-        end = min(start + size, len(order))
-        while end < len(order) and num_tokens[order[end]] == num_tokens[order[end - 1]]:
-            end += 1
-        if len(order) - end < _QUERIES_PER_BIN:
-            end = len(order)
-        bins.append(order[start:end])
-        start = end
-    return bins
-
-
 def _length_charts(comparison: Comparison, colours: Mapping[str, int]) -> list[Chart]:
     charts = []
     for test in comparison.sets:
@@ -222,7 +206,7 @@ def _length_charts(comparison: Comparison, colours: Mapping[str, int]) -> list[C
             num_tokens, owner = np.array(first["num_tokens"], dtype=float), np.array(first["caption_image"])
             if way == "i2t":
                 num_tokens = np.bincount(owner, num_tokens) / np.bincount(owner)
-            bins = length_bins(num_tokens)
+            bins = query_bins(num_tokens)
             if len(bins) < 2:
                 continue
             lines: dict[str, list[tuple[float, float]]] = {name: [] for name in ranks}
@@ -242,26 +226,6 @@ def _length_charts(comparison: Comparison, colours: Mapping[str, int]) -> list[C
             )
             svg = line_chart(lines, colours, title, x_label="tokens", y_label="R@1 %", bands=bands)
             charts.append(Chart(title, meaning, svg, list(lines)))
-    return charts
-
-
-def _sentence_charts(comparison: Comparison, colours: Mapping[str, int]) -> list[Chart]:
-    charts = []
-    for test in comparison.sets:
-        for way, words in WAYS.items():
-            lines = {}
-            for name, seeds in comparison.measured.items():
-                steps = [seed["behaviour"][test]["first_sentences"] for seed in seeds if test in seed["behaviour"]]
-                if steps:
-                    lines[name] = [
-                        (same[0]["k"], float(np.mean([step[way]["r1"] for step in same])))
-                        for same in zip(*steps, strict=True)
-                    ]
-            if lines:
-                title = f"{test}, {words}, first sentences"
-                meaning = "R@1 when every caption is cut to its first sentences."
-                svg = line_chart(lines, colours, title, x_label="sentences", y_label="R@1 %")
-                charts.append(Chart(f"{test}, {words}", meaning, svg, list(lines)))
     return charts
 
 

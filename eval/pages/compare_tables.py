@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
@@ -14,19 +15,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from eval.benchmarks.protocols import RetrievalSet
-from eval.measures.bootstrap import NUM_RESAMPLES, Estimate, bootstrap_recalls
-from eval.measures.figures import COST_COLUMNS, Column, best_models, figure_columns, format_figure
+from eval.measures.behaviour_figures import Behaviour
+from eval.measures.bootstrap import INTERVAL_METHOD, Estimate, bootstrap_recalls
+from eval.measures.figures import COST_COLUMNS, WAYS, Column, best_models, figure_columns, format_figure
 from eval.measures.recall import RECALL_AT
+from eval.pages.behaviour_words import METHOD, behaviour_words
 
-__all__ = ["WAYS", "Comparison", "Summary", "comparison_json", "comparison_markdown", "queries_of", "summarise"]
+__all__ = ["Comparison", "Summary", "comparison_json", "comparison_markdown", "queries_of", "summarise"]
 
-WAYS = {"i2t": "picture → caption", "t2i": "caption → picture"}
-INTERVAL_METHOD = (
-    f"95% confidence intervals by bootstrap: the pictures are drawn {NUM_RESAMPLES} times with replacement, each with "
-    "all its captions, and the interval is the middle 95% of the results. It covers other pictures of the same kind. "
-    "If a model has several seeds, the interval is that of their mean, and ± is the standard deviation between seeds: "
-    "only ± shows what another training run would change."
-)
 COST_METHOD = (
     "each model is measured as it was loaded; a student's branches are fused only if its description says so. A time "
     "covers one picture, or one caption of 100 tokens, in the tower alone:"
@@ -63,6 +59,27 @@ class Comparison:
     def retrieval(self, model: str, test: str) -> list[Mapping[str, Any]]:
         """Return what eval.measures.compare_measures.measure_retrieval gave, one per seed."""
         return [seed["retrieval"][test] for seed in self.measured[model]]
+
+    @cached_property
+    def behaviours(self) -> dict[str, Behaviour]:
+        """What the models read of long captions, by test; empty if that was not measured."""
+        return {
+            test: Behaviour(
+                test, {name: [seed["behaviour"][test] for seed in self.measured[name]] for name in self.measured}
+            )
+            for test in self.sets
+            if all(test in seed["behaviour"] for seeds in self.measured.values() for seed in seeds)
+        }
+
+    def behaviour_words(self) -> list[str]:
+        """Return what each model reads of the captions of each test, in sentences."""
+        found = [
+            words
+            for behaviour in self.behaviours.values()
+            for name in self.measured
+            for words in behaviour_words(behaviour, name)
+        ]
+        return [*found, METHOD] if found else []
 
     def warnings(self) -> list[str]:
         """Return what makes figures doubtful: counts that differ from the protocol's, and lost pictures."""
@@ -213,6 +230,7 @@ def comparison_json(comparison: Comparison, summary: Summary) -> dict[str, Any]:
             for name, found in comparison.sets.items()
         },
         "warnings": comparison.warnings(),
+        "behaviour": {test: found.summary() for test, found in comparison.behaviours.items()},
         "models": models,
         "environment": dict(comparison.environment),
     }
@@ -242,6 +260,7 @@ def comparison_markdown(comparison: Comparison, summary: Summary) -> str:
             cells.append(text)
         lines.append(_row(cells))
     notes = [
+        *comparison.behaviour_words(),
         *(
             f"{name}: {', '.join(comparison.checkpoints[name])}; {comparison.read_as[name]}."
             for name in summary.figures

@@ -49,9 +49,9 @@ class FeatureCache:
         """The key for the features of these pictures (their contents, in this order)."""
         return _hash(["pictures", _model_hash(model), precision, *_in_threads(_file_hash, paths)])
 
-    def caption_key(self, model: ClipModel, captions: Sequence[str], precision: str) -> str:
-        """The key for the features of these captions, in this order."""
-        return _hash(["captions", _model_hash(model), precision, *captions])
+    def caption_key(self, model: ClipModel, captions: Sequence[str], precision: str, longest: int = 0) -> str:
+        """The key for the features of these captions, in this order, cut at `longest` tokens (0: not cut)."""
+        return _hash(["captions", _model_hash(model), precision, str(longest), *captions])
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """The tensors stored under `key`, on the CPU; None if there are none. A damaged file counts as none, and stderr

@@ -25,7 +25,7 @@ from eval.base.processes import all_results, is_main_process, my_share
 from eval.base.progress import progress
 from eval.base.workers import share_tensors, start_worker
 from eval.towers.feature_cache import FeatureCache
-from eval.towers.models import ClipModel
+from eval.towers.models import ClipModel, cut_tokens
 from eval.towers.precision import Precision
 from longclip_teacher.errors import InputError
 from longclip_teacher.features import unit_features
@@ -216,49 +216,51 @@ def _encode_share_of_pictures(
 
 
 def encode_captions(
-    model: ClipModel, captions: Sequence[str], encoding: Encoding = Encoding()
+    model: ClipModel, captions: Sequence[str], encoding: Encoding = Encoding(), num_tokens: int | None = None
 ) -> tuple[Float[Tensor, "M D"], int]:
-    """Unit-norm features of captions, and the number of captions that were cut at the model's context length.
+    """Unit-norm features of captions, and the number of captions that were cut.
 
-    Equal captions are encoded once. Captions of similar length share a batch, longest first: this wastes little on
-    padding, and memory runs out at once or not at all.
+    They are cut at the model's context length, or at `num_tokens` if that is shorter; a caption that is cut keeps its
+    end token. Equal captions are encoded once. Captions of similar length share a batch, longest first: this wastes
+    little on padding, and memory runs out at once or not at all.
     """
     if not captions:
         raise InputError("no captions to encode")
+    longest = min(num_tokens or model.context_length, model.context_length)
     found = _kept_or_computed(
         encoding,
         "captions",
-        lambda cache: cache.caption_key(model, captions, encoding.precision),
-        lambda: _encode_captions(model, captions, encoding),
+        lambda cache: cache.caption_key(model, captions, encoding.precision, longest),
+        lambda: _encode_captions(model, captions, encoding, longest),
     )
     return found["features"].to(model_device(model)), int(found["num_truncated"])
 
 
-def _encode_captions(model: ClipModel, captions: Sequence[str], encoding: Encoding) -> dict[str, Tensor]:
+def _encode_captions(model: ClipModel, captions: Sequence[str], encoding: Encoding, longest: int) -> dict[str, Tensor]:
     """`features` [M,D] and `num_truncated` []."""
     num_tokens = {caption: model.tokenizer.count_tokens(caption) for caption in dict.fromkeys(captions)}
     ordered = sorted(num_tokens, key=num_tokens.__getitem__, reverse=True)
     size = encoding.batch_size
     batches = [range(start, min(start + size, len(ordered))) for start in range(0, len(ordered), size)]
-    parts = _parts(encoding, batches, lambda share: _encode_share_of_captions(model, ordered, share, encoding))
+    parts = _parts(encoding, batches, lambda share: _encode_share_of_captions(model, ordered, share, encoding, longest))
     features = torch.cat([part["features"] for part in parts])
     place = torch.cat([part["rows"] for part in parts]).argsort().to(features.device)
     distinct = features[place]
     _require_finite(distinct, lambda index: f"caption {ordered[index][:80]!r}")
     row_of = {caption: row for row, caption in enumerate(ordered)}
     rows = torch.tensor([row_of[caption] for caption in captions], device=distinct.device)
-    num_truncated = sum(num_tokens[caption] > model.context_length for caption in captions)
+    num_truncated = sum(num_tokens[caption] > longest for caption in captions)
     return {"features": distinct[rows], "num_truncated": torch.tensor(num_truncated)}
 
 
 def _encode_share_of_captions(
-    model: ClipModel, ordered: Sequence[str], batches: Sequence[range], encoding: Encoding
+    model: ClipModel, ordered: Sequence[str], batches: Sequence[range], encoding: Encoding, longest: int
 ) -> dict[str, Tensor]:
     """`features` of the captions in `batches`, and their `rows` in `ordered`."""
     features = [torch.empty(0, model.embed_dim, device=model_device(model))]
     with evaluation_mode(model, encoding.precision):
         for batch in show_track(batches, "captions" if encoding.show_progress else None, len(batches)):
-            tokens = model.tokenizer([ordered[row] for row in batch], model.context_length).to(model_device(model))
+            tokens = cut_tokens(model, [ordered[row] for row in batch], longest).to(model_device(model))
             features.append(unit_features(model.encode_text(tokens)))
             progress()
     rows = [row for batch in batches for row in batch]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
+
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
 
 from eval.towers.open_clip_model import (
     OPEN_CLIP_CONFIG,
@@ -20,7 +25,7 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import WeightsFile, read_weights, run_weights
 from mobileclip_student import MobileCLIP, load_student
 
-__all__ = ["ClipModel", "describe_model", "load_model", "weights_file"]
+__all__ = ["ClipModel", "cut_tokens", "describe_model", "load_model", "weights_file"]
 
 ClipModel: TypeAlias = LongCLIP | MobileCLIP | OpenClipModel | TowerPair
 Kind = Literal["student", "teacher"]
@@ -70,6 +75,16 @@ def load_model(
     if variant is not None or pad_mask is not None:
         raise InputError(f"{checkpoint} is a teacher: --variant and --pad-mask are for students, leave them out")
     return load_teacher(source, device, context_length=context_length, activation=activation)
+
+
+def cut_tokens(model: ClipModel, texts: Sequence[str], num_tokens: int) -> Int[Tensor, "B L"]:
+    """Token ids of captions cut at `num_tokens`, with EOT kept. open_clip's models need their whole context, padded as
+    their tokenizer does."""
+    tokens = model.tokenizer(texts, num_tokens)
+    if not isinstance(model, OpenClipModel) or tokens.shape[1] == model.context_length:
+        return tokens
+    padding = int(model.tokenizer("", model.context_length)[0, -1])
+    return F.pad(tokens, (0, model.context_length - tokens.shape[1]), value=padding)
 
 
 def describe_model(model: ClipModel) -> str:

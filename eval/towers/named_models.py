@@ -22,7 +22,7 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import RUN_WEIGHTS
 from mobileclip_student import VARIANTS
 
-__all__ = ["NamedModel", "ReadSettings", "parse_models"]
+__all__ = ["NamedModel", "ReadSettings", "model_name", "parse_models"]
 
 _WITH_SETTINGS = re.compile(r"(.+)@(\w+=[^@]*)")
 _FEWEST_TOKENS = 2  # the start and the end of a caption
@@ -83,7 +83,7 @@ def _parse(entry: str) -> tuple[str, NamedModel]:
         named, settings = found[1], _parse_settings(entry, found[2])
     name, equals, places = named.partition("=")
     if not equals or Path(named).exists():
-        name, places = _name_of(named, settings.given()), named
+        name, places = model_name(named, settings.given()), named
     checkpoints = tuple(places.split(","))
     if not name or not all(checkpoints):
         raise InputError(f"{entry}: write NAME=CHECKPOINT or NAME=CHECKPOINT,CHECKPOINT,..., with or without @SETTINGS")
@@ -96,7 +96,8 @@ def _all_exist(places: str) -> bool:
     return all(place and Path(place).exists() for place in places.split(","))
 
 
-def _name_of(checkpoint: str, settings: Mapping[str, object]) -> str:
+def model_name(checkpoint: str, settings: Mapping[str, object] = {}) -> str:
+    """The name of a checkpoint that was given none: that of its file or run folder, and its settings."""
     path = Path(checkpoint)
     name = path.parent.name if path.name in RUN_WEIGHTS else path.name
     return "-".join([name, *(f"{key}-{value}" for key, value in settings.items())])

@@ -1,5 +1,8 @@
+"""What a model reads of long captions, from the command to the page, on models whose answers are known."""
+
 from __future__ import annotations
 
+import html
 import json
 import sys
 from pathlib import Path
@@ -9,77 +12,92 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from eval import long_captions as module
 from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
-from eval.long_captions import EXACT_COSINE, long_caption_behaviour, padding_cosines
-from eval.towers.features import Encoding
+from eval.measures.behaviour import measure_behaviour
+from eval.measures.retrieval_set import encode_retrieval_set
+from eval.towers.features import Encoding, encode_captions
 from eval.towers.open_clip_model import OpenClipModel, OpenClipTokenizer
 from longclip_teacher import create_teacher, save_teacher
-from longclip_teacher.errors import InputError, run_command
+from longclip_teacher.errors import run_command
 from longclip_teacher.text import CaptionTokenizer
-from mobileclip_student import MobileCLIP, create_student, save_student
-from mobileclip_student.repmixer import TokenBatchNorm
+from mobileclip_student import create_student, save_student
+from ranks import ends_of_ranks
 
-SHORT = ["a red board.", "two men at a table play chess in the park.", "a cat!", "Trees and a river below a grey sky."]
+ROOT = Path(__file__).parents[2]
 ENCODING = Encoding(batch_size=3)
 
 
-def student(pad_mask: bool = True, context_length: int | None = None) -> MobileCLIP:
-    """A student with drawn layer scales and BatchNorm entries: as initialised, RepMixer blocks do almost nothing."""
+def behaviour_of(model: nn.Module, retrieval_set: RetrievalSet) -> dict[str, Any]:
+    """The figures of a model on a set."""
+    return measure_behaviour(model, encode_retrieval_set(model, retrieval_set, ENCODING), ENCODING)["figures"]
+
+
+def edited(folder: Path, captions: list[str]) -> RetrievalSet:
+    """The colour folder with these captions."""
+    pairs = load_retrieval_set("folder", folder)
+    return RetrievalSet("folder", pairs.images, captions, pairs.caption_image, "")
+
+
+def mosaic(tmp_path: Path) -> RetrievalSet:
+    """Pictures of one colour. The first sentence says nothing, the second names the colour, some have a third."""
+    names = {"black": (0, 0, 0), "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255,) * 3}
+    images = []
+    for name, colour in names.items():
+        images.append(tmp_path / f"{name}.png")
+        Image.new("RGB", (12, 12), colour).save(images[-1])
+    captions = [f"A board. It is {name}." + " A photo." * (name in ("red", "blue")) for name in names]
+    return RetrievalSet("folder", images, captions, list(range(5)), "")
+
+
+def r1(found: dict[str, Any], way: str = "t2i") -> float:
+    return found[way]["r1"]
+
+
+def test_a_model_that_reads_colours(colour_model: nn.Module, tmp_path: Path) -> None:
+    colour_model.train()
+    figures = behaviour_of(colour_model, mosaic(tmp_path))
+    assert colour_model.training
+    assert figures["mean_sentences"] == pytest.approx(2.4) and figures["num_of_one_sentence"] == 0
+    for name in ("first_removed", "shuffled"):  # order means nothing to a bag of words
+        assert r1(figures["edits"][name], "i2t") == r1(figures["edits"][name]) == 100
+        assert figures["edits"][name]["loss"]["t2i"] == {"value": 0, "low": 0, "high": 0}
+    assert [r1(figures["edits"][f"first_{k}"]) for k in (1, 2, 3)] == [20, 100, 100]
+    alone = figures["only_sentence"]
+    assert list(alone) == ["only_1", "only_2", "only_3"]
+    assert [(step["num_texts"], step["num_images"]) for step in alone.values()] == [(5, 5), (5, 5), (2, 2)]
+    # "A photo." fits the first picture as well as any
+    assert [r1(step) for step in alone.values()] == [r1(step, "i2t") for step in alone.values()] == [20, 100, 0]
+    assert list(figures["cuts"]) == ["cut_8"] and figures["padding"] == []  # it reads 16 tokens
+    assert figures["details"]["colour"] == {"num_texts": 5, "prefers_true": 100}
+
+
+def test_removing_the_first_sentence_loses_its_content(colour_model: nn.Module, colour_folder: Path) -> None:
+    pairs = load_retrieval_set("folder", colour_folder)  # "a red board second line"
+    captions = [caption.replace(" second", ". Second") for caption in pairs.captions]
+    figures = behaviour_of(colour_model, edited(colour_folder, captions))
+    assert r1(figures["intact"]) == 100
+    removed = figures["edits"]["first_removed"]
+    assert r1(removed) == 12.5 and removed["loss"]["t2i"]["value"] == 87.5
+    # so does text in front, of which a model of 16 tokens sees nothing else
+    assert r1(figures["edits"]["filler_25"]) == 12.5 and figures["edits"]["filler_25"]["num_truncated"] == 8
+
+
+def test_cuts_keep_what_a_tokenizer_of_that_length_keeps(colour_folder: Path) -> None:
     torch.manual_seed(0)
-    model = create_student("tiny", pad_mask=pad_mask, context_length=context_length).eval()
+    model = create_student("tiny").eval()
+    pairs = load_retrieval_set("folder", colour_folder)
+    captions = [f"{'word ' * number * 12}end. {caption}" for number, caption in enumerate(pairs.captions)]
+    found, num_cut = encode_captions(model, captions, ENCODING, num_tokens=20)
     with torch.no_grad():
-        for part in model.modules():
-            if isinstance(part, TokenBatchNorm):
-                for tensor in (part.weight, part.bias, part.running_mean, part.running_var):
-                    tensor.uniform_(0.5, 1.5)
-        for name, parameter in model.named_parameters():
-            if "layer_scale" in name:
-                parameter.uniform_(0.5, 1.5)
-    return model
-
-
-class PadsRead(nn.Module):
-    """A student that attends its padding, for captions of any length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = student(pad_mask=False)
-        self.tokenizer, self.context_length = self.inner.tokenizer, self.inner.context_length
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        self.inner.text_encoder.context_length = tokens.shape[1]
-        return self.inner.encode_text(tokens)
-
-
-def test_masked_pads_change_nothing() -> None:
-    steps = padding_cosines(student(), SHORT, ENCODING)
-    assert [step["num_tokens"] for step in steps] == [77, 128, 248]
-    for step in steps:
-        assert EXACT_COSINE <= step["min_cosine"] <= step["mean_cosine"] < 1 + 1e-9
-    torch.manual_seed(0)
-    for step in padding_cosines(create_teacher("tiny").eval(), SHORT, ENCODING):
-        assert step["min_cosine"] >= EXACT_COSINE
-
-
-def test_pads_that_are_read_fail() -> None:
-    for step in padding_cosines(PadsRead(), SHORT, ENCODING):
-        assert step["min_cosine"] < 0.999 and step["min_cosine"] <= step["mean_cosine"]
-
-
-def test_a_mask_that_forgets_one_block_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches keep the padded length, although the model trims columns that all captions leave empty."""
-    model = student()
-    monkeypatch.setattr("mobileclip_student.repmixer._zero_pads", lambda x, valid: x)
-    steps = padding_cosines(model, SHORT, ENCODING)
-    assert min(step["min_cosine"] for step in steps) < EXACT_COSINE
-
-
-def test_published_students_always_pad_and_so_never_differ() -> None:
-    for step in padding_cosines(student(pad_mask=False, context_length=77), SHORT, ENCODING):
-        assert step["num_tokens"] == 77 and step["min_cosine"] >= EXACT_COSINE
+        expected = model.encode_text(model.tokenizer(captions, 20), normalize=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert num_cut == 7
+    figures = behaviour_of(model, edited(colour_folder, captions))
+    assert list(figures["cuts"]) == ["cut_8", "cut_16", "cut_20", *(f"cut_{n}" for n in range(24, 77, 8)), "cut_77",
+                                     *(f"cut_{n}" for n in range(80, 93, 8))]  # fmt: skip
 
 
 def test_models_of_open_clip_get_their_whole_context(colour_folder: Path) -> None:
@@ -94,79 +112,13 @@ def test_models_of_open_clip_get_their_whole_context(colour_folder: Path) -> Non
     clip.visual.preprocess_cfg = {"size": 16}
     tokenizer = OpenClipTokenizer(open_clip.SimpleTokenizer(context_length=77), is_plain_clip=True)
     model = OpenClipModel(clip, tokenizer, 16).eval()
-    pairs = load_retrieval_set("folder", colour_folder)
-    captions = [caption + " word" * 40 for caption in pairs.captions]
-    result = long_caption_behaviour(
-        model, RetrievalSet("folder", pairs.images, captions, pairs.caption_image, ""), ENCODING
-    )
-    assert [step["num_tokens"] for step in result["cut"]] == [20, 77]
-    assert [step["num_tokens"] for step in result["padding"]] == [77]
-    assert result["padding"][0]["min_cosine"] >= EXACT_COSINE
+    captions = [caption + " word" * 40 for caption in load_retrieval_set("folder", colour_folder).captions]
+    figures = behaviour_of(model, edited(colour_folder, captions))
+    assert list(figures["cuts"])[-1] == "cut_40" and [step["num_tokens"] for step in figures["padding"]] == [77]
     cut = torch.nn.functional.pad(CaptionTokenizer()(captions, 20), (0, 57))
     with torch.no_grad():
         expected = clip.encode_text(cut, normalize=True)
-    torch.testing.assert_close(module._encode_at(model, captions, 20, ENCODING), expected, rtol=0, atol=1e-5)
-
-
-def test_padding_where_there_is_none() -> None:
-    assert padding_cosines(student(context_length=32), SHORT) == []
-    with pytest.raises(InputError, match="no caption of at most 77 tokens"):
-        padding_cosines(student(), ["word " * 90])
-
-
-def mosaic(tmp_path: Path) -> RetrievalSet:
-    """Pictures of one colour. The first sentence says nothing, the second names the colour, some have a third."""
-    names = {"black": (0, 0, 0), "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255,) * 3}
-    images = []
-    for name, colour in names.items():
-        images.append(tmp_path / f"{name}.png")
-        Image.new("RGB", (12, 12), colour).save(images[-1])
-    captions = [f"A board. It is {name}." + " A photo." * (name in ("red", "blue")) for name in names]
-    return RetrievalSet("folder", images, captions, list(range(5)), "")
-
-
-def test_a_model_that_reads_colours(colour_model: nn.Module, tmp_path: Path) -> None:
-    colour_model.train()
-    result = long_caption_behaviour(colour_model, mosaic(tmp_path), ENCODING)
-    assert colour_model.training
-    assert result["mean_sentences"] == pytest.approx(2.4) and result["num_of_one_sentence"] == 0
-    for name in ("original", "first_dropped", "shuffled"):  # order means nothing to a bag of words
-        assert result[name]["i2t"]["r1"] == result[name]["t2i"]["r1"] == 100
-    assert result["relative_change"] == {name: {"i2t": 0, "t2i": 0} for name in ("first_dropped", "shuffled")}
-    assert [step["k"] for step in result["first_sentences"]] == [1, 2, 3]
-    assert [step["t2i"]["r1"] for step in result["first_sentences"]] == [20, 100, 100]
-    alone = result["only_sentence"]
-    assert [(step["num_texts"], step["num_images"]) for step in alone] == [(5, 5), (5, 5), (2, 2)]
-    assert [step["t2i"]["r1"] for step in alone] == [20, 100, 0]  # "A photo." fits the first picture as well as any
-    assert [step["i2t"]["r1"] for step in alone] == [20, 100, 0]
-    assert result["cut"] == result["padding"] == []  # it reads 16 tokens
-
-
-def test_dropping_the_first_sentence_loses_its_content(colour_model: nn.Module, colour_folder: Path) -> None:
-    retrieval_set = load_retrieval_set("folder", colour_folder)  # "a red board second line"
-    captions = [caption.replace(" second", ". Second") for caption in retrieval_set.captions]
-    result = long_caption_behaviour(
-        colour_model, RetrievalSet("folder", retrieval_set.images, captions, retrieval_set.caption_image, "")
-    )
-    assert result["original"]["t2i"]["r1"] == 100
-    assert result["first_dropped"]["t2i"]["r1"] == 12.5
-    assert result["relative_change"]["first_dropped"] == {"i2t": -87.5, "t2i": -87.5}
-
-
-def test_cut_at_tokens(colour_folder: Path) -> None:
-    """The cut keeps what a tokenizer of that length keeps; a cut beyond every caption gives the original figures."""
-    model = student()
-    pairs = load_retrieval_set("folder", colour_folder)
-    captions = [f"{'word ' * number * 12}end. {caption}" for number, caption in enumerate(pairs.captions)]
-    result = long_caption_behaviour(
-        model, RetrievalSet("folder", pairs.images, captions, pairs.caption_image, ""), ENCODING
-    )
-    assert [(step["num_tokens"], step["num_cut"]) for step in result["cut"]] == [(20, 7), (77, 2), (128, 0), (248, 0)]
-    for way in ("i2t", "t2i"):
-        assert result["cut"][3][way] == result["original"][way]
-    with torch.no_grad():
-        expected = model.encode_text(model.tokenizer(captions, 20), normalize=True)
-    found = module._encode_at(model, captions, 20, ENCODING)
+    found, _ = encode_captions(model, captions, ENCODING, num_tokens=20)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -175,41 +127,101 @@ def test_only_sentence_with_many_captions(colour_model: nn.Module, tmp_path: Pat
     one = mosaic(tmp_path)
     captions = [*one.captions, "Boards. A red one.", "Blue boards."]
     retrieval_set = RetrievalSet("folder", one.images, captions, [*one.caption_image, 1, 3], "")
-    step = long_caption_behaviour(colour_model, retrieval_set)["only_sentence"][1]
+    step = behaviour_of(colour_model, retrieval_set)["only_sentence"]["only_2"]
     assert (step["num_texts"], step["num_images"]) == (6, 4)
-    assert step["t2i"]["r1"] == 100
+    assert r1(step) == 100
 
 
-def test_the_command_draws_and_writes(
-    tmp_path: Path, colour_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_student(student(), tmp_path / "student.safetensors")
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    save_teacher(create_teacher("tiny", context_length=19), tmp_path / "teacher.safetensors")  # nothing to cut or pad
+    save_student(create_student("tiny", context_length=40), folder / "student.safetensors")
+    save_teacher(create_teacher("tiny", context_length=19), folder / "teacher.safetensors")  # nothing to pad
+    return folder
 
-    def called(*more: Any) -> int:
-        arguments = ["--root", colour_folder, "--num-workers", 0, *more]
-        monkeypatch.setattr(sys, "argv", ["long_captions.py", *map(str, arguments)])
-        try:
-            run_command(module.main)
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
 
-    for name in ("student", "teacher"):
-        out = tmp_path / name / "plots"
-        file = tmp_path / f"{name}.safetensors"
-        assert called("--checkpoint", file, "--json", tmp_path / f"{name}.json", "--out-dir", out) == 0
-        with Image.open(out / "long_captions.png") as plot:
-            assert plot.format == "PNG" and min(plot.size) > 500
-            assert len(plot.convert("RGB").getcolors(1 << 24)) > 50  # something is drawn
-        result = json.loads((tmp_path / f"{name}.json").read_text())
-        assert result["num_images"] == 8
-    shown = capsys.readouterr().out
-    assert "first dropped" in shown and "padded to 248 tokens: cosine" in shown and "as without padding" in shown
-    for arguments, message in (
-        (["--checkpoint", tmp_path / "student.safetensors", "--out-dir", tmp_path / "student.json"], "is a file"),
-        ([], "pass --checkpoint"),
-    ):
-        assert called(*arguments) == 2
-        assert message in capsys.readouterr().err
+def called(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
+    """The exit code of the command."""
+    monkeypatch.setattr(
+        sys, "argv", ["long_captions.py", *map(str, arguments), "--num-workers", "0", "--device", "cpu"]
+    )
+    try:
+        run_command(module.main)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_command_writes_the_page_and_prints_what_it_leads_with(
+    tmp_path: Path, weights: Path, colour_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "new" / "out"
+    original, encoded = module.encode_retrieval_set, list[str]()
+
+    def counted(model: nn.Module, *rest: Any) -> Any:
+        encoded.append(type(model).__name__)
+        return original(model, *rest)
+
+    monkeypatch.setattr(module, "encode_retrieval_set", counted)
+    arguments = ("--checkpoint", weights / "student.safetensors", "--root", colour_folder,
+                 "--against", f"other={weights / 'teacher.safetensors'}", "--out-dir", out)  # fmt: skip
+    assert called(monkeypatch, *arguments, "--json", tmp_path / "a.json") == 0, capsys.readouterr().err
+    assert encoded == ["MobileCLIP", "LongCLIP"]  # the pictures once per model
+    results = json.loads((out / "results.json").read_text())
+    assert results == json.loads((tmp_path / "a.json").read_text())
+    assert list(results["models"]) == list(results["words"]) == ["student.safetensors", "other"]
+    assert [results["models"][name][0]["context_length"] for name in results["models"]] == [40, 19]
+    assert set(results["loss_beside_first"]["filler_25"]["t2i"]) == {"student.safetensors", "other"}
+    shown, page = capsys.readouterr().out, (out / "report.html").read_text()
+    for words in (words for of_model in results["words"].values() for words in of_model):
+        assert words in shown and page.index(html.escape(words)) < page.index("<table>")
+    assert page.count("<svg") >= 8 and page.count("<figcaption>R@1") >= 6
+    assert "captions cut" in page and "losses beside those of student.safetensors" in page
+
+
+def test_files_are_written_before_anything_is_printed(
+    tmp_path: Path, weights: Path, colour_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(module, "print_behaviour", refuse)
+    with pytest.raises(BrokenPipeError):
+        monkeypatch.setattr(
+            sys, "argv", ["x", "--checkpoint", str(weights / "teacher.safetensors"), "--root", str(colour_folder),
+                          "--out-dir", str(tmp_path / "out"), "--num-workers", "0"],
+        )  # fmt: skip
+        module.main()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "report.html"}
+
+
+def test_bad_input_ends_in_one_line(
+    tmp_path: Path, weights: Path, colour_folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    student = weights / "student.safetensors"
+    cases = [
+        (["--checkpoint", student, "--root", colour_folder, "--out-dir", student], "is a file"),
+        (["--root", colour_folder], "pass --checkpoint"),
+        (["--checkpoint", student], "pass --root"),
+        (["--checkpoint", student, "--root", colour_folder, "--against", student], "two models are called"),
+        (["--checkpoint", student, "--root", colour_folder, "--against", "a=gone.pt"], "gone.pt"),
+    ]
+    for arguments, message in cases:
+        assert called(monkeypatch, *arguments) == 2, arguments
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("error: ") and message in line
+
+
+def test_two_processes_find_what_one_finds(
+    tmp_path: Path, weights: Path, colour_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--checkpoint", weights / "student.safetensors", "--root", colour_folder, "--batch-size", "2"]
+    assert called(monkeypatch, *arguments, "--json", tmp_path / "one.json") == 0
+    command = [str(ROOT / "eval/long_captions.py"), *map(str, arguments), "--num-workers", "0", "--device", "cpu"]
+    ends = ends_of_ranks([*command, "--json", str(tmp_path / "two.json")], 2, cwd=ROOT, timeout=200)
+    assert [end.returncode for end in ends] == [0, 0], ends[0].stderr + ends[1].stderr
+    assert ends[1].stdout == "" and "student.safetensors" in ends[0].stdout
+    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
