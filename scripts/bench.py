@@ -88,7 +88,7 @@ if __name__ == "__main__":
 
 from benches.measure import BenchOptions, Row, machine
 from eval.base.consoles import plain_console
-from eval.base.processes import leave_out_cudnn_attention, process_device
+from eval.base.processes import process_device
 from longclip_teacher.atomic_files import write_json
 
 
@@ -109,7 +109,6 @@ def main() -> None:
     options = read_options(Options)
     found = machine()  # before the bench adds its own load
     device = process_device(options.device)
-    leave_out_cudnn_attention()  # on both sides: else each would be timed while it plans for new shapes
     told = BenchOptions(
         full=options.full,
         rounds=options.rounds,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from eval.base.peak_memory import peak_memory_gb
+from eval.base.processes import leave_out_cudnn_attention
 
 __all__ = ["BenchOptions", "Row", "in_own_process", "machine", "medians", "peak_memory_gb", "synchronize"]
 
@@ -81,7 +82,8 @@ def synchronize(device: torch.device | None) -> None:
 
 def in_own_process(function: Callable[..., Result], *args: Any) -> Result:
     """Return function(*args) from a fresh process, because the peak memory of a process never falls."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    # on both sides: else each would be timed while it plans for new shapes; a spawned process has torch's default
+    with multiprocessing.get_context("spawn").Pool(1, leave_out_cudnn_attention) as pool:
         return pool.apply(function, args)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benches.measure import synchronize
 from benches.step import Side, random_batch, with_stored_features
+from eval.base.processes import leave_out_cudnn_attention
 from gpu_parts.findings import Finding, Findings, Setting
 from gpu_parts.numerics import tf32
 from gpu_parts.speed import rate
@@ -47,7 +48,9 @@ def open_clip_part(setting: Setting) -> Findings:
     yield None
     batch = batch.to(setting.torch_device)
     with tf32(True):
+        torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default, with which open_clip runs
         theirs = _open_clip_rate(batch, setting, precision)
+        leave_out_cudnn_attention()
         name = f"MobileCLIP-S1 from ViT-B/16, 77 tokens, {precision}, batch {batch_size}"
         yield Finding(f"{name}: open_clip, online", theirs, "samples/s")
         for case, ours in _our_sides(batch, setting, precision).items():

@@ -39,7 +39,7 @@ _ENDING = 10.0  # seconds that the real run may take to end after its signal
 def precision_part(setting: Setting) -> Findings:
     """Steps on one batch in fp32, bf16 and fp16: they learn, agree at first, and the scaler skips few of them."""
     student, teachers, batch = sizes(setting)
-    steps = 4 if setting.small else _STEPS
+    steps = 8 if setting.small else _STEPS
     yield None
     first: dict[str, float] = {}
     for precision in ("fp32", "bf16", "fp16"):

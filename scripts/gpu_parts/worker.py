@@ -40,10 +40,12 @@ def main() -> None:
         def write(content: object) -> None:
             print(json.dumps(content), file=file, flush=True)
 
+        from eval.base.processes import leave_out_cudnn_attention
         from eval.base.workers import end_with_parent
         from gpu_parts.findings import Finding, Setting
 
         end_with_parent(signal.SIGKILL)
+        leave_out_cudnn_attention()  # as every command of ours
         try:
             setting = Setting(**json.loads(Path(setting_file).read_text()))
             module, function = PARTS[part]

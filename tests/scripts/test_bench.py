@@ -10,7 +10,7 @@ import torch
 
 import bench
 from benches import recall, start_up
-from benches.measure import BenchOptions, Row, medians, peak_memory_gb
+from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
 from benches.recall import recall_case
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +30,10 @@ def test_functions_take_turns() -> None:
     calls: list[str] = []
     assert len(medians([lambda: calls.append("a"), lambda: calls.append("b")], rounds=3)) == 2
     assert "".join(calls) == "ababab"
+
+
+def test_a_case_runs_without_cudnn_attention() -> None:
+    assert not in_own_process(torch.backends.cuda.cudnn_sdp_enabled)
 
 
 def test_the_command_writes_its_rows(
