@@ -9,7 +9,7 @@ sums up the picture and the others give details: a model that reads only the fir
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def behaviour_report(retrieval_set: RetrievalSet, behaviour: Behaviour) -> Repor
         rows[name] = "; ".join(f"{seed['figures']['checkpoint']}: {seed['figures']['read_as']}" for seed in seeds)
     rows[f"test {behaviour.test}"] = f"Pictures and captions have the sha256 {retrieval_set.sha256}"
     return Report(
-        title=f"What {' and '.join(names)} {'reads' if len(names) == 1 else 'read'} of long captions",
+        title=f"What is read of long captions: {', '.join(names)}",
         paragraphs=[
             *(words for name in names for words in behaviour_words(behaviour, name)),
             METHOD,
@@ -176,7 +176,7 @@ def behaviour_report(retrieval_set: RetrievalSet, behaviour: Behaviour) -> Repor
 
 
 def print_behaviour(behaviour: Behaviour) -> None:
-    """Print the leading figures in words and a table of R@1, on stdout."""
+    """Print the leading figures in words and a table of R@1, on stdout; of several models, from caption to picture."""
     console = plain_console(soft_wrap=True)
     for name in behaviour.measured:
         for words in behaviour_words(behaviour, name):
@@ -186,23 +186,24 @@ def print_behaviour(behaviour: Behaviour) -> None:
         title=f"{behaviour.test}: {figures['num_images']} pictures, {figures['num_texts']} captions, R@1 % (loss)"
     )
     table.add_column("captions")
+    ways = ["i2t", "t2i"] if len(behaviour.measured) == 1 else ["t2i"]
     for name in behaviour.measured:
-        for words in WAYS.values():
-            table.add_column(f"{name}\n{words}", justify="right")
+        for way in ways:
+            table.add_column(f"{name}\n{WAYS[way]}", justify="right")
     steps = {"intact": "as they are", **{edit.name: edit.title for edit in EDITS}}
     steps |= {name: f"sentence {name.removeprefix('only_')} alone" for name in figures["only_sentence"]}
     for step, title in steps.items():
-        table.add_row(title, *_cells(behaviour, step))
+        table.add_row(title, *_cells(behaviour, step, ways))
     plain_console().print(table)
     for name, seeds in behaviour.measured.items():
         for note in _notes(seeds[0]["figures"]):
             console.print(f"{name}: {note}")
 
 
-def _cells(behaviour: Behaviour, step: str) -> list[str]:
+def _cells(behaviour: Behaviour, step: str, ways: Sequence[str]) -> list[str]:
     cells = []
     for name in behaviour.measured:
-        for way in WAYS:
+        for way in ways:
             effect = behaviour.effect(step, way)
             if effect is None:
                 cells.append("-")

@@ -227,7 +227,7 @@ def _figures(
         "num_of_one_sentence": sum(number <= 1 for number in num_sentences),
         "median_tokens": float(np.median(num_tokens)),
         "intact": {way: found["intact"][way] for way in WAYS},
-        "tokens_used": {way: vars(tokens_used(hits, way, measured["caption_image"], longest)) for way in WAYS},
+        "tokens_used": {way: tokens_used(hits, way, measured["caption_image"], longest).plain() for way in WAYS},
         "edits": {edit.name: compared(edit.name) for edit in EDITS},
         "cuts": {name: compared(name) for name in found if name.startswith("cut_")},
         "only_sentence": {name: found[name] for name in found if name.startswith("only_")},

@@ -6,7 +6,7 @@ Shapes: N pictures, M captions, Q queries (N pictures or M captions).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,14 @@ class TokensUsed:
     """The smallest cut from which on no cut loses more than 2 points, as the figures stand, without their intervals."""
     longest: int
     """The length of the longest caption, or the model's context if that is shorter."""
+    cut_before: int | None = None
+    """The next smaller cut, one that may lose more."""
+    loss_before: Estimate | None = None
+    """What it loses."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return asdict(self)
 
 
 def read_hits(seeds: Sequence[Mapping[str, Any]]) -> Hits:
@@ -125,19 +133,22 @@ class Behaviour:
         return tokens_used(self.hits[model], way, self.first["caption_image"], longest)
 
     def summary(self) -> dict[str, Any]:
-        """Return, for JSON, each model's `tokens_used`, and the difference between its loss and the first model's,
-        `loss_beside_first`, by edit and direction."""
+        """Return, for JSON, each model's `tokens_used`, and `beside_first`, by edit and direction: the differences of
+        its `recall` and of its `loss` from the first model's."""
         beside = {
             edit.name: {
-                way: {model: vars(found) for model, found in effect.loss_differences.items()}
+                way: {
+                    model: {"recall": asdict(found), "loss": asdict(effect.loss_differences[model])}
+                    for model, found in effect.recall_differences.items()
+                }
                 for way in WAYS
                 if (effect := self.effect(edit.name, way)) is not None
             }
             for edit in EDITS
         }
         return {
-            "tokens_used": {model: {way: vars(self.tokens_used(model, way)) for way in WAYS} for model in self.hits},
-            "loss_beside_first": beside,
+            "tokens_used": {model: {way: self.tokens_used(model, way).plain() for way in WAYS} for model in self.hits},
+            "beside_first": beside,
         }
 
     def cuts(self, model: str, way: str) -> dict[int, Estimate]:
@@ -186,7 +197,7 @@ def loss_figures(hits: Hits, name: str, caption_image: Sequence[int]) -> dict[st
     found = {way: _effect({"": hits}, name, way, caption_image) for way in WAYS}
     return {
         "intact": {way: None if it is None else it.intact[""] for way, it in found.items()},
-        "loss": {way: None if it is None else vars(it.losses[""]) for way, it in found.items()},
+        "loss": {way: None if it is None else asdict(it.losses[""]) for way, it in found.items()},
     }
 
 
@@ -223,11 +234,10 @@ def tokens_used(hits: Hits, way: str, caption_image: Sequence[int], longest: int
         return TokensUsed(None, None, longest)
     series = {str(cut): intact - hits[f"cut_{cut}"][way] for cut in cuts}
     losses = bootstrap_recalls(series, picture).recalls if cuts else {}
-    return TokensUsed(
-        _first_of_the_last([cut for cut in cuts if losses[str(cut)].high <= TOLERANCE], [*cuts, longest]),
-        _first_of_the_last([cut for cut in cuts if losses[str(cut)].value <= TOLERANCE], [*cuts, longest]),
-        longest,
-    )
+    value = _first_of_the_last([cut for cut in cuts if losses[str(cut)].high <= TOLERANCE], [*cuts, longest])
+    by_figure = _first_of_the_last([cut for cut in cuts if losses[str(cut)].value <= TOLERANCE], [*cuts, longest])
+    before = max((cut for cut in cuts if cut < value), default=None)
+    return TokensUsed(value, by_figure, longest, before, None if before is None else losses[str(before)])
 
 
 def _first_of_the_last(good: Sequence[int], cuts: Sequence[int]) -> int:

@@ -35,7 +35,7 @@ _RULE = (
 def behaviour_tables(behaviour: Behaviour) -> dict[str, PlainTable]:
     """Return the tables by heading: R@1 and loss by edit, differences between the models, changed details."""
     tables = {}
-    for way, words in WAYS.items():
+    for way, words in reversed(WAYS.items()):
         rows, sure = _edit_rows(behaviour, way)
         tables[f"{behaviour.test}, {words}: captions edited"] = PlainTable(
             f"R@1 in percent of the queries that the edit applies to, and the loss in points with its 95% interval. "
@@ -47,10 +47,10 @@ def behaviour_tables(behaviour: Behaviour) -> dict[str, PlainTable]:
         if len(behaviour.measured) > 1:
             first, *others = behaviour.measured
             rows, sure = _difference_rows(behaviour, way, others)
-            tables[f"{behaviour.test}, {words}: losses beside those of {first}"] = PlainTable(
-                f"How many more points an edit costs a model than {first}, with the 95% interval over pictures, both "
-                "models on the same ones. Negative: the model withstands the edit better. Bold: the interval "
-                "excludes 0.",
+            tables[f"{behaviour.test}, {words}: edited captions, beside {first}"] = PlainTable(
+                f"R@1 under an edit minus that of {first}, in points, with the 95% interval over pictures, both models "
+                f"on the same ones; bold: it excludes 0. Below, the loss minus that of {first}: a model that finds "
+                "little has little to lose.",
                 ["edit", *others],
                 rows,
                 sure,
@@ -97,9 +97,11 @@ def _difference_rows(
     sure = set[tuple[int, int]]()
     for edit in EDITS:
         if (effect := behaviour.effect(edit.name, way)) is not None:
-            differences = [effect.loss_differences[model] for model in models]
-            sure |= {(len(rows), 1 + place) for place, found in enumerate(differences) if _is_sure(found)}
-            rows.append([edit.title, *("\n(".join(shown_loss(found).split(" (")) for found in differences)])
+            recalls = [effect.recall_differences[model] for model in models]
+            sure |= {(len(rows), 1 + place) for place, found in enumerate(recalls) if _is_sure(found)}
+            losses = [shown_loss(effect.loss_differences[model]) for model in models]
+            cells = [f"{shown_loss(found)}\nloss {loss}" for found, loss in zip(recalls, losses, strict=True)]
+            rows.append([edit.title, *cells])
     return rows, sure
 
 
@@ -122,7 +124,7 @@ def _is_sure(found: Estimate) -> bool:
 def behaviour_charts(behaviour: Behaviour, colours: Mapping[str, int]) -> list[Chart]:
     """Return a chart for each kind of edit and direction, and two by where the deciding detail stands."""
     charts = []
-    for way, words in WAYS.items():
+    for way, words in reversed(WAYS.items()):
         parts = (_cuts, _first_sentences, _single_sentences, _rearranged, _filler, _missing_words)
         charts += [chart for part in parts if (chart := part(behaviour, colours, way, words)) is not None]
     return charts + [

@@ -16,8 +16,8 @@ UNTRAINED_EDITS = {
 """Edits that no training in this project makes, by name."""
 METHOD = (
     "No training in this project puts text in front of captions, leaves out words, or swaps two sentences; "
-    "captions.shuffle, if it was on, moves all of them. The words in front say nothing that a picture shows. Tokens "
-    "count start and end, and caption and picture stand for the direction from what is asked to what is found."
+    "captions.shuffle, if it was on, moves all of them. Unless it says otherwise, R@1 is that from caption to picture. "
+    "Tokens count start and end."
 )
 
 
@@ -40,13 +40,17 @@ def _tokens(behaviour: Behaviour, model: str) -> str:
     other = used["i2t"].value
     parts = [
         f"{model} uses {_how_many(asked.value, asked.longest)} of a caption on {behaviour.test}, where the median "
-        f"caption has {figures['median_tokens']:.0f}: ",
-        f"cut there or later, it loses at most {TOLERANCE:.0f} points of R@1 from caption to picture, with 95% "
-        "confidence",
-        "" if asked.by_figure == asked.value else f" (from {asked.by_figure} tokens on by the figures alone)",
-        "." if other is None else f"; from picture to caption it uses {_how_many(other, asked.longest)}.",
+        f"caption has {figures['median_tokens']:.0f}."
     ]
-    return "".join(parts)
+    if asked.value < asked.longest:
+        surely = f"Cut there or later, captions lose at most {TOLERANCE:.0f} points of R@1, with 95% confidence"
+        alone = "" if asked.by_figure == asked.value else f"; the figures alone say so from {asked.by_figure} on"
+        parts.append(f"{surely}{alone}.")
+    if asked.loss_before is not None:
+        parts.append(f"Cut at {asked.cut_before}, they lose {shown_loss(asked.loss_before)} points.")
+    if other is not None and other != asked.value:
+        parts.append(f"From picture to caption it uses {_how_many(other, asked.longest)}.")
+    return " ".join(parts)
 
 
 def _how_many(value: int, longest: int) -> str:

@@ -173,12 +173,12 @@ def test_the_command_writes_the_page_and_prints_what_it_leads_with(
     assert results == json.loads((tmp_path / "a.json").read_text())
     assert list(results["models"]) == list(results["words"]) == ["student.safetensors", "other"]
     assert [results["models"][name][0]["context_length"] for name in results["models"]] == [40, 19]
-    assert set(results["loss_beside_first"]["filler_25"]["t2i"]) == {"student.safetensors", "other"}
+    assert set(results["beside_first"]["filler_25"]["t2i"]) == {"student.safetensors", "other"}
     shown, page = capsys.readouterr().out, (out / "report.html").read_text()
     for words in (words for of_model in results["words"].values() for words in of_model):
         assert words in shown and page.index(html.escape(words)) < page.index("<table>")
     assert page.count("<svg") >= 8 and page.count("<figcaption>R@1") >= 6
-    assert "captions cut" in page and "losses beside those of student.safetensors" in page
+    assert "captions cut" in page and "edited captions, beside student.safetensors" in page
 
 
 def test_files_are_written_before_anything_is_printed(
