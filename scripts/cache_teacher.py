@@ -20,6 +20,7 @@ from eval.towers.precision import Precision
 from longclip_teacher.activation import Activation
 from longclip_teacher.errors import InputError, run_command
 from training.settings.augment import AugmentConfig
+from training.settings.captions import CaptionOptions
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Options:
     python training/main.py PRESET --teacher.cache data/train/teacher_cache  # train from it
 
     The command writes one sidecar NAME.safetensors per shard NAME.tar, and its settings to teacher_cache.json. When
-    started again, it keeps finished sidecars. A training run must use the same --augment options.
+    started again, it keeps finished sidecars. A training run must use the same --augment options, and the same
+    --captions options if they change what short captions say.
     """
 
     shards: tuple[str, ...] = ()
@@ -51,8 +53,14 @@ class Options:
     0 stores the centre crop, for training with --augment.centre."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How crops are drawn, as in the training run."""
+    caption_views: int = 1
+    """Sampled captions stored per long caption, with --captions.short sampled. Training uses them in turn, one per
+    epoch, so as many as epochs avoid repeats."""
+    captions: CaptionOptions = field(default_factory=CaptionOptions)
+    """What short captions say, as in the training run. Long captions are always stored in full; shifts are not
+    stored."""
     seed: int = 0
-    """Seed of the crops."""
+    """Seed of the crops and of the sampled captions."""
     batch_size: int = 256
     """Pictures per batch. A batch of captions holds as many tokens as this many captions of 64 tokens."""
     num_workers: int = min(8, os.cpu_count() or 1)
@@ -80,6 +88,10 @@ class Options:
             raise InputError("give --shards PATTERN and --teacher FILE_OR_NAME (or --out FOLDER --verify)")
         if self.views and self.augment.centre:
             raise InputError(f"--views {self.views}: with --augment.centre there is one crop; give --views 0")
+        if self.caption_views < 1 or (self.caption_views > 1 and self.captions.short != "sampled"):
+            raise InputError(
+                f"--caption-views {self.caption_views}: 1 or more, and 1 unless --captions.short sampled is given"
+            )
 
 
 if __name__ == "__main__":
@@ -156,6 +168,8 @@ def prepare(options: Options, folder: Path, device: torch.device) -> Work:
         seed=options.seed,
         precision=options.precision,
         fast_decode=options.fast_decode,
+        captions=options.captions,
+        caption_views=options.caption_views,
     )
     if (folder / CACHE_MANIFEST).is_file():
         _refuse_other_settings(folder, settings)
@@ -176,9 +190,9 @@ def _refuse_other_settings(folder: Path, settings: CacheSettings) -> None:
         old, new = getattr(before, item.name), getattr(settings, item.name)
         if old == new or item.name in _MAY_DIFFER:
             continue
-        if isinstance(old, AugmentConfig):
-            part = next(f.name for f in fields(AugmentConfig) if getattr(old, f.name) != getattr(new, f.name))
-            raise _other(folder, f"augment.{part}", getattr(old, part), getattr(new, part))
+        if isinstance(old, AugmentConfig | CaptionOptions):
+            part = next(f.name for f in fields(old) if getattr(old, f.name) != getattr(new, f.name))
+            raise _other(folder, f"{item.name}.{part}", getattr(old, part), getattr(new, part))
         raise _other(folder, item.name, old, new)
     if before.libraries != settings.libraries:
         other = [
@@ -238,7 +252,7 @@ def find_stale(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[st
         if not is_done[place] or not record or record.shard_changed_ns == work.identities[place].shard_changed_ns:
             continue
         path, is_upright = sidecar_path(folder, record.shard), record.shard_changed_ns != 0
-        mask[place] = is_stale(path, work.writer.index, place, settings.context_length, is_upright=is_upright)
+        mask[place] = is_stale(path, work.writer.index, place, settings, is_upright=is_upright)
         if mask[place]:
             print(f"{record.shard} was changed since {path.name} was made: made again", file=sys.stderr)
         else:

@@ -133,7 +133,7 @@ def export(options: Options) -> tuple[int, int]:
     if is_remote(paths[0]):
         raise InputError(f"{paths[0]}: a teacher cache belongs to local shards; copy them to a disk first")
     index = ShardIndex(paths, show_progress=_STDERR.is_terminal)
-    open_cache(options.cache, index, settings.augment, None)  # refuses a cache of other shards
+    open_cache(options.cache, index, settings.augment, None)  # refuses a cache of other shards or of sampled captions
     if options.out.resolve() in {path.parent.resolve() for path in index.paths}:
         raise InputError(f"--out {options.out} is the folder of the shards themselves: give another folder")
     with folder_lock(options.out):

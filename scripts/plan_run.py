@@ -46,6 +46,8 @@ class Options:
     """GPUs, for the days of wall-clock time."""
     captions: float = 2.0
     """Distinct captions stored per sample, long and short together."""
+    caption_views: int = 0
+    """V, the sampled captions stored per sample in place of its short one; 0 stores the short one itself."""
     mean_caption_tokens: float = 60.0
     """Mean length of a caption in tokens, including start and end."""
     rand_augment_ops: int = 0
@@ -65,10 +67,17 @@ class Options:
     json: Path | None = None
     """Write all figures to this file as JSON."""
 
+    @property
+    def stored_captions(self) -> float:
+        """Distinct captions stored per sample. Sampled ones that happen to be alike are counted as if they were not."""
+        return self.captions - 1 + self.caption_views if self.caption_views else self.captions
+
     def check(self) -> None:
         """Raise InputError for impossible options."""
-        if self.views < 0 or self.rand_augment_ops < 0:
-            raise InputError("--views and --rand-augment-ops must be 0 or more")
+        if min(self.views, self.caption_views, self.rand_augment_ops) < 0:
+            raise InputError("--views, --caption-views and --rand-augment-ops must be 0 or more")
+        if self.caption_views and self.captions < 2:
+            raise InputError(f"--caption-views {self.caption_views} takes the place of a short caption: --captions 2")
         for name in ("samples", "epochs", "gpus", "captions", "gpu_tflops"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -170,7 +179,7 @@ def plan(options: Options, rates: Rates, samples: int) -> Plan:
     of_a_sample = sidecar_bytes_per_sample(
         TEACHERS[options.teacher].embed_dim,
         options.views,
-        options.captions,
+        options.stored_captions,
         options.mean_caption_tokens,
         options.rand_augment_ops,
     )
@@ -194,7 +203,7 @@ def plan(options: Options, rates: Rates, samples: int) -> Plan:
 def _cache_seconds(options: Options, rates: Rates) -> float:
     """Return the seconds of one GPU per cached sample."""
     pictures = max(options.views, 1) / rates.teacher_images.per_second
-    return pictures + options.captions / rates.teacher_captions.per_second
+    return pictures + options.stored_captions / rates.teacher_captions.per_second
 
 
 def _online_seconds(rates: Rates) -> float:
@@ -305,11 +314,13 @@ def _basis(options: Options, rates: Rates) -> list[str]:
         f"{rates.teacher_images.per_second:,.0f} pictures/s per GPU, teacher ({rates.teacher_images.origin})",
         f"{rates.teacher_captions.per_second:,.0f} captions/s per GPU, teacher ({rates.teacher_captions.origin})",
         f"{rates.student_samples.per_second:,.0f} samples/s per GPU, student ({rates.student_samples.origin})",
-        f"{options.captions:g} distinct captions of {options.mean_caption_tokens:g} tokens per sample",
+        f"{options.stored_captions:g} distinct captions of {options.mean_caption_tokens:g} tokens per sample",
         *_NOTES,
     ]
     if options.epochs > max(options.views, 1):
         lines.append(f"{max(options.views, 1)} stored views for {options.epochs:g} epochs: training repeats them")
+    if options.epochs > options.caption_views > 0:
+        lines.append(f"{options.caption_views} sampled captions for {options.epochs:g} epochs: training repeats them")
     return lines
 
 

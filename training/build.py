@@ -30,17 +30,15 @@ from training.data.store import TeacherInfo, TeacherStore
 from training.distill import Distiller
 from training.distillation import Distillation, assemble
 from training.settings.needs import TOWERS, Needs
-from training.settings.options import SpeedOptions
+from training.settings.options import DATACOMPDR, SpeedOptions
 from training.settings.tree import TrainConfig
 from training.step import seed_everything
 from training.teachers import Teachers, views_of
 from training.unreached import check_learns
 
 CLIP_CONTEXT_LENGTH = 77
-DATACOMPDR = "datacompdr"  # as teacher.cache: the shards hold the features themselves
 
 __all__ = [
-    "DATACOMPDR",
     "build_distillation",
     "build_student",
     "build_training_loader",
@@ -295,6 +293,9 @@ def _store_opener(config: TrainConfig, teacher_info: TeacherInfo | None) -> Open
             return DataCompDRStore(teacher_info)
         if index is None:
             raise InputError("streamed shards have no sidecars: copy them to a disk, or leave --teacher.cache out")
-        return open_cache(Path(cache), index, config.augment, teacher.checkpoint, config.speed.savings.fast_decode)
+        # the short captions are those of the cache, unless no loss reads the features of their own texts
+        captions = None if _short_is_full(config) or not config.needs.reads_short else config.captions
+        fast_decode = config.speed.savings.fast_decode
+        return open_cache(Path(cache), index, config.augment, teacher.checkpoint, fast_decode, captions)
 
     return open_store

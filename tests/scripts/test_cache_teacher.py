@@ -168,7 +168,7 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_write_the_bytes_that_one_writes(shards: Path, teacher: Path, tmp_path: Path) -> None:
-    more = ["--views", "2", "--augment.rand-augment-ops", "2"]
+    more = ["--views", "2", "--augment.rand-augment-ops", "2", "--captions.short", "sampled", "--caption-views", "2"]
     one = [sys.executable, str(SCRIPT), *arguments(shards, teacher, tmp_path / "one", *more)]
     subprocess.run(one, env=environment(), check=True, capture_output=True, timeout=200)
     done = torchrun(*arguments(shards, teacher, tmp_path / "two", *more))
@@ -198,6 +198,7 @@ def test_an_error_of_one_process_ends_the_others_after_their_share(shards: Path,
         (["--precision", "bf16"], "precision is fp32 there and bf16 now"),
         (["--no-fast-decode"], "decoder is fast there and pil now"),
         (["--augment.flip", 0.5], "augment.flip is 0.0 there and 0.5 now"),
+        (["--captions.short", "sampled"], "captions.short is given there and sampled now"),
     ],
 )
 def test_a_folder_made_otherwise_is_refused(
@@ -265,6 +266,7 @@ def test_bad_input_ends_in_one_line(
         ([*arguments(shards, tmp_path / "nan.safetensors", out)], "features are not finite"),
         ([*arguments(shards, teacher, out), "--batch-size", 0], "--batch-size 1 or more"),
         ([*arguments(shards, teacher, out), "--augment.centre"], "give --views 0"),
+        ([*arguments(shards, teacher, out), "--caption-views", 2], "1 unless --captions.short sampled"),
         ([*arguments(f"{shards}/s-0.tar", teacher, out), "--shards", shards, second], "would share one sidecar"),
         (["--teacher", teacher, "--device", "cpu", "--shards", shards, second], "give --out for"),
         ([*arguments(shards, teacher, out), "--device", "cuda:77"], "cuda"),

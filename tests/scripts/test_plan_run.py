@@ -58,6 +58,14 @@ def test_hours_are_plain_arithmetic() -> None:
     assert one.days_cache == pytest.approx(0.7 / 2 / 24) and one.days_online == pytest.approx(0.9 / 2 / 24)
 
 
+def test_sampled_captions_are_priced_as_captions_in_place_of_the_short_one() -> None:
+    plain, sampled = (plan(Options(captions=captions), RATES, 3600) for captions in (2.0, 5.0))
+    views = plan(Options(caption_views=4), RATES, 3600)
+    assert views == sampled
+    assert views.teacher_hours_cache - plain.teacher_hours_cache == pytest.approx(3 / 50)
+    assert views.teacher_hours_online == plain.teacher_hours_online, "a step reads one of them"
+
+
 @pytest.mark.parametrize("views", [0, 1, 7])
 def test_at_the_break_even_both_cost_the_same(views: int) -> None:
     options = Options(views=views, captions=5.0)
@@ -138,6 +146,8 @@ def test_a_rate_that_cannot_be_read_is_one_line(tmp_path: Path, value: str, mess
         ({"teacher": "b32"}, "--teacher b32: choose one of tiny, small, b16, l14"),
         ({"student": "s9"}, "--student s9: choose one of"),
         ({"views": -1}, "--views"),
+        ({"caption_views": -1}, "--caption-views"),
+        ({"caption_views": 3, "captions": 1.0}, "--caption-views 3 takes the place of a short caption"),
         ({"samples": 0}, "--samples 0"),
         ({"epochs": float("nan")}, "--epochs nan"),
         ({"gpu_tflops": 0.0}, "--gpu-tflops"),

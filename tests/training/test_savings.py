@@ -21,6 +21,7 @@ COMMON = [
     "--loss.crd_long", "4", "--loss.crd_short", "1", "--loss.teacher_scale", "30",
     "--loss.fd_image", "15.6", "--loss.fd_text", "15.6",
 ]  # fmt: skip
+SAMPLED = ["--captions.short", "sampled", "--captions.keep", "0.3", "0.9"]
 LOSSES = ("clip_long", "clip_short", "crd_long", "crd_short", "vrd_long", "vrd_short", "fd_image", "fd_text", "loss")
 
 
@@ -42,14 +43,23 @@ def largest_difference(ours: list[dict[str, float]], reference: list[dict[str, f
 
 @pytest.fixture(scope="module")
 def cache(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(checkout, tmp_path_factory.mktemp("cache") / "two_views")
+
+
+@pytest.fixture(scope="module")
+def cache_of_samples(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with three sampled captions in place of the short one."""
+    return make_cache(checkout, tmp_path_factory.mktemp("cache") / "sampled", *SAMPLED, "--caption-views", "3")
+
+
+def make_cache(checkout: Path, folder: Path, *more: str) -> Path:
     import cache_teacher
 
-    folder = tmp_path_factory.mktemp("cache") / "two_views"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(checkout)
         shards = f"{EMBEDDED_DATA}/train/*.tar"
         arguments = ["--shards", shards, "--teacher", EMBEDDED_TEACHER, "--out", str(folder), "--views", "2"]
-        patch.setattr(sys, "argv", ["cache_teacher.py", *arguments, "--num-workers", "0"])
+        patch.setattr(sys, "argv", ["cache_teacher.py", *arguments, "--num-workers", "0", *more])
         cache_teacher.main()
     return folder
 
@@ -66,6 +76,19 @@ class TestStoredFeatures:
         online = train(tmp_path / "online", "--teacher.cache", str(cache), "--teacher.stored_features", "False")
         assert largest_difference(stored, online) < 1e-3
         assert largest_difference(stored[:1], stored[1:2]) > 1e-2, "the steps differ, so that equality means something"
+
+    @pytest.mark.parametrize("target", ["sampled", "full"])
+    def test_sampled_captions_train_alike_from_the_cache_and_online(
+        self, cache: Path, cache_of_samples: Path, tmp_path: Path, target: str
+    ) -> None:
+        """The stored variants; or any cache if all that is read of it is the feature of the full caption."""
+        folder = cache_of_samples if target == "sampled" else cache
+        arguments = ["--teacher.cache", str(folder), *SAMPLED, "--captions.target", target, "--captions.max_shift", "9"]
+        stored = train(tmp_path / "stored", *arguments)
+        online = train(tmp_path / "online", *arguments, "--teacher.stored_features", "False")
+        assert largest_difference(stored, online) < 1e-3
+        given = train(tmp_path / "given", "--teacher.cache", str(cache))
+        assert abs(stored[0]["vrd_short"] - given[0]["vrd_short"]) > 1e-2, "short captions say something else"
 
     def test_the_teacher_is_not_loaded_and_need_not_be_named(self, cache: Path, tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -109,6 +132,7 @@ class TestStoredFeatures:
             (["--augment.scale", "0.5", "1.0"], "augment.scale"),
             (["--augment.centre", "True"], "augment.centre"),
             (["--teacher.checkpoint", "other.safetensors"], "teacher sha256"),
+            (["--captions.short", "sampled"], "captions.short"),
         ],
     )
     def test_a_cache_that_does_not_fit_is_refused_by_field(

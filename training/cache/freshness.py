@@ -7,25 +7,52 @@ and for a whole shard where scripts/cache_teacher.py decides what to make again.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from eval.base.images import picture_header
+from eval.base.sentences import split_sentences
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, first_sentence
+from training.cache.manifest import CacheSettings, shard_number
 from training.cache.sidecar import Sidecar, StoredView
+from training.data.caption_sampling import sample_caption
 from training.data.decoding import open_picture
 from training.data.index import RawSample, ShardIndex
+from training.data.randomness import sample_generator
 from training.data.samples import BadSample, read_captions
 
 __all__ = ["has_caption", "is_same_picture", "is_stale", "may_be_mirrored", "sample_captions"]
 
 
-def sample_captions(raw: RawSample) -> tuple[list[str], list[str], bool]:
-    """Return the long and the short captions of a sample as a sidecar holds them, and whether the short ones are the
-    first sentences of the long ones. Raise BadSample if there are none."""
+_SAMPLED = 1  # random stream beside that of the crops, whose keys are shorter
+
+
+def sample_captions(raw: RawSample, settings: CacheSettings, shard: str, row: int) -> tuple[list[str], list[str], bool]:
+    """Return the long and the short captions of sample `row` of a shard as its sidecar holds them, and whether the
+    short ones are made from the long ones. Raise BadSample if there are none.
+
+    If they are, each long caption in order has as many: its first sentence, or `settings.caption_views` sampled
+    captions. A sampled caption is a function of the cache's seed, the shard's name, the row and its own number.
+    """
     long, short = read_captions(raw)
+    options = settings.captions
+    if options.short == "first":
+        return long, [split_sentences(caption)[0] for caption in long], True
+    if options.short == "sampled":
+        keys = [(number, view) for number in range(len(long)) for view in range(settings.caption_views)]
+        name = settings.seed, shard_number(shard), row
+        return (
+            long,
+            [
+                sample_caption(long[number], options, sample_generator(*name, number, view, _SAMPLED))
+                for number, view in keys
+            ],
+            True,
+        )
     return long, short or [first_sentence(caption) for caption in long], not short
 
 
@@ -48,26 +75,35 @@ def has_caption(sidecar: Sidecar, row: int, key: str, caption: str, tokenizer: C
     return np.array_equal(tokenizer([caption])[0, : len(tokens)].numpy(), tokens)
 
 
-def is_stale(path: Path, index: ShardIndex, shard: int, context_length: int, *, is_upright: bool) -> bool:
+def is_stale(path: Path, index: ShardIndex, shard: int, settings: CacheSettings, *, is_upright: bool) -> bool:
     """Return whether the sidecar `path` of the index's shard number `shard` must be made again. Reads the whole shard.
 
     is_upright  whether the sidecar was made by a version that turns pictures upright
     """
-    tokenizer, first = CaptionTokenizer(context_length), int(index.shard_sizes[:shard].sum())
+    first = int(index.shard_sizes[:shard].sum())
+    read = partial(sample_captions, settings=settings, shard=index.paths[shard].name)
+    tokenizer = CaptionTokenizer(settings.context_length)
     try:
         sidecar = Sidecar(path)
         return any(
-            _is_changed(sidecar, row, index.read(first + row), tokenizer, is_upright)
+            _is_changed(sidecar, row, index.read(first + row), read, tokenizer, is_upright)
             for row in range(sidecar.num_samples)
         )
     except InputError:
         return True  # damaged
 
 
-def _is_changed(sidecar: Sidecar, row: int, raw: RawSample, tokenizer: CaptionTokenizer, is_upright: bool) -> bool:
+def _is_changed(
+    sidecar: Sidecar,
+    row: int,
+    raw: RawSample,
+    read: Callable[..., tuple[list[str], list[str], bool]],
+    tokenizer: CaptionTokenizer,
+    is_upright: bool,
+) -> bool:
     stored = sidecar.view(row, 0, raw.key)
     try:
-        long, short, shorts_follow = sample_captions(raw)
+        long, short, shorts_follow = read(raw, row=row)
         if not stored.is_valid:
             open_picture(raw.image or b"", fast=True)
             return True  # it can be read now

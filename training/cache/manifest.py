@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,6 +29,7 @@ from longclip_teacher.weights_file import file_sha256, read_weights
 from training.data.index import BAD_JSON, ShardIndex
 from training.data.transforms import Interpolation
 from training.settings.augment import AugmentConfig
+from training.settings.captions import NO_SAMPLING, CaptionOptions
 
 __all__ = [
     "CACHE_MANIFEST",
@@ -43,6 +46,7 @@ __all__ = [
     "read_records",
     "refuse_same_names",
     "shard_identities",
+    "shard_number",
     "sidecar_path",
     "teacher_hashes",
     "teacher_sha256",
@@ -85,6 +89,11 @@ class CacheSettings:
     decoder: str
     precision: Precision
     libraries: dict[str, str]
+    captions: CaptionOptions = NO_SAMPLING
+    """How the short captions are made (`CaptionOptions.of_short_texts`). Older caches hold them as the data gives
+    them."""
+    caption_views: int = 1
+    """Sampled captions per long caption; 1 if none are sampled."""
 
     @property
     def num_stored_views(self) -> int:
@@ -104,6 +113,8 @@ class CacheSettings:
             read[name] = int(data[name])
         for name in ("mean", "std"):
             read[name] = tuple(float(value) for value in data[name])
+        captions = {str(name): as_tuple(value) for name, value in data.get("captions", {}).items()}
+        read |= {"captions": CaptionOptions(**captions), "caption_views": int(data.get("caption_views", 1))}
         return cls(**read, logit_scale=float(data["logit_scale"]))
 
 
@@ -240,7 +251,10 @@ def teacher_hashes(checkpoint: str) -> tuple[str, str]:
 def cache_sha256(folder: Path, shards: Iterable[str]) -> str:
     """Return a hash of the stored features of the named shards and of how they were made."""
     settings, records = read_cache(folder)
-    made = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("teacher", "libraries")}
+    left_out = {"teacher", "libraries"}
+    if settings.captions == NO_SAMPLING:  # as in caches from before captions were sampled
+        left_out |= {"captions", "caption_views"}
+    made = {name: value for name, value in dataclasses.asdict(settings).items() if name not in left_out}
     found = [records.get(name) or read_record(folder, name) for name in shards]
     sidecars = [None if record is None else record.sha256 for record in found]
     return hashlib.sha256(json.dumps([made, sidecars]).encode()).hexdigest()
@@ -271,6 +285,11 @@ def shard_identities(index: ShardIndex) -> list[ShardIdentity]:
         identities.append(ShardIdentity(path.name, status.st_size, sha256, status.st_ctime_ns, size, digest))
         start += size
     return identities
+
+
+def shard_number(shard: str) -> int:
+    """Return the number that keys the draws of a shard: of its name, because its place in a list may differ."""
+    return zlib.crc32(os.fsencode(shard))
 
 
 def changes(record: SidecarRecord, identity: ShardIdentity) -> list[tuple[str, Any, Any]]:

@@ -34,8 +34,9 @@ from training.cache.manifest import (
 from training.cache.sidecar import Sidecar, StoredView
 from training.data.index import RawSample, ShardIndex
 from training.data.samples import BadSample
-from training.data.store import StoredDraw, TeacherInfo, choose_captions, choose_view
+from training.data.store import StoredDraw, TeacherInfo, choose_captions, choose_variant, choose_view
 from training.settings.augment import AugmentConfig
+from training.settings.captions import NO_SAMPLING, CaptionOptions
 
 __all__ = ["TeacherCacheStore", "cached_teacher_info", "open_cache"]
 
@@ -54,11 +55,13 @@ def open_cache(
     augment: AugmentConfig,
     teacher_checkpoint: str | None,
     fast_decode: bool = True,
+    captions: CaptionOptions | None = NO_SAMPLING,
 ) -> TeacherCacheStore:
     """Open the cache in `folder` for a run over the shards of `index`.
 
     augment             the run's; must equal the cache's, or have centre=True for a cache of centre views
     teacher_checkpoint  the run's teacher, whose weights must be the cache's; None accepts any cached teacher
+    captions            the run's; must make the cache's short captions. None: the run does not read those
 
     Raise a one-line InputError, which names the field and both values, for a cache of another teacher, tokenizer,
     recipe or other shards. Only warn about other library versions or another decoder, which change pixels little.
@@ -72,6 +75,8 @@ def open_cache(
     if digest != settings.tokenizer:
         raise _misfit(folder, "tokenizer", settings.tokenizer, digest)
     _check_augment(folder, settings, augment)
+    if captions is not None:
+        _check_captions(folder, settings.captions, captions.of_short_texts)
     found = _check_shards(folder, records, index)
     _warn_of_versions(folder, settings, fast_decode)
     return TeacherCacheStore(folder, settings, index, [bool(record.shard_changed_ns) for record in found])
@@ -85,6 +90,13 @@ def _check_augment(folder: Path, settings: CacheSettings, augment: AugmentConfig
         cached, wanted = getattr(settings.augment, field.name), getattr(augment, field.name)
         if as_tuple(cached) != as_tuple(wanted):
             raise _misfit(folder, f"augment.{field.name}", cached, wanted)
+
+
+def _check_captions(folder: Path, cached: CaptionOptions, wanted: CaptionOptions) -> None:
+    for field in dataclasses.fields(CaptionOptions):
+        there, here = getattr(cached, field.name), getattr(wanted, field.name)
+        if there != here:
+            raise _misfit(folder, f"captions.{field.name}", there, here)
 
 
 def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardIndex) -> list[SidecarRecord]:
@@ -155,29 +167,30 @@ class TeacherCacheStore:
         chosen_long, chosen_short = choose_captions(
             len(stored.long), 0 if stored.shorts_follow else len(stored.short), seed, key
         )
-        short_row = stored.short[chosen_long if chosen_short < 0 else chosen_short]
-        rows = int(stored.long[chosen_long]), int(short_row)
-        if not self._has_captions(sidecar, stored, raw, (chosen_long, chosen_short), rows):
+        if stored.shorts_follow:
+            num_variants = len(stored.short) // len(stored.long)
+            chosen_short = chosen_long * num_variants + choose_variant(num_variants, seed, key)
+        rows = int(stored.long[chosen_long]), int(stored.short[chosen_short])
+        captions = self._captions(stored, raw, shard, row)
+        texts = None if captions is None else (captions[0][chosen_long], captions[1][chosen_short])
+        if texts is None or not all(
+            has_caption(sidecar, place, raw.key, text, self._tokenizer) for place, text in zip(rows, texts, strict=True)
+        ):
             raise self._stale(shard, f"the captions of {raw.key} are not those that the teacher cache was made from")
-        (long, long_tokens), (short, short_tokens) = (sidecar.caption(row, raw.key) for row in rows)
+        (long, long_tokens), (short, short_tokens) = (sidecar.caption(place, raw.key) for place in rows)
         return StoredDraw(
             stored.augmentation, long_tokens, short_tokens, stored.image, long, short, picture_size=stored.size
         )
 
-    def _has_captions(
-        self, sidecar: Sidecar, stored: StoredView, raw: RawSample, chosen: tuple[int, int], rows: tuple[int, int]
-    ) -> bool:
-        """Return whether the sample has as many captions as are stored, and the chosen ones are those in `rows`."""
+    def _captions(self, stored: StoredView, raw: RawSample, shard: int, row: int) -> tuple[list[str], list[str]] | None:
+        """Return the long and the short captions of a sample now; None if they are more or fewer than are stored."""
         try:
-            long, short, shorts_follow = sample_captions(raw)
+            long, short, shorts_follow = sample_captions(raw, self.settings, self.index.paths[shard].name, row)
         except BadSample:
-            return False
+            return None
         if (len(long), len(short), shorts_follow) != (len(stored.long), len(stored.short), stored.shorts_follow):
-            return False
-        texts = long[chosen[0]], short[chosen[0] if chosen[1] < 0 else chosen[1]]
-        return all(
-            has_caption(sidecar, row, raw.key, text, self._tokenizer) for row, text in zip(rows, texts, strict=True)
-        )
+            return None
+        return long, short
 
     def _stale(self, shard: int, what: str) -> InputError:
         path = self.index.paths[shard]

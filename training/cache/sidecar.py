@@ -14,7 +14,8 @@ Shapes: N samples, V stored views (crops) per sample, K RandAugment operations p
     keys               uint8 [N, longest]
     long_rows, short_rows  int32          rows of caption_features, sample by sample, split at
     long_offsets, short_offsets  int64 [N + 1]
-    shorts_follow      uint8 [N]          1 if the short captions are the first sentences of the long ones, in order
+    shorts_follow      uint8 [N]          1 if the short captions are made from the long ones: the first sentence, or as
+                                          many sampled captions of each, in order
     caption_features   float16 [U, D]     unit norm, as above
     tokens             uint16             from SOT to EOT, caption by caption, split at
     token_offsets      int64 [U + 1]
@@ -83,7 +84,7 @@ class SampleEntry:
     short: list[int] = field(default_factory=list)
     """Rows of the short captions."""
     shorts_follow: bool = False
-    """Whether the short captions are the first sentences of the long ones, in order."""
+    """Whether the short captions are made from the long ones: as many of each, in order."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ Shapes: N samples of a shard, V views, M samples of a piece, U distinct captions
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from training.cache.manifest import (
     SidecarRecord,
     decoder_name,
     library_versions,
+    shard_number,
     sidecar_path,
     teacher_hashes,
     tokenizer_digest,
@@ -48,6 +48,7 @@ from training.data.randomness import sample_generator
 from training.data.samples import BadSample
 from training.data.transforms import ViewSpec, draw_augmentation, render
 from training.settings.augment import AugmentConfig
+from training.settings.captions import NO_SAMPLING, CaptionOptions
 
 __all__ = ["SidecarWriter", "cache_settings"]
 
@@ -63,8 +64,11 @@ def cache_settings(
     seed: int = 0,
     precision: Precision = "fp32",
     fast_decode: bool = True,
+    captions: CaptionOptions = NO_SAMPLING,
+    caption_views: int = 1,
 ) -> CacheSettings:
-    """Return the settings of a cache of `model`, loaded from `teacher`, with `views` crops per picture (0: centre)."""
+    """Return the settings of a cache of `model`, loaded from `teacher`, with `views` crops per picture (0: centre) and,
+    if `captions` samples the short ones, `caption_views` of them per long caption."""
     preprocess = model.preprocess_cfg
     return CacheSettings(
         teacher=teacher,
@@ -84,6 +88,8 @@ def cache_settings(
         decoder=decoder_name(fast_decode),
         precision=precision,
         libraries=library_versions(),
+        captions=captions.of_short_texts,
+        caption_views=caption_views if captions.short == "sampled" else 1,
     )
 
 
@@ -133,18 +139,15 @@ class _Pieces(Dataset):
         return _Piece(shard, stop == int(self.index.shard_sizes[shard]), samples, images)
 
     def _read(self, raw: RawSample, shard: int, row: int) -> tuple[_ReadSample, list[Tensor]]:
-        settings = self.settings
+        settings, name = self.settings, self.index.paths[shard].name
         try:
-            long, short, shorts_follow = sample_captions(raw)
+            long, short, shorts_follow = sample_captions(raw, settings, name, row)
             picture = open_picture(raw.image or b"", settings.decoder == "fast")
         except (BadSample, InputError):
             return _ReadSample(SampleEntry(raw.key), [], []), []
         size = picture_size(picture)
-        name = zlib.crc32(
-            os.fsencode(self.index.paths[shard].name)
-        )  # not its place in a list, which may differ next time
         augmentations = [
-            draw_augmentation(size, settings.augment, sample_generator(settings.seed, name, row, view))
+            draw_augmentation(size, settings.augment, sample_generator(settings.seed, shard_number(name), row, view))
             for view in range(settings.num_stored_views)
         ]
         spec = ViewSpec(settings.image_size, settings.interpolation)

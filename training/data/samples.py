@@ -28,7 +28,7 @@ from training.settings.captions import NO_SAMPLING, CaptionOptions
 
 __all__ = ["BadSample", "Batch", "Sample", "SampleDecoder", "Tokenization", "collate", "read_captions"]
 
-# separate random streams, so that none of these draws depends on another (store.py has 1 and 2)
+# separate random streams, so that none of these draws depends on another (store.py has 1, 2 and 6)
 _CROP, _SHORT, _LONG, _SHIFT = 0, 3, 4, 5
 
 
@@ -126,7 +126,8 @@ class SampleDecoder:
     stored_features: bool = True
     stage: Stage = "both"
     captions: CaptionOptions = NO_SAMPLING
-    """How captions are sampled and shifted. A store's short captions are sampled already."""
+    """How captions are sampled and shifted. A store's short captions are sampled already, and are read unless they
+    learn the feature of the full caption."""
 
     def decode(self, raw: RawSample, *key: int) -> Sample:
         """Decode `raw`. `key` is (epoch, index) or whatever else distinguishes this draw from others. Raise
@@ -134,7 +135,10 @@ class SampleDecoder:
         draw = self.store.draw(raw, self.seed, key) if self.store is not None else None
         captions: tuple[Caption, Caption] | None = None
         if self.stage != "image":
-            captions = (draw.caption_long, draw.caption_short) if draw is not None else self._captions(raw, key)
+            if draw is None or self.captions.target == "full":
+                captions = self._captions(raw, key)
+            else:
+                captions = draw.caption_long, draw.caption_short
         pictures = self._pictures(raw, draw, key) if self.stage != "text" else []
         teacher = _features(draw, self.stage) if draw is not None and self.stored_features else None
         return Sample(raw.key, key, pictures, captions, self._shifts(key), teacher)

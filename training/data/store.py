@@ -16,9 +16,10 @@ from training.data.index import RawSample
 from training.data.randomness import sample_generator
 from training.data.transforms import Augmentation
 
-__all__ = ["StoredDraw", "TeacherInfo", "TeacherStore", "choose_captions", "choose_view"]
+__all__ = ["StoredDraw", "TeacherInfo", "TeacherStore", "choose_captions", "choose_variant", "choose_view"]
 
-_VIEW, _CAPTION = 2, 1  # random streams beside the crop's (0); captions are drawn as without a store
+# random streams beside those of samples.py; captions are drawn as without a store
+_CAPTION, _VIEW, _VARIANT = 1, 2, 6
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,17 @@ class TeacherStore(Protocol):
 def choose_view(num_views: int, seed: int, key: tuple[int, ...]) -> int:
     """Return the stored view for (epoch, ..., number): all of them in turn over `num_views` epochs, from a random
     start."""
+    return _in_turn(num_views, seed, key, _VIEW)
+
+
+def choose_variant(num_variants: int, seed: int, key: tuple[int, ...]) -> int:
+    """Return the stored variant of a caption for (epoch, ..., number), in turn as `choose_view` does."""
+    return 0 if num_variants == 1 else _in_turn(num_variants, seed, key, _VARIANT)
+
+
+def _in_turn(number: int, seed: int, key: tuple[int, ...], stream: int) -> int:
     epoch, *rest = key
-    return (int(sample_generator(seed, *rest, _VIEW).integers(num_views)) + epoch) % num_views
+    return (int(sample_generator(seed, *rest, stream).integers(number)) + epoch) % number
 
 
 def choose_captions(num_long: int, num_short: int, seed: int, key: tuple[int, ...]) -> tuple[int, int]:

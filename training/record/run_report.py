@@ -28,10 +28,11 @@ from eval.pages.report import Report, model_colours, write_report
 from eval.towers.models import ClipModel, load_model
 from longclip_teacher.atomic_files import json_text
 from mobileclip_student import MobileCLIP, reparameterize
-from training.build import DATACOMPDR, frozen_teacher, validation_teacher
+from training.build import frozen_teacher, validation_teacher
 from training.generations import verified_file, write_text_generation
 from training.record.curves import run_provenance, training_curves
 from training.record.evaluate import evaluate_tests, evaluated_model, test_sets
+from training.settings.options import DATACOMPDR
 from training.settings.tree import TrainConfig, config_from_toml
 
 __all__ = ["Judged", "judge_run", "report_run"]

@@ -51,6 +51,13 @@ class CaptionOptions:
         if self.target == "full" and self.short != "sampled":
             raise InputError("--captions.target full needs sampled short captions: set --captions.short sampled")
 
+    @property
+    def of_short_texts(self) -> CaptionOptions:
+        """The options that decide what short captions say; all others as they are by default."""
+        if self.short != "sampled":
+            return CaptionOptions(short=self.short)
+        return CaptionOptions(short=self.short, drop_first=self.drop_first, keep=self.keep, shuffle=self.shuffle)
+
 
 NO_SAMPLING = CaptionOptions()
 """Captions as the data gives them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from longclip_teacher.errors import InputError
 from training.settings.captions import NO_SAMPLING
 from training.settings.needs import Needs, Tower
+from training.settings.options import DATACOMPDR
 from training.settings.tree import TrainConfig
 
 __all__ = ["NOTHING_LEARNS", "check_config"]
@@ -84,7 +85,7 @@ def _check_stage(config: TrainConfig) -> None:
 
 
 def _check_captions(config: TrainConfig) -> None:
-    """Refuse sampled captions that nothing reads, or that stored features do not have."""
+    """Refuse sampled captions that nothing reads, or that no store has. A cache says itself which ones it has."""
     captions, teacher = config.captions, config.teacher
     if captions == NO_SAMPLING:
         return
@@ -98,12 +99,15 @@ def _check_captions(config: TrainConfig) -> None:
         raise InputError("--captions.target full needs a teacher that reads the long captions, and no --teacher.short")
     if captions.target == "full" and captions.long_from_epoch is not None:
         raise InputError("--captions.target full needs full long captions: set --captions.long_from_epoch None")
-    changes_text = captions.short != "given" or captions.long_from_epoch is not None
-    if config.distils and teacher.cache is not None and changes_text:
+    if not config.distils or teacher.cache is None:
+        return
+    if captions.long_from_epoch is not None:
         raise InputError(
-            "stored features belong to the captions as they are: leave --teacher.cache out, or set --captions.short "
-            "given and --captions.long_from_epoch None"
+            "stored features of long captions are those of the full ones: set --captions.long_from_epoch None, or "
+            "leave --teacher.cache out"
         )
+    if teacher.cache == DATACOMPDR and captions.short != "given":
+        raise InputError("DataCompDR's features belong to its own captions: set --captions.short given")
 
 
 def _check_teachers(config: TrainConfig) -> None:

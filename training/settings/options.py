@@ -12,6 +12,7 @@ from typing import Any, Literal
 from longclip_teacher.errors import InputError
 
 __all__ = [
+    "DATACOMPDR",
     "EMBEDDED_CACHE",
     "EMBEDDED_DATA",
     "EMBEDDED_TEACHER",
@@ -30,6 +31,7 @@ __all__ = [
 EMBEDDED_DATA = Path("data/digit_scenes")
 EMBEDDED_TEACHER = "runs/tiny_teacher"
 EMBEDDED_CACHE = f"{EMBEDDED_TEACHER}/cache"
+DATACOMPDR = "datacompdr"  # as teacher.cache: the shards hold the features themselves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -156,7 +156,7 @@ def test_a_name_that_config_toml_cannot_hold_is_refused(option: list[str]) -> No
     [
         (["--captions.short", "sampled", "--loss.clip_short", "0", "--loss.vrd_short", "0"], "no loss reads"),
         (["--captions.max_shift", "9", "--loss.clip_short", "0", "--loss.vrd_short", "0"], "no loss reads"),
-        (["--captions.short", "sampled", "--teacher.cache", "runs/cache"], "leave --teacher.cache out"),
+        (["--captions.short", "sampled", "--teacher.cache", "datacompdr"], "set --captions.short given"),
         (["--captions.long_from_epoch", "2", "--teacher.cache", "runs/cache"], "leave --teacher.cache out"),
         (["--captions.target", "full"], "set --captions.short sampled"),
         (["--captions.short", "sampled", "--captions.target", "full", "--run.train", "teacher"], "needs a teacher"),
