@@ -109,6 +109,11 @@ MIXES = {
     "masked_fd + clip, token, widths": Case({**_CLIP, "masked_fd": 1.0}, False, image="token"),
     "hidden_image, token": Case({"hidden_image": 1.0}, stage="image", image="token"),
     "cos_image + kd_long on prompts, token": Case({"cos_image": 1.0, "kd_long": 1.0}, stage="image", image="token"),
+    "clip_sub + icl_sub + vrd_sub, widths, groups": Case(
+        {"clip_sub": 1.0, "icl_sub": 1.0, "vrd_sub": 1.0}, False, settings={"share_identical_captions": True}
+    ),
+    "clip_sub + crd_short, short teacher": Case({"clip_sub": 1.0, "crd_short": 1.0}, False, short_teacher=True),
+    "clip_sub + crd_long, stored": Case({"clip_sub": 1.0, "crd_long": 1.0}, stored=True),
     "vrd + clip, stored": Case({**_CLIP, "vrd_short": 1.0}, False, stored=True),
     "fd_text + masked_fd + crd, stored": Case({"fd_text": 1.0, "masked_fd": 1.0, "crd_long": 1.0}, stored=True),
     "clip, both frozen": Case(_CLIP, frozen=("image", "text")),
@@ -170,6 +175,7 @@ def batch_of(runtime: Runtime) -> Batch:
         [str(i) for i in range(BATCH)],
         [(0, i) for i in range(BATCH)],
         {},
+        sub_tokens=torch.stack([captions(5) for _ in range(3)], dim=1),
     )
     share = BATCH // runtime.world_size
     return whole.rows(slice(runtime.rank * share, (runtime.rank + 1) * share))

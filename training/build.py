@@ -269,6 +269,7 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distillation: D
         fast_decode=savings.fast_decode,
         trim_captions=savings.trim,
         sampling=config.captions,
+        reads_sub=config.needs.reads_sub,
         shifted_length=model.context_length,
         pads_in_front=isinstance(model, LongCLIP),
         pin_memory=runtime.device.type == "cuda",

@@ -2,7 +2,7 @@
 
 It returns features and traces of layers. The objective decides which losses read them, and with which weights.
 
-Shapes: B pairs of this process, D embedding width, L tokens of the longest caption.
+Shapes: B pairs of this process, D embedding width, L tokens of the longest caption, K sub-captions.
 """
 
 from __future__ import annotations
@@ -100,9 +100,10 @@ class Distiller(nn.Module):
         long_shift: Int[Tensor, " B"] | None = None,
         short_shift: Int[Tensor, " B"] | None = None,
         hidden: Bool[Tensor, "B P P"] | None = None,
+        sub_tokens: Int[Tensor, "B K L3"] | None = None,
     ) -> Outputs:
         """Features and traces of the trained model, with gradient. Shifts move the positions of a student's tokens;
-        `hidden` are the squares that `mask` asks for."""
+        `hidden` are the squares that `mask` asks for. `sub_tokens` are read if a loss of sub-captions is on."""
         raw: dict[str, Tensor] = {}
         traces: dict[Tower, Trace] = {}
         for tower in self._frozen if self.training else ():
@@ -113,7 +114,15 @@ class Distiller(nn.Module):
                     found, trace = self._images(images, hidden)
                 else:
                     captions = {"long": (long_tokens, long_shift), "short": (short_tokens, short_shift)}
-                    found, trace = self._captions({name: captions[name] for name in self.needs.lengths})
+                    read: dict[str, tuple[Tensor, Tensor | None]] = {
+                        name: captions[name] for name in self.needs.lengths
+                    }
+                    if self.needs.reads_sub:
+                        assert sub_tokens is not None, "the loader draws them"
+                        read["sub"] = sub_tokens.flatten(0, 1), None
+                    found, trace = self._captions(read)
+                    if "sub" in found and sub_tokens is not None:
+                        found["sub"] = found["sub"].unflatten(0, sub_tokens.shape[:2])
                 raw |= found
             if trace is not None:
                 traces[tower] = self.layers[tower](trace)
@@ -169,6 +178,7 @@ class Distiller(nn.Module):
             "masked_image": ("image", raw.get("masked_image")),
             "long": ("text", raw.get("long")),
             "short": (self._short_tower, raw.get("short")),
+            "sub": ("text", raw.get("sub")),
             "short_image": ("short_image", answering),
         }
         return Features.of(

@@ -33,6 +33,8 @@ class Features:
     """Long captions."""
     short: Float[Tensor, "B D"] | None = None
     """Short captions."""
+    sub: Float[Tensor, "B K D"] | None = None
+    """Sub-captions, K per picture."""
     distilled_image: Float[Tensor, "B D"] | None = None
     """Pictures, from the distillation token of a student that has one."""
     masked_image: Float[Tensor, "B D"] | None = None
@@ -58,6 +60,10 @@ class Features:
         if value is None:
             raise KeyError(name)
         return value
+
+    def with_sub(self, k: int) -> Features:
+        """The same with sub-caption `k` of each picture alone, [B, D]."""
+        return self if self.sub is None else replace(self, sub=self.sub[:, k])
 
     @property
     def answering(self) -> str:

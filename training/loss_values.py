@@ -27,7 +27,7 @@ __all__ = ["FeatureValues", "LogitValues", "PairValues", "reduced", "teacher_sca
 
 
 class PairValues:
-    """What losses of images and texts read for one caption length.
+    """What losses of images and texts read for one caption length, or for one sub-caption of each picture ("sub").
 
     With short captions, image features are PCA'd (or as an ablation the texts, loss.pca_side). A teacher of its own for
     short captions has image features of its own and no PCA.
@@ -35,7 +35,7 @@ class PairValues:
 
     def __init__(
         self,
-        length: Literal["long", "short"],
+        length: Literal["long", "short", "sub"],
         student: Features,
         mapped: Features,
         parameters: LossParameters,
@@ -184,7 +184,7 @@ class PairValues:
     def _maybe_reduced(
         self, features: Features, name: str, widths: Sequence[int] | None, is_reduced_side: bool
     ) -> tuple[Tensor, list[Factors] | None]:
-        if self.length == "long" or not is_reduced_side or self.options.pca_scope == "off":
+        if self.length != "short" or not is_reduced_side or self.options.pca_scope == "off":
             return features[name], None
         if features.reduced is not None:  # by each process
             return features.reduced[name], None

@@ -1,7 +1,7 @@
 """The objective of a step. It turns features and traces of both models into named losses and their weighted sum.
 
 The rows of training/losses/table.py say which function a loss calls, and with which values. training/loss_values.py
-computes these values. G global batch, D width, C class prompts.
+computes these values. G global batch, D width, C class prompts, K sub-captions.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from training.data.store import TeacherInfo
 from training.distributed import gather
-from training.features import Features, Outputs, TeacherOutputs
+from training.features import Features, LossParameters, Outputs, TeacherOutputs
 from training.layer_losses import LayerMatch, layer_losses
 from training.loss_values import FeatureValues, LogitValues, PairValues, reduced, teacher_scale
 from training.losses.contrastive import similarity_logits
@@ -29,6 +29,8 @@ from training.settings.needs import Needs, Tower
 
 __all__ = ["Objective", "caption_groups"]
 
+_Models: TypeAlias = tuple[Features, Features, Features | None, LossParameters]
+"""Gathered features: the student's, the same in the teacher's width, and the teacher's; and what the losses learn."""
 _MAX_CONTEXT = 8192  # positions that have a hash weight: more than any model reads
 
 
@@ -53,6 +55,7 @@ class Objective:
         teacher: TeacherOutputs | None,
         long_tokens: Int[Tensor, "B L"],
         short_tokens: Int[Tensor, "B L2"],
+        sub_tokens: Int[Tensor, "B K L3"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Return the unweighted losses of the global batch by name, and their weighted sum as `loss`.
 
@@ -62,24 +65,14 @@ class Objective:
         student, mapped = self._gathered(outputs.features), self._gathered(outputs.mapped)
         theirs = None if teacher is None else self._gathered_of_teacher(teacher.features)
         summands = _Summands()
+        models = student, mapped, theirs, outputs.parameters
         for length in self.needs.lengths:
-            groups = None
-            if self.options.share_identical_captions:
-                groups = caption_groups(long_tokens if length == "long" else short_tokens)
-            teacher_info = self.teacher_info.get(length)
             self._add_pairs(
-                summands,
-                PairValues(
-                    length,
-                    student,
-                    mapped,
-                    outputs.parameters,
-                    self.options,
-                    teacher=theirs,
-                    teacher_info=teacher_info,
-                    groups=groups,
-                ),
+                summands, self._pair_values(length, long_tokens if length == "long" else short_tokens, models)
             )
+        if self.needs.reads_sub:
+            assert sub_tokens is not None, "the loader draws them"
+            summands.add_mean([self._sub_losses(sub_tokens[:, k], k, models) for k in range(sub_tokens.shape[1])])
         if theirs is not None:
             if self.needs.compares_with_prompts:
                 self._add_decisions(summands, student, outputs.parameters.logit_scale, theirs)
@@ -91,6 +84,31 @@ class Objective:
                 if term.name in found:
                     summands.add(term, found[term.name])
         return summands.result()
+
+    def _pair_values(
+        self, length: Literal["long", "short", "sub"], tokens: Int[Tensor, "B L"], models: _Models
+    ) -> PairValues:
+        student, mapped, teacher, parameters = models
+        return PairValues(
+            length,
+            student,
+            mapped,
+            parameters,
+            self.options,
+            teacher=teacher,
+            teacher_info=self.teacher_info.get("short" if length == "short" else "long"),
+            groups=caption_groups(tokens) if self.options.share_identical_captions else None,
+        )
+
+    def _sub_losses(self, tokens: Int[Tensor, "B L"], k: int, models: _Models) -> _Summands:
+        """Losses of sub-caption `k` of every picture. One of each picture at a time: those of the same picture never
+        meet, so that none is another's negative (DreamLIP, Zheng et al. 2024, equation 4)."""
+        student, mapped, teacher, parameters = models
+        teacher = None if teacher is None else teacher.with_sub(k)
+        summands = _Summands()
+        models = student.with_sub(k), mapped.with_sub(k), teacher, parameters
+        self._add_pairs(summands, self._pair_values("sub", tokens, models))
+        return summands
 
     def _gathered(self, local: Features) -> Features:
         """Gather the student's features [B, D] of every process into those of the global batch [G, D].
@@ -226,6 +244,12 @@ class _Summands:
         """Losses of which only the weighted sum `total` carries a gradient."""
         self._values |= {name: value for name, value in values.items() if value is not None}
         self._weighted.append(total)
+
+    def add_mean(self, parts: Sequence[_Summands]) -> None:
+        """The mean of several sums of the same losses."""
+        for name in parts[0]._values:
+            self._values[name] = torch.stack([part._values[name] for part in parts]).mean()
+        self._weighted.append(torch.stack([part.result()["loss"] for part in parts]).mean())
 
     def result(self) -> dict[str, Tensor]:
         """Everything by name, and the sum as `loss`."""

@@ -59,7 +59,7 @@ def backward_step(
         else:
             outputs = _outputs_without_graph(module, chunks, key)
 
-    losses = objective(outputs, taught, batch.long_tokens, batch.short_tokens)
+    losses = objective(outputs, taught, batch.long_tokens, batch.short_tokens, batch.sub_tokens)
     scaler.scale(losses["loss"]).backward()
     if accumulation > 1:
         _replay(module, chunks, outputs, autocast, key)

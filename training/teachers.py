@@ -95,7 +95,11 @@ class Teachers:
         if self.short is not None and needs.reads_short:
             rows["short"] = [self.short.encode_text(batch.short_tokens)]
             rows["short_image"] = [self.short.encode_image(self._pictures_for(self.short, batch))]
-        joined = {name: torch.cat([unit_features(part) for part in parts], dim=1) for name, parts in rows.items()}
+        if needs.distils_sub:
+            assert batch.sub_tokens is not None, "the loader draws them"
+            flat, counts = batch.sub_tokens.flatten(0, 1), batch.sub_tokens.shape[:2]
+            rows["sub"] = [teacher.encode_text(flat).unflatten(0, counts) for teacher in self.long]
+        joined = {name: torch.cat([unit_features(part) for part in parts], dim=-1) for name, parts in rows.items()}
         return TeacherOutputs(self._with_short(Features.of(joined)), traces)
 
     def _with_short(self, features: Features) -> Features:

@@ -41,7 +41,7 @@ def random_batch(rank: int, world_size: int) -> Batch:
             tokens[i, 0], tokens[i, length - 1] = 49406, 49407
         return tokens
 
-    long_tokens, short_tokens = captions(30), captions(9)
+    long_tokens, short_tokens, sub_tokens = captions(30), captions(9), torch.stack([captions(7), captions(7)], dim=1)
     short_tokens[::5] = short_tokens[0]
     rows = slice(rank * GLOBAL_BATCH // world_size, (rank + 1) * GLOBAL_BATCH // world_size)
     return Batch(
@@ -52,6 +52,7 @@ def random_batch(rank: int, world_size: int) -> Batch:
         keys=[str(i) for i in range(GLOBAL_BATCH)][rows],
         draws=[(0, i) for i in range(GLOBAL_BATCH)][rows],
         skipped={},
+        sub_tokens=sub_tokens[rows],
     )
 
 

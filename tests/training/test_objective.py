@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,8 @@ from torch.nn.functional import normalize
 
 from training.data.store import TeacherInfo
 from training.features import Features, LossParameters, Outputs, TeacherOutputs
-from training.losses import clip_loss, crd_loss, fd_loss, kl_loss
-from training.objective import Objective
+from training.losses import clip_loss, crd_loss, fd_loss, icl_loss, kl_loss, vrd_loss
+from training.objective import Objective, caption_groups
 from training.pca import pca_project
 from training.settings.losses import LossOptions
 from training.settings.needs import needs_of
@@ -33,6 +34,10 @@ TOKENS = torch.zeros(ROWS, 2, dtype=torch.long)
 
 
 NOT_MAPPED = Features()
+
+
+SUB = normalize(torch.stack([rows(20, 9), rows(21, 9), rows(22, 9)], dim=1), dim=2)  # [G, K, D]
+THEIR_SUB = normalize(torch.stack([rows(23, 9), rows(24, 9), rows(25, 9)], dim=1), dim=2)
 
 
 def losses(
@@ -99,6 +104,54 @@ def test_text_terms_are_means_over_long_and_short_captions() -> None:
     torch.testing.assert_close(found["fd_image"].detach(), fd_loss(ours["image"], TEACHER["image"]))
     weighted = found["clip_long"] + found["fd_text"] + found["kl_text"] + 0.5 * found["fd_image"]
     torch.testing.assert_close(found["loss"], weighted + 1e-9 * found["crd_short"])
+
+
+def clip_of_sentences(sub: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The losses with clip_sub alone, and the gradient of the sentences."""
+    options = replace(OFF, clip_long=0.0, clip_sub=2.0, label_smoothing=0.0)
+    objective = Objective(options, needs_of(options), TEACHER_INFO)
+    leaf = sub.clone().requires_grad_()
+    outputs = Outputs(Features(image=rows(0, 9), long=rows(1, 9), sub=leaf), Features(), LossParameters(SCALE))
+    found = objective(outputs, TeacherOutputs(TEACHER), TOKENS, TOKENS, torch.zeros(*sub.shape[:2], 2).long())
+    return found, torch.autograd.grad(found["loss"], leaf)[0]
+
+
+def test_a_sentence_meets_no_other_of_its_picture() -> None:
+    """Against a plain formula: for each sentence, its picture among all pictures, and it among one of each picture."""
+    image, num_sub = rows(0, 9), SUB.shape[1]
+    found, gradient = clip_of_sentences(SUB)
+    expected = 0.0
+    for k in range(num_sub):
+        for i in range(ROWS):
+            pictures = [math.exp(float(SCALE * image[j] @ SUB[i, k])) for j in range(ROWS)]
+            sentences = [math.exp(float(SCALE * image[i] @ SUB[j, k])) for j in range(ROWS)]
+            own = pictures[i]
+            expected -= (math.log(own / sum(pictures)) + math.log(own / sum(sentences))) / (2 * ROWS * num_sub)
+    assert float(found["clip_sub"].detach()) == pytest.approx(expected, rel=1e-9)
+    assert float(found["loss"].detach()) == pytest.approx(2 * expected, rel=1e-9)
+    for place, reaches in (((0, 1), False), ((0, 2), False), ((1, 0), True)):
+        other = SUB.clone()
+        other[place] = rows(30, 9)[0]
+        assert torch.equal(clip_of_sentences(other)[1][0, 0], gradient[0, 0]) != reaches, place
+
+
+def test_distilled_sentences_are_the_mean_of_the_pure_functions() -> None:
+    options = replace(OFF, clip_long=0.0, icl_sub=1.0, vrd_sub=3.0, share_identical_captions=True)
+    ours = Features(image=rows(0, 9), long=rows(1, 9), sub=SUB)
+    tokens = torch.randint(0, 2, (ROWS, 3, 2), generator=torch.Generator().manual_seed(0))
+    scales = {name: torch.tensor(value, dtype=torch.float64) for name, value in (("icl", 5.0), ("vrd", 7.0))}
+    objective = Objective(options, needs_of(options), TEACHER_INFO)
+    outputs = Outputs(ours, Features(), LossParameters(SCALE, scales))
+    found = objective(outputs, TeacherOutputs(replace(TEACHER, sub=THEIR_SUB)), TOKENS, TOKENS, tokens)
+    icl, vrd = [], []
+    for k in range(3):
+        features = ours["image"], SUB[:, k], TEACHER["image"], THEIR_SUB[:, k]
+        groups = caption_groups(tokens[:, k])
+        icl.append(icl_loss(*features, scales["icl"], label_smoothing=0.1, caption_groups=groups))
+        vrd.append(vrd_loss(*features, scales["vrd"]))
+    torch.testing.assert_close(found["icl_sub"], torch.stack(icl).mean())
+    torch.testing.assert_close(found["vrd_sub"], torch.stack(vrd).mean())
+    torch.testing.assert_close(found["loss"], found["icl_sub"] + 3 * found["vrd_sub"])
 
 
 def test_a_loss_of_weight_zero_is_left_out() -> None:

@@ -244,6 +244,8 @@ class LoaderSettings:
     """False pads captions to `context_length`."""
     sampling: CaptionOptions = NO_SAMPLING
     """How captions are sampled and shifted."""
+    reads_sub: bool = False
+    """Draw `sampling.sub_captions` sentences of each long caption too."""
     shifted_length: int | None = None
     """Positions of the trained model, which shifted captions must not leave. None: `context_length`."""
     pads_in_front: bool = False
@@ -320,6 +322,7 @@ def _source(
         store,
         settings.stored_features,
         settings.stage,
+        settings.sampling.sub_captions if settings.reads_sub else 0,
         settings.sampling,
     )
     tokenization = Tokenization(

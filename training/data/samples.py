@@ -1,6 +1,7 @@
 """One sample from its tar members to pixels and captions, and samples to a batch.
 
-Shapes: B batch, S image size, L tokens of the batch's longest caption, D width of stored teacher features.
+Shapes: B batch, S image size, L tokens of the batch's longest caption, K sub-captions, D width of stored teacher
+features.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from eval.base.foreign_text import HALVES, whole_characters
 from eval.base.sentences import split_sentences
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, first_sentence, trim
-from training.data.caption_sampling import padded_in_front, sample_caption, shifts
+from training.data.caption_sampling import padded_in_front, sample_caption, sample_sentences, shifts
 from training.data.decoding import open_picture, picture_size
 from training.data.index import RawSample, Stage
 from training.data.randomness import sample_generator
@@ -29,7 +30,7 @@ from training.settings.captions import NO_SAMPLING, CaptionOptions
 __all__ = ["BadSample", "Batch", "Sample", "SampleDecoder", "Tokenization", "collate", "read_captions"]
 
 # separate random streams, so that none of these draws depends on another (store.py has 1, 2 and 6)
-_CROP, _SHORT, _LONG, _SHIFT = 0, 3, 4, 5
+_CROP, _SHORT, _LONG, _SHIFT, _SUB = 0, 3, 4, 5, 7
 
 
 Caption: TypeAlias = str | np.ndarray
@@ -50,6 +51,7 @@ class Sample:
     captions: tuple[Caption, Caption] | None  # long and short; None in the image stage
     shifts: tuple[float | None, float | None]  # numbers from 0 to 1 that decide the shifts of both; None: no shift
     teacher: dict[str, np.ndarray] | None  # image, long and short, as far as the stage uses them: [D]
+    sub_captions: tuple[str, ...] = ()  # sentences of the long caption
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Batch:
     long_shift: Tensor | None = None  # int64 [B]: how far the student's positions of the long captions move
     short_shift: Tensor | None = None
     hidden: Tensor | None = None  # bool [B, P, P]: squares of the pictures that masked_fd hides
+    sub_tokens: Tensor | None = None  # int64 [B, K, L'']: single sentences of the long captions
 
     @property
     def shown(self) -> Tensor:
@@ -79,8 +82,9 @@ class Batch:
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """What the trained model reads: pictures, long and short tokens, their shifts, and what is hidden."""
-        return self.shown, self.long_tokens, self.short_tokens, self.long_shift, self.short_shift, self.hidden
+        """What the trained model reads: pictures, long and short tokens, their shifts, what is hidden, sub-captions."""
+        captions = self.long_tokens, self.short_tokens, self.long_shift, self.short_shift
+        return self.shown, *captions, self.hidden, self.sub_tokens
 
     def to(self, device: str | torch.device) -> Batch:
         """Return the same batch with its tensors on `device`."""
@@ -106,6 +110,7 @@ class Batch:
             long_shift=None if self.long_shift is None else function(self.long_shift),
             short_shift=None if self.short_shift is None else function(self.short_shift),
             hidden=None if self.hidden is None else function(self.hidden),
+            sub_tokens=None if self.sub_tokens is None else function(self.sub_tokens),
         )
 
 
@@ -125,6 +130,8 @@ class SampleDecoder:
     store: TeacherStore | None = None
     stored_features: bool = True
     stage: Stage = "both"
+    sub_captions: int = 0
+    """K, the sentences of the long caption that are drawn as sub-captions."""
     captions: CaptionOptions = NO_SAMPLING
     """How captions are sampled and shifted. A store's short captions are sampled already, and are read unless they
     learn the feature of the full caption."""
@@ -141,7 +148,7 @@ class SampleDecoder:
                 captions = draw.caption_long, draw.caption_short
         pictures = self._pictures(raw, draw, key) if self.stage != "text" else []
         teacher = _features(draw, self.stage) if draw is not None and self.stored_features else None
-        return Sample(raw.key, key, pictures, captions, self._shifts(key), teacher)
+        return Sample(raw.key, key, pictures, captions, self._shifts(key), teacher, self._sub_captions(raw, key))
 
     def _pictures(self, raw: RawSample, draw: StoredDraw | None, key: tuple[int, ...]) -> list[Tensor]:
         if raw.image is None:
@@ -174,6 +181,13 @@ class SampleDecoder:
         if self._samples_long(key):
             caption = sample_caption(caption, self.captions, sample_generator(self.seed, *key, _LONG))
         return caption, given
+
+    def _sub_captions(self, raw: RawSample, key: tuple[int, ...]) -> tuple[str, ...]:
+        if not self.sub_captions:
+            return ()
+        long, short = read_captions(raw)
+        caption = long[choose_captions(len(long), len(short), self.seed, key)[0]]
+        return tuple(sample_sentences(caption, self.sub_captions, sample_generator(self.seed, *key, _SUB)))
 
     def _shifts(self, key: tuple[int, ...]) -> tuple[float | None, float | None]:
         if not self.captions.max_shift:
@@ -281,6 +295,8 @@ def collate(samples: Sequence[Sample], tokenization: Tokenization, skipped: dict
     short = long
     if captions:
         long, short = (tokenization(*both) for both in zip(zip(*captions, strict=True), draws, strict=True))
+    sentences = [sentence for sample in samples for sentence in sample.sub_captions]
+    sub = tokenization(sentences, ())[0].unflatten(0, (len(samples), -1)) if sentences else None
     stored = [sample.teacher for sample in samples if sample.teacher is not None]
     teacher = (
         {name: torch.from_numpy(np.stack([row[name] for row in stored])) for name in stored[0]} if stored else None
@@ -296,4 +312,5 @@ def collate(samples: Sequence[Sample], tokenization: Tokenization, skipped: dict
         teacher=teacher,
         long_shift=long[1],
         short_shift=short[1],
+        sub_tokens=sub,
     )

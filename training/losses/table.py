@@ -22,8 +22,8 @@ Family = Literal["pair", "across", "feature", "layer"]
 """pair: compares images with texts within each model. across: compares the student's rows with the teacher's rows.
 feature: compares each feature of the student with the teacher's of the same sample. layer: compares matched layers."""
 Stage = Literal["both", "image", "text"]
-Part = Literal["long", "short", "image", "text"]
-"""Where one weight of a loss applies: a caption length (pair, across) or a tower (feature, layer)."""
+Part = Literal["long", "short", "sub", "image", "text"]
+"""Where one weight of a loss applies: long, short or sub-captions (pair, across) or a tower (feature, layer)."""
 
 _PARTS: dict[Family, tuple[Part, ...]] = {
     "pair": ("long", "short"),
@@ -165,6 +165,7 @@ _DECISIONS = {
 }
 _FEATURE = {"student": "mapped", "teacher": "whole_teacher"}
 _TOWERS: tuple[Stage, ...] = ("both", "image", "text")
+_CAPTIONS: tuple[Part, ...] = ("long", "short", "sub")
 
 LOSSES: tuple[Loss, ...] = (
     Loss(
@@ -180,6 +181,7 @@ LOSSES: tuple[Loss, ...] = (
         },
         settings={"label_smoothing": "label_smoothing"},
         tiled=True,
+        parts=_CAPTIONS,
         paper="CLIP (Radford et al. 2021)",
     ),
     Loss(
@@ -207,6 +209,7 @@ LOSSES: tuple[Loss, ...] = (
         family="across",
         arguments={**_ACROSS, "logit_scale": "own_scale", "caption_groups": "caption_groups"},
         settings={"label_smoothing": "label_smoothing"},
+        parts=_CAPTIONS,
         paper="CLIP-KD (Yang et al. 2024)",
     ),
     Loss(
@@ -241,6 +244,7 @@ LOSSES: tuple[Loss, ...] = (
         title="Vertical relations",
         family="across",
         arguments={**_ACROSS, "logit_scale": "own_scale"},
+        parts=_CAPTIONS,
         paper="CLIP-RD (Chung et al. 2026)",
     ),
     Loss(

@@ -20,6 +20,10 @@ __all__ = ["run_provenance", "training_curves"]
 _WHAT_IS_COMPARED = {
     "long": ("long captions", "The student with the teacher on pictures and their long captions."),
     "short": ("short captions", "The student with the teacher on pictures and their short captions."),
+    "sub": (
+        "single sentences",
+        "The student with the teacher on pictures and single sentences of their long captions.",
+    ),
     "image": ("image tower", "The student's image tower with the teacher's."),
     "text": ("text tower", "The student's text tower with the teacher's."),
 }
@@ -53,6 +57,7 @@ _CURVES = {  # (group, key in metrics.jsonl): title, meaning; in the order of th
         "Contrastive, short captions",
         "The same with short captions and a coarse version of the picture's features.",
     ),
+    ("train", "clip_sub"): ("Contrastive, single sentences", "The same with single sentences of the long captions."),
     ("train", "crd_long"): (
         "Distillation, long captions",
         "How far the student's view of which captions fit which pictures is from the teacher's (KL divergence).",

@@ -38,6 +38,10 @@ class CaptionOptions:
     """The teacher's feature that a sampled short caption learns: that of its own text, or that of the full long
     caption."""
 
+    sub_captions: int = 3
+    """Sentences drawn from each long caption for the losses of sub-captions (clip_sub, icl_sub, vrd_sub). Those of one
+    picture are never each other's negatives. A caption of fewer sentences repeats them."""
+
     def __post_init__(self) -> None:
         """Raise InputError for values out of range."""
         if self.long_from_epoch is not None and self.long_from_epoch < 0:
@@ -48,6 +52,8 @@ class CaptionOptions:
             raise InputError(f"--captions.keep {self.keep}: give two shares, 0 <= low <= high <= 1")
         if self.max_shift < 0:
             raise InputError(f"--captions.max_shift must not be negative, got {self.max_shift}")
+        if self.sub_captions < 1:
+            raise InputError(f"--captions.sub_captions must be at least 1, got {self.sub_captions}")
         if self.target == "full" and self.short != "sampled":
             raise InputError("--captions.target full needs sampled short captions: set --captions.short sampled")
 

@@ -87,6 +87,7 @@ def _check_stage(config: TrainConfig) -> None:
 def _check_captions(config: TrainConfig) -> None:
     """Refuse sampled captions that nothing reads, or that no store has. A cache says itself which ones it has."""
     captions, teacher = config.captions, config.teacher
+    _check_sub_captions(config)
     if captions == NO_SAMPLING:
         return
     changes_short = captions.short != "given" or (captions.max_shift > 0 and captions.long_from_epoch is None)
@@ -108,6 +109,18 @@ def _check_captions(config: TrainConfig) -> None:
         )
     if teacher.cache == DATACOMPDR and captions.short != "given":
         raise InputError("DataCompDR's features belong to its own captions: set --captions.short given")
+
+
+def _check_sub_captions(config: TrainConfig) -> None:
+    """Refuse losses of sentences that no store has, and a number of sentences that no loss reads."""
+    cache, needs = config.teacher.cache, config.needs
+    if config.captions.sub_captions != NO_SAMPLING.sub_captions and not needs.reads_sub:
+        raise InputError("--captions.sub_captions is read by no loss: give one a weight, such as --loss.clip_sub 1")
+    if needs.distils_sub and config.distils and not config.runs_teacher:
+        name = next(term.name for term in needs.terms if term.part == "sub" and term.loss.needs_teacher)
+        raise InputError(f"--loss.{name} needs a teacher that runs: stored features have no single sentences")
+    if needs.reads_sub and config.distils and cache == DATACOMPDR:
+        raise InputError("DataCompDR's shards hold captions of their own: leave the losses of sub-captions out")
 
 
 def _check_teachers(config: TrainConfig) -> None:

@@ -38,6 +38,9 @@ class LossOptions:
     """ITC of images and long captions."""
     clip_short: float = 0.4
     """ITC of images after PCA and short captions."""
+    clip_sub: float = 0.0
+    """ITC of images and single sentences of their long captions, a mean over captions.sub_captions of these
+    (DreamLIP)."""
     crd_long: float = 1.5
     """KL between the teacher's and the student's image-text distributions, long captions (CLIP-KD, MobileCLIP)."""
     crd_short: float = 0.5
@@ -46,6 +49,8 @@ class LossOptions:
     """Interactive contrastive: student images against teacher texts and the reverse, with a learned scale (CLIP-KD)."""
     icl_short: float = 0.0
     """The same with short captions."""
+    icl_sub: float = 0.0
+    """The same with single sentences."""
     gd_long: float = 0.0
     """Squared distance of the contrastive loss's gradients between student and teacher features (CLIP-KD)."""
     gd_short: float = 0.0
@@ -58,6 +63,8 @@ class LossOptions:
     """Vertical relations: the student's two directions follow each other's teacher-student relations (CLIP-RD)."""
     vrd_short: float = 0.0
     """The same with short captions."""
+    vrd_sub: float = 0.0
+    """The same with single sentences."""
     xrd_long: float = 0.0
     """Cross relations: symmetric KL between the teacher-student distributions of the two modalities (CLIP-RD)."""
     xrd_short: float = 0.0

@@ -26,8 +26,11 @@ class Needs:
     stage: Stage
     reads_short: bool
     """True if short captions are encoded."""
+    reads_sub: bool
+    """True if sub-captions are encoded: single sentences of the long caption."""
     features: frozenset[str]
-    """Features of the student through which a gradient flows: image, distilled_image, masked_image, long, short."""
+    """Features of the student through which a gradient flows: image, distilled_image, masked_image, and the texts long,
+    short, sub."""
     maps: frozenset[str]
     """Features that must have the teacher's width: image, text; short_image, short_text for a short-caption teacher."""
     scales: tuple[str, ...]
@@ -40,20 +43,25 @@ class Needs:
     """Losses between matched layers, by tower."""
 
     @property
+    def distils_sub(self) -> bool:
+        """True if a loss reads the teacher's features of sub-captions."""
+        return any(term.part == "sub" and term.loss.needs_teacher for term in self.terms)
+
+    @property
     def towers(self) -> tuple[Tower, ...]:
         """The towers that are run."""
         return TOWERS if self.stage == "both" else (self.stage,)
 
     @property
     def lengths(self) -> tuple[Literal["long", "short"], ...]:
-        """The captions that are read."""
+        """The captions of which every picture has one that is read."""
         if "text" not in self.towers:
             return ()
         return ("long", "short") if self.reads_short else ("long",)
 
     def reads_features_of(self, tower: Tower) -> bool:
         """True if a loss reads the features of this tower, and so reaches all of it."""
-        own = {"long", "short"} if tower == "text" else {"image", "distilled_image", "masked_image"}
+        own = {"long", "short", "sub"} if tower == "text" else {"image", "distilled_image", "masked_image"}
         return bool(self.features & own)
 
     def reaches(self, tower: Tower) -> bool:
@@ -78,7 +86,7 @@ def needs_of(
     for term in terms:
         read = term.loss.student_features(term.part, stage)
         if "text" in read:
-            read = (read - {"text"}) | ({term.part} if term.part in ("long", "short") else text)
+            read = (read - {"text"}) | (text if term.part == "text" else {term.part})
         features |= read
         if term.loss.needs_same_width and term.loss.family != "layer":
             maps |= _maps(term, reads_short, short_teacher)
@@ -86,6 +94,7 @@ def needs_of(
         terms=terms,
         stage=stage,
         reads_short=reads_short,
+        reads_sub=any(term.part == "sub" for term in terms),
         features=frozenset(features),
         maps=frozenset(maps),
         scales=tuple(sorted({term.loss.name for term in terms if "scale" in term.loss.learns})),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longclip_teacher.text import EOT, SOT, caption_lengths
 from shard_files import TOKENIZER, loader
-from training.data.caption_sampling import padded_in_front, sample_caption, shifts
+from training.data.caption_sampling import padded_in_front, sample_caption, sample_sentences, shifts
 from training.data.randomness import sample_generator
 from training.data.writer import caption_member, write_manifest, write_shard
 from training.settings.captions import NO_SAMPLING, CaptionOptions
@@ -74,6 +74,16 @@ def test_a_caption_of_one_sentence_stays() -> None:
     assert two == {"It is wet."}
 
 
+def test_single_sentences_are_drawn_alike_and_repeated_if_there_are_too_few() -> None:
+    drawn = [sample_sentences(CAPTION, 4, sample_generator(draw)) for draw in range(300)]
+    assert all(len(set(sentences)) == 4 for sentences in drawn)
+    counts = Counter(sentence for sentences in drawn for sentence in sentences)
+    assert set(counts) == {f"{word} here." for word in NUMBERS} and max(counts.values()) < 1.4 * min(counts.values())
+    three = sample_sentences("It is red. It is wet.", 3, sample_generator(0))
+    assert set(three) == {"It is red.", "It is wet."} and three[0] == three[2]
+    assert sample_sentences("A red board", 3, sample_generator(0)) == ["A red board"] * 3
+
+
 def test_shifts_are_uniform_and_keep_eot_inside(captions_of: list[Tensor]) -> None:
     tokens = captions_of[0]
     lengths = caption_lengths(tokens)
@@ -125,18 +135,20 @@ def rows(batches: object, length: int = 248) -> list[tuple[list[int], ...]]:
     """Tokens and shifts of the samples, whatever the batches."""
     found = []
     for batch in batches:  # type: ignore[attr-defined]
+        reads_sub = batch.sub_tokens is not None
         for row in range(len(batch.keys)):
             shift = [-1 if shift is None else int(shift[row]) for shift in (batch.long_shift, batch.short_shift)]
             ids = (tokens[row][tokens[row] > 0].tolist() for tokens in (batch.long_tokens, batch.short_tokens))
-            found.append((*ids, shift))
+            found.append((*ids, batch.sub_tokens[row].flatten().tolist() if reads_sub else [], shift))
     return found
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 1), (1, 4), (2, 0), (2, 1)])
 def test_captions_do_not_depend_on_workers_and_processes(shards: Path, world_size: int, num_workers: int) -> None:
-    whole = loader(shards, sampling=ALL_ON)
+    options = {"sampling": ALL_ON, "reads_sub": True, "trim_captions": False}
+    whole = loader(shards, **options)
     parts = [
-        loader(shards, sampling=ALL_ON, rank=rank, world_size=world_size, num_workers=num_workers)
+        loader(shards, **options, rank=rank, world_size=world_size, num_workers=num_workers)
         for rank in range(world_size)
     ]
     for epoch, step in ((0, 0), (1, 0), (1, 3)):  # the last as after a resumption
@@ -192,6 +204,22 @@ def test_the_first_sentence_has_its_full_stop(shards: Path) -> None:
                 tokens[tokens > 0].tolist()
                 == TOKENIZER([f"Picture {int(key)}."], 248)[0][: int(tokens.argmax()) + 1].tolist()
             )
+
+
+def test_single_sentences_are_those_of_the_full_caption(shards: Path) -> None:
+    """Of whatever long caption is read, sampled or not; and they change no other draw."""
+    for sampling in (NO_SAMPLING, replace(ALL_ON, sub_captions=2)):
+        without = rows(loader(shards, sampling=sampling).batches(1))
+        batches = list(loader(shards, sampling=sampling, reads_sub=True).batches(1))
+        assert [(*row[:2], row[3]) for row in rows(batches)] == [(*row[:2], row[3]) for row in without]
+        for batch in batches:
+            assert batch.sub_tokens is not None and batch.sub_tokens.shape[:2] == (8, sampling.sub_captions)
+            for key, tokens in zip(batch.keys, batch.sub_tokens, strict=True):
+                number = int(key)
+                texts = [f"Picture {number}.", *(f"Thing {k} of {number}." for k in range(1 + number % 6))]
+                known = {tuple(row[row > 0].tolist()) for row in TOKENIZER(texts, 248)}
+                drawn = {tuple(row[row > 0].tolist()) for row in tokens}
+                assert drawn <= known and len(drawn) == min(sampling.sub_captions, len(texts))
 
 
 def test_a_teacher_in_training_gets_padding_in_front(shards: Path) -> None:

@@ -168,6 +168,11 @@ def test_a_name_that_config_toml_cannot_hold_is_refused(option: list[str]) -> No
         (["--captions.drop_first", "1.5"], "a probability"),
         (["--captions.max_shift", "-1"], "must not be negative"),
         (["--captions.long_from_epoch", "-1"], "counts from 0"),
+        (["--captions.sub_captions", "0"], "must be at least 1"),
+        (["--captions.sub_captions", "2"], "read by no loss"),
+        (["--loss.vrd_sub", "1", "--teacher.cache", "runs/cache"], "--loss.vrd_sub needs a teacher that runs"),
+        (["--loss.clip_sub", "1", "--teacher.cache", "datacompdr"], "captions of their own"),
+        (["--loss.clip_sub", "1", "--run.stage", "text"], "set --loss.clip_long 0"),
     ],
 )
 def test_captions_that_cannot_be_sampled_so_are_refused(args: list[str], message: str) -> None:
