@@ -1,0 +1,159 @@
+"""Write a trained model as files that other programs load, and check them before they are kept."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from eval.base.arguments import answer_early, read_options
+from longclip_teacher.errors import InputError, run_command
+
+PACKAGES = ("onnx", "onnxruntime", "onnxscript", "tokenizers")
+
+
+@dataclass
+class Options:
+    """Write a student or a teacher as a folder for ONNX Runtime, transformers.js and the hub.
+
+    python scripts/export.py runs/quickstart/distilled --out model
+
+    The folder holds both towers as ONNX graphs in float32 and with weights in half precision, the tokenizer, the
+    preprocessing, the PyTorch weights, a model card and the sha256 of every file. Each graph is compared with the model
+    at every length and several batch sizes. If one differs, the command fails and nothing is left.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A run folder, a weight file or a hub name."""
+    out: Path
+    """Folder to write. It must not exist, or be empty."""
+
+    def check(self) -> None:
+        """Raise InputError for a folder that is in use and for missing packages, before any work."""
+        if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
+            raise InputError(f"--out {self.out} exists: name a new folder, or delete it")
+        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise InputError(f"export needs {', '.join(missing)}: pip install 'compact-longclip[export]'")
+
+
+if __name__ == "__main__":
+    answer_early(Options)  # --help and refused options end here: the imports below take seconds
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx
+import torch
+from rich import box
+from rich.table import Table
+
+from eval.base.consoles import plain_console
+from exporting.card import model_card
+from exporting.checks import FULL, HALF, Agreement, check_images, check_texts
+from exporting.folder import write_manifest, write_settings
+from exporting.half_weights import with_half_weights
+from exporting.sources import Exported, load_source
+from exporting.timing import milliseconds
+from longclip_teacher.atomic_files import atomic_folder
+from mobileclip_student.onnx_graphs import image_graph, text_graph
+
+console = plain_console(stderr=True, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A graph in the folder."""
+
+    name: str
+    """Relative to the folder."""
+    tower: str
+    """image or text"""
+    agreement: Agreement
+
+
+def main() -> None:
+    """Export, check, report."""
+    options = read_options(Options)
+    torch.set_num_threads(1)  # the milliseconds are those of one thread
+    model = load_source(options.source)
+    with atomic_folder(options.out) as folder:
+        written = write_graphs(model, folder)
+        console.print("timing, in turns with the PyTorch model")
+        rows = table_rows(model, folder, written)
+        write_settings(model, folder)
+        (folder / "README.md").write_text(model_card(model, rows), encoding="utf-8")
+        write_manifest(folder)
+    print_table(rows)
+    plain_console(soft_wrap=True).print(f"Exported: {options.out}")
+
+
+def write_graphs(model: Exported, folder: Path) -> list[Written]:
+    """Write both towers in float32 and with half weights, each checked."""
+    (folder / "onnx").mkdir()
+    image_tower, text_tower = model.towers
+    written = []
+    for tower, stem in (("image", "vision_model"), ("text", "text_model")):
+        console.print(f"exporting the {tower} tower and comparing it with the model")
+        with quiet_exporter():
+            if tower == "image":
+                graph = image_graph(image_tower, model.image_size)
+            else:
+                graph = text_graph(text_tower, model.context_length)
+        for suffix, stored, bounds in (("", graph, FULL), ("_fp16", with_half_weights(graph), HALF)):
+            path = folder / "onnx" / f"{stem}{suffix}.onnx"
+            onnx.save(stored, path)
+            onnx.checker.check_model(str(path))
+            check = check_images if tower == "image" else check_texts
+            written.append(Written(f"onnx/{path.name}", tower, check(model, path, bounds)))
+    return written
+
+
+def table_rows(model: Exported, folder: Path, written: list[Written]) -> list[dict[str, str]]:
+    """The table of files, each with its agreement and its milliseconds, beside the PyTorch model's."""
+    times = milliseconds(model, {one.name: (one.tower, folder / one.name) for one in written})
+    rows = []
+    for one in written:
+        rows.append(
+            {
+                "file": one.name,
+                "bytes": str((folder / one.name).stat().st_size),
+                "cosine": f"{one.agreement.cosine:.7f}",
+                "max diff": f"{one.agreement.difference:.1e}",
+                "ms": f"{times[one.name]:.2f}",
+                "torch ms": f"{times[one.tower]:.2f}",
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Print the table on stdout."""
+    caption = "ms: batch 1, one CPU thread, captions of 100 tokens, medians, called in turns"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
+    for number, head in enumerate(rows[0]):
+        table.add_column(head, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values())
+    plain_console().print(table)
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's remarks on its own workings off stderr."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+if __name__ == "__main__":
+    run_command(main)

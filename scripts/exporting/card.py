@@ -1,0 +1,125 @@
+"""The model card: README.md of an exported model, made from what its run recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.towers.models import describe_model
+from exporting.folder import WEIGHTS
+from exporting.sources import Exported
+from training.record.run_log import read_metrics
+from training.settings.tree import TrainConfig
+
+__all__ = ["model_card"]
+
+
+def model_card(model: Exported, files: Sequence[Mapping[str, str]]) -> str:
+    """The card in Markdown; `files` are the rows of the table of exported files."""
+    sections = [
+        "---",
+        "library_name: onnx",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [clip, long-captions, onnx, transformers.js]",
+        "---",
+        "",
+        "# A compact CLIP that reads long captions",
+        "",
+        f"{describe_model(model.model)}. Pictures of {model.image_size} x {model.image_size} pixels and captions of up "
+        f"to {model.context_length} tokens become features of {model.model.embed_dim} numbers and unit norm; their "
+        "product is the similarity.",
+        "",
+        *_figures(model),
+        *_training(model.config),
+        *_files(files),
+        *_use(model),
+        *_limits(model),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def _figures(model: Exported) -> list[str]:
+    """The run's tests or, without them, its validation."""
+    if model.run is None or model.config is None:
+        return ["## Figures", "", "This file came without its run: no figures are known.", ""]
+    results = model.run / "results.json"
+    rows = []
+    if results.is_file():
+        judged = json.loads(results.read_text(encoding="utf-8"))["models"].get(model.config.run.train, {})
+        rows = [_row(name, test) for name, test in judged.items() if isinstance(test, Mapping) and "i2t" in test]
+    if not rows and (metrics := [row for row in read_metrics(model.run, "val") if "i2t_r1" in row]):
+        best = max(metrics, key=lambda row: row.get("score", 0.0))
+        rows = [f"| validation | {best['i2t_r1']:.1f} | {best['t2i_r1']:.1f} | |"]
+    if not rows:
+        return ["## Figures", "", "The run was not evaluated.", ""]
+    head = ["| test | picture to caption, R@1 % | caption to picture, R@1 % | pictures |", "| --- | --- | --- | --- |"]
+    return ["## Figures", "", *head, *rows, ""]
+
+
+def _row(name: str, test: Mapping[str, Any]) -> str:
+    return f"| {name} | {test['i2t']['r1']:.1f} | {test['t2i']['r1']:.1f} | {test['num_images']} |"
+
+
+def _training(config: TrainConfig | None) -> list[str]:
+    if config is None:
+        return []
+    losses = ", ".join(f"`{name}` {weight:g}" for name, weight in config.loss.weights.items() if weight)
+    teacher = config.teacher.checkpoint or config.teacher.cache
+    length = f"{config.run.max_steps} steps" if config.run.max_steps else f"{config.run.epochs:g} epochs"
+    return [
+        "## Training",
+        "",
+        f"- Data: {', '.join(map(_short, config.data.shards)) or 'not recorded'}",
+        f"- Teacher: {_short(str(teacher)) if config.distils else 'none'}",
+        f"- Losses: {losses}",
+        f"- Length: {length} of {config.run.global_batch_size} pairs, {config.run.precision}, seed {config.run.seed}",
+        "",
+    ]
+
+
+def _short(path: str) -> str:
+    """The last two parts of a path: more would tell about the machine."""
+    return f"`{'/'.join(Path(path).parts[-2:]).lstrip('/')}`"
+
+
+def _files(files: Sequence[Mapping[str, str]]) -> list[str]:
+    cells = [list(files[0]), ["---"] * len(files[0]), *(list(row.values()) for row in files)]
+    about = "Cosine and difference are the worst over random inputs of every size, against the PyTorch model."
+    return ["## Files", "", about, "", *(f"| {' | '.join(row)} |" for row in cells), ""]
+
+
+def _use(model: Exported) -> list[str]:
+    return [
+        "## Use",
+        "",
+        "`onnx/text_model.onnx`: `input_ids` (int64) to `text_embeds`. `onnx/vision_model.onnx`: `pixel_values` to "
+        "`image_embeds`. Any batch, and 2 to "
+        f"{model.context_length} tokens; longer captions must be cut by the tokenizer, which `tokenizer.json` does.",
+        "",
+        "```python",
+        "import onnxruntime, tokenizers",
+        "",
+        'tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")',
+        'session = onnxruntime.InferenceSession("onnx/text_model.onnx")',
+        'ids = [found.ids for found in tokenizer.encode_batch(["a long caption ..."])]',
+        'features = session.run(None, {"input_ids": ids})[0]',
+        "```",
+        "",
+        f"`{WEIGHTS}` holds the PyTorch weights: `mobileclip_student.load_student` or `longclip_teacher.load_teacher`.",
+        "",
+    ]
+
+
+def _limits(model: Exported) -> list[str]:
+    return [
+        "## Limits",
+        "",
+        "- Pictures must be resized as in training, with antialiasing; other resizing changes the features.",
+        "- The tokenizer file differs from the training tokenizer in captions with mojibake, rare HTML entities "
+        "or C1 control characters.",
+        f"- What stands after token {model.context_length} of a caption is not read.",
+        "- It carries the biases of its data and its teacher, and was not tested for uses that affect people.",
+        "",
+    ]

@@ -1,0 +1,121 @@
+"""What an exported file must give before it is kept: the features of the model, by ONNX Runtime, at every size.
+
+Shapes: B images or captions, R image side, L tokens, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporting.sources import Exported
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import EOT, SOT, VOCAB_SIZE
+
+__all__ = ["FULL", "HALF", "Agreement", "Bounds", "check_images", "check_texts", "onnx_encoder"]
+
+BATCHES = (1, 2, 5)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far an exported file may be from the model."""
+
+    cosine: float
+    """least cosine of a feature with the model's"""
+    difference: float
+    """largest difference of an entry of a feature"""
+
+
+FULL, HALF = Bounds(0.99999, 1e-4), Bounds(0.999, float("inf"))
+
+
+@dataclass
+class Agreement:
+    """The worst that was found over all features compared."""
+
+    cosine: float = 1.0
+    difference: float = 0.0
+
+    def add(self, ours: Tensor, theirs: Tensor, what: str) -> None:
+        """Take in features [B, D] and those of the model; raise InputError if they are not features of unit norm."""
+        if ours.shape != theirs.shape or ours.dtype != torch.float32 or not ours.isfinite().all():
+            raise InputError(f"{what} gives {tuple(ours.shape)} {ours.dtype} instead of {tuple(theirs.shape)}, finite")
+        if (norm := float((ours.double().norm(dim=1) - 1).abs().max())) > 1e-5:
+            raise InputError(f"{what} gives features whose norm is {norm:.1e} off 1")
+        cosines = torch.nn.functional.cosine_similarity(ours.double(), theirs.double())
+        self.cosine = min(self.cosine, float(cosines.min()))
+        self.difference = max(self.difference, float((ours - theirs).abs().max()))
+
+    def hold(self, bounds: Bounds, what: str) -> None:
+        """Raise InputError if the agreement is not within `bounds`."""
+        if self.cosine < bounds.cosine or self.difference > bounds.difference:
+            raise InputError(
+                f"{what} differs from the model: cosine {self.cosine:.6f} (at least {bounds.cosine}), largest "
+                f"difference {self.difference:.1e} (at most {bounds.difference}); nothing was written"
+            )
+
+
+def onnx_encoder(path: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
+    """The function of an ONNX file, computed by ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    (name,) = [value.name for value in session.get_inputs()]
+    return lambda batch: torch.from_numpy(np.asarray(session.run(None, {name: batch.numpy()})[0]))
+
+
+def check_images(model: Exported, path: Path, bounds: Bounds) -> Agreement:
+    """Compare at each batch size on random pictures, one of them black and one white."""
+    encode, found = onnx_encoder(path), Agreement()
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
+    for batch in BATCHES:
+        pictures = torch.rand(batch, 3, model.image_size, model.image_size, generator=generator)
+        pictures[1:2], pictures[2:3] = 0, 1
+        pixels = (pictures - mean) / std
+        found.add(encode(pixels), model.encode_image(pixels), path.name)
+    found.hold(bounds, path.name)
+    return found
+
+
+def check_texts(model: Exported, path: Path, bounds: Bounds) -> Agreement:
+    """Compare at every length from 2 to the context, and at each batch size, with captions that are padded with EOT,
+    with zeros, and not at all."""
+    encode, found = onnx_encoder(path), Agreement()
+    for tokens, lengths in _captions(model.context_length):
+        width = tokens.shape[1]
+        expected = model.encode_text(tokens)
+        found.add(encode(tokens), expected, path.name)
+        for pad in (EOT, 0):
+            is_pad = torch.arange(width) >= lengths[:, None]
+            found.add(encode(torch.where(is_pad, pad, tokens)), expected, path.name)
+    found.hold(bounds, path.name)
+    return found
+
+
+def _captions(context_length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of captions [B, L] with zeros after EOT, and their lengths: each length alone, then mixed ones."""
+    generator = torch.Generator().manual_seed(0)
+    for longest in range(2, context_length + 1):
+        yield _random_captions([longest], generator)
+    for batch in BATCHES[1:]:
+        spread = np.linspace(2, context_length, batch).astype(int).tolist()
+        yield _random_captions(spread, generator)
+        yield _random_captions([context_length] * batch, generator)
+
+
+def _random_captions(lengths: Iterable[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    ends = torch.tensor(list(lengths))
+    tokens = torch.randint(0, VOCAB_SIZE - 2, (len(ends), int(ends.max())), generator=generator)
+    tokens[torch.arange(tokens.shape[1]) >= ends[:, None]] = 0
+    tokens[:, 0] = SOT
+    tokens[torch.arange(len(ends)), ends - 1] = EOT
+    return tokens, ends

@@ -1,0 +1,173 @@
+"""scripts/export.py: its files give the model's features in other programs, and a failed export leaves nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longclip_teacher import create_teacher, save_teacher
+from longclip_teacher.errors import InputError
+from longclip_teacher.text import EOT
+from mobileclip_student import create_student, load_student, reparameterize, save_student
+from mobileclip_student.model import variant_config
+
+if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript", "tokenizers")):
+    pytest.skip("the extra export is not installed", allow_module_level=True)
+
+import onnx
+import onnxruntime
+from tokenizers import Tokenizer
+
+import export
+from exporting.checks import FULL, Agreement
+from exporting.half_weights import with_half_weights
+
+CONTEXT = 20
+CAPTIONS = ["a red bus", "A dog &amp; its “ball” don’t match!!! " * 5, ""]
+# By these names transformers would find weights and build a random CLIP around them
+NAMES_OF_OTHERS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+)
+
+
+def run_export(*arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
+        export.main()
+
+
+def small_student() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = variant_config("tiny")
+    image = replace(
+        config.image, image_size=32, layers=(1,), embed_dims=(8,), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)
+    )
+    return create_student(replace(config, image=image), CONTEXT).eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A student's weight file and the folder it was exported to."""
+    folder = tmp_path_factory.mktemp("a_telling_name")
+    save_student(small_student(), folder / "student.safetensors")
+    run_export(folder / "student.safetensors", "--out", folder / "model")
+    return folder / "student.safetensors", folder / "model"
+
+
+def run_onnx(path: Path, name: str, batch: object) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(str(path))
+    return torch.from_numpy(np.asarray(session.run(None, {name: np.asarray(batch)})[0]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("suffix", "tolerance"), [("", 1e-5), ("_fp16", 3e-3)])
+def test_files_give_the_features_of_the_student(exported: tuple[Path, Path], suffix: str, tolerance: float) -> None:
+    source, folder = exported
+    student = load_student(source)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = [found.ids for found in tokenizer.encode_batch(CAPTIONS)]
+    assert len(ids[0]) == CONTEXT and ids[0][-1] == EOT
+    texts = run_onnx(folder / "onnx" / f"text_model{suffix}.onnx", "input_ids", ids)
+    expected = student.encode_text(student.tokenizer(CAPTIONS), normalize=True)
+    torch.testing.assert_close(texts, expected, rtol=0, atol=tolerance)
+
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    shown = pixels * settings["rescale_factor"]
+    if settings["do_normalize"]:
+        shown = (shown - settings["image_mean"]) / settings["image_std"]
+    shown = shown.transpose(0, 3, 1, 2).astype(np.float32)
+    images = run_onnx(folder / "onnx" / f"vision_model{suffix}.onnx", "pixel_values", shown)
+    pictures = torch.stack([student.preprocess(Image.fromarray(picture)) for picture in pixels])
+    torch.testing.assert_close(images, student.encode_image(pictures, normalize=True), rtol=0, atol=tolerance)
+
+
+def test_half_weights_are_half_of_the_bytes(exported: tuple[Path, Path]) -> None:
+    whole, half = ((exported[1] / "onnx" / f"text_model{suffix}.onnx").stat().st_size for suffix in ("", "_fp16"))
+    assert 0.5 <= half / whole < 0.53
+
+
+def test_the_folder_is_complete_and_says_what_is_in_it(exported: tuple[Path, Path]) -> None:
+    source, folder = exported
+    hashes = json.loads((folder / "sha256.json").read_text())
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert set(files) - {"sha256.json"} == set(hashes)
+    assert {"README.md", "config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} < set(
+        hashes
+    )
+    assert all(hashlib.sha256(files[name].read_bytes()).hexdigest() == value for name, value in hashes.items())
+    config = json.loads(files["config.json"].read_text())
+    assert config["model_type"] == "clip" and config["text_config"]["max_position_embeddings"] == CONTEXT
+    assert not set(NAMES_OF_OTHERS) & set(files)
+    kept = load_student(folder / config["compact_longclip"]["weights"])
+    expected = reparameterize(load_student(source)).state_dict()
+    torch.testing.assert_close(dict(kept.state_dict()), dict(expected))
+    card = files["README.md"].read_text()
+    assert f"captions of up to {CONTEXT} tokens" in card and "onnx/vision_model_fp16.onnx" in card
+
+
+def test_no_file_tells_about_the_machine(exported: tuple[Path, Path]) -> None:
+    secrets = [str(Path(export.__file__).resolve().parents[1]), "a_telling_name", sys.prefix, str(Path.home())]
+    for path in exported[1].rglob("*"):
+        if path.is_file():
+            contents = path.read_bytes()
+            assert not [secret for secret in secrets if secret.encode() in contents], path
+            assert path.suffix != ".onnx" or b".py" not in contents
+
+
+def test_an_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_student(small_student(), tmp_path / "student.safetensors")
+
+    def worse(model: onnx.ModelProto) -> onnx.ModelProto:
+        halved = with_half_weights(model)
+        weight = max(halved.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        weight.raw_data = weight.raw_data[::-1][1:] + b"\0"  # the weights in another order
+        return halved
+
+    monkeypatch.setattr(export, "with_half_weights", worse)
+    with pytest.raises(InputError, match=r"vision_model_fp16\.onnx differs from the model: cosine"):
+        run_export(tmp_path / "student.safetensors", "--out", tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["student.safetensors"]
+
+
+def test_agreement_is_held() -> None:
+    ours = torch.eye(2)
+    found = Agreement()
+    found.add(ours, ours, "a")
+    found.hold(FULL, "a")
+    turned = torch.tensor([[1.0, 2e-4], [0.0, 1.0]])
+    found.add(torch.nn.functional.normalize(turned), ours, "a")
+    with pytest.raises(InputError, match=r"largest difference 2\.0e-04"):
+        found.hold(FULL, "a")
+    with pytest.raises(InputError, match=r"norm is 1\.0e\+00 off 1"):
+        found.add(2 * ours, ours, "a")
+
+
+def test_a_teacher_is_exported_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_teacher(create_teacher("tiny", CONTEXT), tmp_path / "teacher.safetensors")
+    run_export(tmp_path / "teacher.safetensors", "--out", tmp_path / "model")
+    assert (tmp_path / "model" / "onnx" / "text_model.onnx").is_file()
+    assert "CLIP teacher" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_folder_in_use_and_a_missing_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "note").touch()
+    with pytest.raises(InputError, match="exists: name a new folder"):
+        run_export("student.safetensors", "--out", tmp_path)
+    monkeypatch.setattr(export, "PACKAGES", ("torch", "no_such_package"))
+    with pytest.raises(InputError, match=r"export needs no_such_package: pip install 'compact-longclip\[export\]'"):
+        run_export("student.safetensors", "--out", tmp_path / "new")
