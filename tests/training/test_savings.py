@@ -81,12 +81,15 @@ class TestStoredFeatures:
     def test_sampled_captions_train_alike_from_the_cache_and_online(
         self, cache: Path, cache_of_samples: Path, tmp_path: Path, target: str
     ) -> None:
-        """The stored variants; or any cache if all that is read of it is the feature of the full caption."""
+        """The stored variants; or any cache if all that is read of it is the feature of the full caption. Single
+        sentences are drawn from the same captions."""
         folder = cache_of_samples if target == "sampled" else cache
         arguments = ["--teacher.cache", str(folder), *SAMPLED, "--captions.target", target, "--captions.max_shift", "9"]
+        arguments += ["--loss.clip_sub", "1"]
         stored = train(tmp_path / "stored", *arguments)
         online = train(tmp_path / "online", *arguments, "--teacher.stored_features", "False")
         assert largest_difference(stored, online) < 1e-3
+        assert all(abs(a["clip_sub"] - b["clip_sub"]) < 1e-3 for a, b in zip(stored, online, strict=True))
         given = train(tmp_path / "given", "--teacher.cache", str(cache))
         assert abs(stored[0]["vrd_short"] - given[0]["vrd_short"]) > 1e-2, "short captions say something else"
 
