@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
+from eval.base.processes import leave_group
 from gpu_parts.findings import Finding, Findings, Setting
 from gpu_parts.numerics import tf32
 from gpu_parts.sides import build_side, sizes
@@ -139,7 +140,7 @@ def nccl_part(setting: Setting) -> Findings:
                 # AdamW's first step has one size whatever the gradient's: a sign that differs is two of them
                 share = float(((moved - weights).abs() > 1e-5).float().mean())
                 yield Finding(f"{name}: weights that moved otherwise", share, "of 1", 1e-3)
-            dist.destroy_process_group()
+            leave_group()
 
 
 def run_part(setting: Setting) -> Findings:

@@ -140,7 +140,7 @@ def test_a_new_file_that_is_taken_for_a_leftover_is_made_again(tmp_path: Path, m
     real = os.open
     monkeypatch.setattr(os, "open", opened)
     write_text(tmp_path / "a", "a")
-    assert len(made) == 3 and (tmp_path / "a").read_text() == "a"
+    assert len(set(made)) == 3 and (tmp_path / "a").read_text() == "a"
 
 
 def test_a_folder_appears_once_it_is_filled(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def test_a_band_is_drawn_about_its_line_alone() -> None:
     banded = line_chart(lines, COLOURS, "x", x_label="tokens", y_label="R@1 %", bands={"a": [(45, 55), (35, 45)]})
     ElementTree.fromstring(banded)
     assert "PolyCollection" not in plain and banded.count('PolyCollection_1"') == 1
-    band = banded[banded.index("FillBetween") :][:600]
+    band = banded[banded.index('PolyCollection_1"') :][:600]
     assert "var(--line-0)" in band and "opacity" in band
     assert ">tokens<" in banded and ">R@1 %<" in banded
     assert not re.search(r"#0000|: #", banded)

@@ -245,6 +245,8 @@ def test_tokens_of_a_sentencepiece_tokenizer(mode: str, expected: int) -> None:
             ids = torch.tensor(ids) if return_tensors == "pt" else ids
             return SimpleNamespace(input_ids=ids) if add_special_tokens else Ids(input_ids=ids)
 
+        batch_encode_plus = __call__  # open_clip 3.2's name for it
+
     class Ids(dict):
         __getattr__ = dict.__getitem__
 

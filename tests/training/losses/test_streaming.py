@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from eval.base.processes import leave_group
 from training.losses import PairedLosses, clip_loss, crd_loss, paired_losses
 from training.pca import pca_factors
 
@@ -278,7 +279,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     torch.save(computed((rank, 2)), out)
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":
