@@ -92,7 +92,7 @@ def main() -> None:
     first = model_name(options.checkpoint)
     if first in further:
         raise InputError(f"two models are called {first}: name the one of --against, as in other=CHECKPOINT")
-    with start(options.device, allow_tf32=False) as runtime:
+    with start(options.device, tf32=False) as runtime:
         retrieval_set = load_retrieval_set(options.protocol, options.root, options.limit, options.annotations)
         if retrieval_set.count_mismatch and runtime.is_main:
             print(f"warning: {retrieval_set.count_mismatch}", file=sys.stderr)

@@ -77,7 +77,7 @@ def main() -> None:
         print_protocols()
         return
     assert options.root is not None  # check() has seen to it
-    with start(options.device, allow_tf32=False) as runtime:
+    with start(options.device, tf32=False) as runtime:
         result = run(options, options.root)
         if runtime.is_main:
             if options.json is not None:

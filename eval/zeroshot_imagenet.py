@@ -82,7 +82,7 @@ def main() -> None:
     classnames = read_classnames(options.classnames)
     templates = read_templates(options.templates)
     labelled = find_labelled_images(options.imagenet_val, classnames, options.dataset)
-    with start(options.device, allow_tf32=False) as runtime:
+    with start(options.device, tf32=False) as runtime:
         answers = classify(options.load(), labelled, templates, options.encoding())
         if not runtime.is_main:
             return

@@ -5,7 +5,8 @@ Shapes: B samples, L tokens (for a picture: class tokens, then patches), C tower
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -35,3 +36,15 @@ class Trace:
     """Each token attends only to itself and to those before it."""
     num_prefix_tokens: int = 0
     """Number of class and distillation tokens of a picture, which stand before the patches."""
+
+    def tensors(self) -> list[Tensor]:
+        """The activations, without `valid`, in a fixed order."""
+        return [self.embedding, self.tokens, *self.hidden, *self.query, *self.key, *self.value]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Trace:
+        """`function` applied to each activation."""
+        hidden, query, key, value = (
+            [function(x) for x in layers] for layers in (self.hidden, self.query, self.key, self.value)
+        )
+        embedding, tokens = function(self.embedding), function(self.tokens)
+        return replace(self, embedding=embedding, tokens=tokens, hidden=hidden, query=query, key=key, value=value)

@@ -119,6 +119,17 @@ class Outputs:
     """What the layers of a tower compute, for layer losses. `hidden` and `embedding` are mapped to the teacher's
     width."""
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Outputs:
+        """`function` applied to each tensor that may carry a gradient."""
+        traces = {tower: trace.map(function) for tower, trace in self.traces.items()}
+        mapped = self.mapped.map(function)
+        return Outputs(self.features.map(function), mapped, self.parameters.map(function), traces)
+
+    def rows(self) -> list[Tensor]:
+        """All tensors with a row for each sample that may carry a gradient, in a fixed order."""
+        features = [*self.features.tensors().values(), *self.mapped.tensors().values()]
+        return features + [tensor for trace in self.traces.values() for tensor in trace.tensors()]
+
 
 @dataclass(frozen=True)
 class TeacherOutputs:

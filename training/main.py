@@ -30,7 +30,7 @@ def main() -> None:
         keep_freed_memory()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     with ExitStack() as held:
-        with start(config.run.device) as runtime:
+        with start(config.run.device, config.run.tf32) as runtime:
             logging.getLogger().setLevel(logging.INFO if runtime.is_main else logging.WARNING)
             for note in notes:
                 logging.getLogger(__name__).info(note)

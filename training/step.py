@@ -1,5 +1,8 @@
 """One training step: features, losses, gradient.
 
+The gradient is computed in two parts: from the losses to the features, then through the towers. Losses need full
+float32 in both directions, towers do not.
+
 With accumulation the batch is run in chunks without changing the contrastive gradient (GradCache, Gao et al. 2021):
 features of all chunks are computed without a graph, the loss is taken once over all of them, and each chunk is run
 again with d loss / d feature as its upstream gradient. BatchNorm uses the statistics of the chunk and moves once.
@@ -16,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from eval.base.tf32 import full_float32
 from training.data.samples import Batch
 from training.features import Features, Outputs, TeacherOutputs
 from training.objective import Objective
 from training.teachers import Teachers
 
-__all__ = ["backward_step", "seed_everything"]
+__all__ = ["backward_step", "losses_with_gradient", "seed_everything"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,14 +60,36 @@ def backward_step(
         if accumulation == 1:
             seed_everything(*key)
             outputs = module(*batch.inputs)
+            leaves = outputs.map(_leaf)
         else:
-            outputs = _outputs_without_graph(module, chunks, key)
+            leaves = _outputs_without_graph(module, chunks, key)
 
-    losses = objective(outputs, taught, batch.long_tokens, batch.short_tokens, batch.sub_tokens)
-    scaler.scale(losses["loss"]).backward()
-    if accumulation > 1:
-        _replay(module, chunks, outputs, autocast, key)
+    tokens = (batch.long_tokens, batch.short_tokens, batch.sub_tokens)
+    losses = losses_with_gradient(objective, leaves, taught, tokens, scaler)
+    if accumulation == 1:
+        _push(outputs, leaves, slice(None))
+    else:
+        _replay(module, chunks, leaves, autocast, key)
     return {name: value.detach() for name, value in losses.items()}
+
+
+def losses_with_gradient(
+    objective: Objective,
+    leaves: Outputs,
+    taught: TeacherOutputs | None,
+    tokens: tuple[Tensor, Tensor, Tensor | None],
+    scaler: torch.amp.GradScaler,
+) -> dict[str, Tensor]:
+    """The losses of `leaves`, which collect the (scaled) gradient of their weighted sum, computed in full float32.
+    `tokens` are what the objective reads of the captions.
+
+    The towers may round their products to TF32. The gradient stops at the leaves so that it is pushed through the
+    towers under their setting, and through the losses under this one.
+    """
+    with full_float32():
+        losses = objective(leaves, taught, *tokens)
+        scaler.scale(losses["loss"]).backward()
+    return losses
 
 
 @torch.no_grad()
@@ -78,18 +104,19 @@ def _outputs_without_graph(module: nn.Module, chunks: list[Batch], key: tuple[in
         parts.append(distiller(*chunk.inputs))
     for name, value in distiller.named_buffers():
         value.copy_(buffers[name])
-    return Outputs(
-        Features.joined([part.features for part in parts]).map(_leaf),
-        Features.joined([part.mapped for part in parts]).map(_leaf),
-        parts[-1].parameters.map(_leaf),
+    joined = Outputs(
+        Features.joined([part.features for part in parts]),
+        Features.joined([part.mapped for part in parts]),
+        parts[-1].parameters,
     )
+    return joined.map(_leaf)
 
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-def _replay(module: nn.Module, chunks: list[Batch], first: Outputs, autocast: Any, key: tuple[int, ...]) -> None:
+def _replay(module: nn.Module, chunks: list[Batch], leaves: Outputs, autocast: Any, key: tuple[int, ...]) -> None:
     """Run each chunk with a graph and push the cached gradients through it; DDP averages after the last one."""
     start = 0
     for number, chunk in enumerate(chunks):
@@ -99,21 +126,22 @@ def _replay(module: nn.Module, chunks: list[Batch], first: Outputs, autocast: An
             seed_everything(*key, number)
             with autocast:
                 again = module(*chunk.inputs)
-            rows = slice(start, start + len(chunk.keys))
-            pairs = [*_with_gradient(again.features, first.features, rows)]
-            pairs += _with_gradient(again.mapped, first.mapped, rows)
-            if last:
-                learned = zip(again.parameters.tensors(), first.parameters.tensors(), strict=True)
-                pairs += [(value, leaf.grad) for value, leaf in learned if leaf.grad is not None]
-            live = [(value, grad) for value, grad in pairs if value.requires_grad]  # a frozen tower's do not
-            torch.autograd.backward([value for value, _ in live], [grad for _, grad in live])
+            _push(again, leaves, slice(start, start + len(chunk.keys)), with_parameters=last)
         start += len(chunk.keys)
 
 
-def _with_gradient(again: Features, first: Features, rows: slice) -> list[tuple[Tensor, Tensor]]:
-    """Features of a chunk, each with the gradient that its rows have collected."""
-    leaves = first.tensors().items()
-    return [(again[name], leaf.grad[rows]) for name, leaf in leaves if leaf.grad is not None]
+def _push(outputs: Outputs, leaves: Outputs, rows: slice, *, with_parameters: bool = True) -> None:
+    """Push the gradients that `rows` of the leaves have collected through the graph of `outputs`."""
+    pairs = [
+        (value, leaf.grad[rows])
+        for value, leaf in zip(outputs.rows(), leaves.rows(), strict=True)
+        if leaf.grad is not None
+    ]
+    if with_parameters:
+        learned = zip(outputs.parameters.tensors(), leaves.parameters.tensors(), strict=True)
+        pairs += [(value, leaf.grad) for value, leaf in learned if leaf.grad is not None]
+    live = [(value, grad) for value, grad in pairs if value.requires_grad]  # a frozen tower's do not
+    torch.autograd.backward([value for value, _ in live], [grad for _, grad in live])
 
 
 def _split(batch: Batch, accumulation: int) -> list[Batch]:

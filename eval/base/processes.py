@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from eval.base.progress import Interrupted
+from eval.base.tf32 import allow_tf32
 from eval.base.workers import end_with_parent
 from longclip_teacher.errors import InputError
 from longclip_teacher.folder_lock import folder_lock
@@ -75,18 +76,17 @@ class Runtime:
 
 
 @contextmanager
-def start(device: str = "auto", allow_tf32: bool = True) -> Iterator[Runtime]:
+def start(device: str = "auto", tf32: bool = True) -> Iterator[Runtime]:
     """Join the process group that torchrun's environment describes (gloo for tensors on the CPU, nccl for those on
     GPUs), or run alone.
 
-    `device`: see `process_device`. `allow_tf32` lets a GPU round the inputs of its float32 products, as training does.
+    `device`: see `process_device`. `tf32` lets a GPU round the inputs of its float32 products, as training does.
     """
     chosen = process_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        torch.backends.cudnn.allow_tf32 = allow_tf32
+        allow_tf32(tf32)
         leave_out_cudnn_attention()
     if world_size == 1:
         yield Runtime(0, 1, chosen)

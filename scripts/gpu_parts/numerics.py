@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from benches.step import random_batch
 from benches.text import random_captions
+from eval.base.tf32 import allow_tf32, full_float32
 from gpu_parts.findings import Finding, Findings, Setting
 from longclip_teacher import create_teacher
 from longclip_teacher.text import caption_lengths
@@ -25,6 +26,7 @@ from training.objective import Objective
 from training.pca import pca_project
 from training.settings.losses import LossOptions
 from training.settings.needs import needs_of
+from training.step import losses_with_gradient
 
 __all__ = ["every_loss", "losses_part", "tf32", "towers_part"]
 
@@ -42,7 +44,7 @@ _GRADIENTS = {"fp32": 1e-3, "fp32 with TF32": 5e-2, "bf16": 2e-1}
 def tf32(allowed: bool) -> Iterator[None]:
     """Let float32 products of a GPU round their inputs to TF32, or not, while the block runs."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    allow_tf32(allowed)
     try:
         yield
     finally:
@@ -67,9 +69,9 @@ def losses_part(setting: Setting) -> Findings:
 
 
 def every_loss() -> LossOptions:
-    """All losses of pairs and features at once."""
+    """All losses of pairs and features at once, those of sub-captions aside: they are the same functions."""
     weights = {"pair": 0.3, "across": 0.3, "feature": 0.7}
-    on = {loss.option(part): weights.get(loss.family, 0.0) for loss in LOSSES for part in loss.parts}
+    on = {loss.option(part): weights.get(loss.family, 0.0) for loss in LOSSES for part in loss.parts if part != "sub"}
     on |= {"gd_long": 1e4, "gd_short": 1e4, "masked_fd": 0.0}
     return LossOptions(**on, share_identical_captions=True, teacher_scale=50.0)
 
@@ -95,13 +97,16 @@ def _loss_results(batch: int, device: torch.device, dtype: torch.dtype) -> dict[
     tokens[1::7] = tokens[0]
     tokens = tokens.to(device)
     outputs = Outputs(Features.of(student), Features(), parameters)
-    found = objective(outputs, TeacherOutputs(Features.of(teacher)), tokens, tokens)
-    gradients = torch.autograd.grad(found["loss"], [*student.values(), leaf])
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    taught = TeacherOutputs(Features.of(teacher))
+    found = losses_with_gradient(objective, outputs, taught, (tokens, tokens, None), scaler)
     results = {name: value.detach() for name, value in found.items()}
-    results |= {f"gradient of {name}": value for name, value in zip((*student, "scale"), gradients, strict=True)}
-    reduced = pca_project(student["image"])
+    leaves = {**student, "scale": leaf}
+    results |= {f"gradient of {name}": value.grad for name, value in leaves.items() if value.grad is not None}
+    with full_float32():  # as the step does
+        reduced = pca_project(student["image"])
+        results["gradient of PCA"] = torch.autograd.grad(reduced, student["image"], teacher["long"])[0]
     results["PCA"] = reduced.detach()
-    results["gradient of PCA"] = torch.autograd.grad(reduced, student["image"], teacher["long"])[0]
     return {name: value.double().cpu() for name, value in results.items()}
 
 

@@ -54,6 +54,8 @@ class RunOptions:
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast precision of the towers; losses and PCA always run in float32. fp16 scales the gradient (GradScaler)."""
+    tf32: bool = True
+    """Let a GPU round the inputs of the towers' float32 products to TF32. Losses and PCA never do."""
     global_batch_size: int = 128
     """Pairs per step, summed over all processes; the contrastive losses compare all of them."""
     accumulation: int = 1
