@@ -98,6 +98,7 @@ from eval.measures.costs import Cost, cost_conditions, measure_costs
 from eval.measures.figures import Column, best_models, figure_columns, figure_conditions, format_figure, model_figures
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
+from eval.pages.behaviour_page import chart_of_cuts
 from eval.pages.report import Report, model_colours, write_report
 from eval.towers.models import load_model
 from longclip_teacher.atomic_files import write_json
@@ -365,12 +366,11 @@ def report(
     notes: list[str],
 ) -> None:
     """Write report.html."""
-    seed = options.seeds[0]
-    distilled = load_model(options.run_dir("distilled", seed))
-    sets = test_sets(student_config(options))
-    runs = {name: options.run_dir(name, seed) for name in STUDENTS}
-    provenance = run_provenance(runs["distilled"])
-    provenance["command"] = shlex.join(["python", *sys.argv])
+    sets, colours = test_sets(student_config(options)), model_colours(models)
+    runs = {name: options.run_dir(name, options.seeds[0]) for name in STUDENTS}
+    read = {name: load_model(folder) for name, folder in {"teacher": options.teacher, **runs}.items()}
+    distilled, cuts = read["distilled"], chart_of_cuts(read, "twins", sets["twins"], colours)
+    provenance = run_provenance(runs["distilled"]) | {"command": shlex.join(["python", *sys.argv])}
     write_report(
         options.out / "report.html",
         Report(
@@ -385,7 +385,7 @@ def report(
             models=models,
             spreads=spreads,
             conditions=conditions,
-            sections={"Training": training_curves(runs, model_colours(models))},
+            sections={"What is read of a caption": [cuts], "Training": training_curves(runs, colours)},
             examples={
                 f"The distilled student on the {name} test": retrieval_examples(encode_retrieval_set(distilled, found))
                 for name, found in sets.items()

@@ -32,7 +32,7 @@ from eval.towers.features import Encoding, encode_captions, show_track
 from eval.towers.models import ClipModel
 from longclip_teacher.text import CaptionTokenizer
 
-__all__ = ["cut_lengths", "decided_at", "measure_behaviour"]
+__all__ = ["cut_lengths", "decided_at", "measure_behaviour", "measure_cuts"]
 
 _CUT_STEP = 8
 _OTHER_CUTS = (20, 77)  # MobileCLIP's effective length of Long-CLIP's paper, and CLIP's context
@@ -80,6 +80,18 @@ def measure_behaviour(model: ClipModel, encoded: EncodedSet, encoding: Encoding 
         "caption_image": encoded.caption_image.tolist(),
     }
     return {"figures": _figures(model, encoded, encoding, found, measured), **measured}
+
+
+def measure_cuts(model: ClipModel, encoded: EncodedSet, encoding: Encoding = Encoding()) -> dict[str, Any]:
+    """Return of `measure_behaviour` only what shows the recall of captions that are cut, for a fraction of the time."""
+    passes = _Passes(model, encoded, replace(encoding, cache=None, show_progress=False))
+    steps = [step for step in _steps(model, encoded) if step.edit.name == "intact" or step.num_tokens is not None]
+    measured = {
+        "hits": {step.edit.name: passes.measure(step)["hits"] for step in steps},
+        "caption_image": encoded.caption_image.tolist(),
+    }
+    longest = min(max(passes.num_tokens), model.context_length)
+    return {"figures": {"tokens_used": _tokens_used(measured, longest)}, **measured}
 
 
 def cut_lengths(longest: int) -> list[int]:
@@ -212,7 +224,6 @@ def _figures(
     hits = read_hits([measured])
     num_sentences = [len(split_sentences(caption)) for caption in encoded.captions]
     num_tokens = [model.tokenizer.count_tokens(caption) for caption in encoded.captions]
-    longest = min(max(num_tokens), model.context_length)
 
     def compared(name: str) -> dict[str, Any]:
         return found[name] | loss_figures(hits, name, measured["caption_image"])
@@ -227,13 +238,18 @@ def _figures(
         "num_of_one_sentence": sum(number <= 1 for number in num_sentences),
         "median_tokens": float(np.median(num_tokens)),
         "intact": {way: found["intact"][way] for way in WAYS},
-        "tokens_used": {way: tokens_used(hits, way, measured["caption_image"], longest).plain() for way in WAYS},
+        "tokens_used": _tokens_used(measured, min(max(num_tokens), model.context_length)),
         "edits": {edit.name: compared(edit.name) for edit in EDITS},
         "cuts": {name: compared(name) for name in found if name.startswith("cut_")},
         "only_sentence": {name: found[name] for name in found if name.startswith("only_")},
         "details": {kind: _preference(prefers) for kind, prefers in measured["prefers"].items()},
         "padding": padding_cosines(model, [first_sentences(text, 1) for text in encoded.captions], encoding),
     }
+
+
+def _tokens_used(measured: dict[str, Any], longest: int) -> dict[str, Any]:
+    hits = read_hits([measured])
+    return {way: tokens_used(hits, way, measured["caption_image"], longest).plain() for way in WAYS}
 
 
 def _preference(prefers: Sequence[float | None]) -> dict[str, Any]:

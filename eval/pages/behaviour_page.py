@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from eval.benchmarks.protocols import RetrievalSet
+from eval.measures.behaviour import measure_cuts
 from eval.measures.behaviour_figures import TOLERANCE, Behaviour, Effect
 from eval.measures.bootstrap import Estimate
 from eval.measures.caption_edits import EDITS, FILLER
 from eval.measures.figures import WAYS
+from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.behaviour_words import shown_loss
 from eval.pages.charts import group_chart, line_chart
 from eval.pages.report import Chart, PlainTable
+from eval.towers.models import ClipModel
 
-__all__ = ["behaviour_charts", "behaviour_tables"]
+__all__ = ["behaviour_charts", "behaviour_tables", "chart_of_cuts"]
 
 _REARRANGED = {
     "first_removed": "first\nremoved",
@@ -132,7 +136,13 @@ def behaviour_charts(behaviour: Behaviour, colours: Mapping[str, int]) -> list[C
     ]
 
 
-def _cuts(behaviour: Behaviour, colours: Mapping[str, int], way: str, words: str) -> Chart | None:
+def chart_of_cuts(models: Mapping[str, ClipModel], test: str, found: RetrievalSet, colours: Mapping[str, int]) -> Chart:
+    """Return the chart of R@1, from caption to picture, by the number of tokens at which captions are cut."""
+    measured = {name: [measure_cuts(model, encode_retrieval_set(model, found))] for name, model in models.items()}
+    return _cuts(Behaviour(test, measured), colours, "t2i", WAYS["t2i"])
+
+
+def _cuts(behaviour: Behaviour, colours: Mapping[str, int], way: str, words: str) -> Chart:
     found = {model: behaviour.cuts(model, way) for model in behaviour.measured}
     lines = {model: [(float(cut), it.value) for cut, it in cuts.items()] for model, cuts in found.items()}
     bands = {model: [(it.low, it.high) for it in cuts.values()] for model, cuts in found.items()}

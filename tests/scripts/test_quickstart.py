@@ -115,7 +115,8 @@ def test_two_seeds_from_data_to_report(
     assert all(condition in words for condition in conditions)
     page = (out / "report.html").read_text()
     assert all(condition in page for condition in conditions)
-    assert page.count("<svg") == 2  # validation after each of the two steps, both ways; one logged step makes no curve
+    # captions cut; validation after each of the two steps, both ways; one logged step makes no curve
+    assert page.count("<svg") == 3 and "twins, caption → picture: captions cut" in page
     assert page.count("data:image") > 10
     assert "http://" not in page.replace("http://www.w3.org/", "")  # SVG's namespaces name no place to load from
 
