@@ -114,6 +114,11 @@ def _use(model: Exported) -> list[str]:
 
 def _limits(model: Exported) -> list[str]:
     return [
+        "## Terms",
+        "",
+        "The export does not know the terms of the weights from which this model or its teacher started. They bind "
+        "this model too: one that descends from Apple's MobileCLIP weights is for research only.",
+        "",
         "## Limits",
         "",
         "- Pictures must be resized as in training, with antialiasing; other resizing changes the features.",

@@ -117,6 +117,7 @@ def test_the_folder_is_complete_and_says_what_is_in_it(exported: tuple[Path, Pat
     torch.testing.assert_close(dict(kept.state_dict()), dict(expected))
     card = files["README.md"].read_text()
     assert f"captions of up to {CONTEXT} tokens" in card and "onnx/vision_model_fp16.onnx" in card
+    assert "does not know the terms of the weights" in card
 
 
 def test_no_file_tells_about_the_machine(exported: tuple[Path, Path]) -> None:
