@@ -75,12 +75,12 @@ class Exported:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of pictures, channel by channel."""
+        """Each channel's value, for the normalisation of pictures."""
         return tuple(self.model.preprocess_cfg.mean)
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Of pictures, channel by channel."""
+        """Each channel's value, for the normalisation of pictures."""
         return tuple(self.model.preprocess_cfg.std)
 
 

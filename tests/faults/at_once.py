@@ -17,7 +17,7 @@ from faults.trials import Row
 from longclip_teacher import folder_lock
 from longclip_teacher.errors import InputError
 
-__all__ = ["ROWS"]
+__all__ = ["ROWS", "lock_nothing"]
 
 _REFUSED = 2
 
@@ -63,7 +63,8 @@ def _write(target: Path, log: Path, number: int, wait: bool, delays: list[float]
         raise SystemExit(_REFUSED if is_told else 1) from None
 
 
-def _lock_nothing(patch: pytest.MonkeyPatch) -> None:
+def lock_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Give every process the lock."""
     patch.setattr(folder_lock, "try_lock", lambda descriptor: True)
 
 
@@ -76,7 +77,7 @@ ROWS = [
         full=40,
         few=5,
         off="every process gets the lock",
-        switch_off=_lock_nothing,
+        switch_off=lock_nothing,
         num_off=10,
         per_process=10,
     ),

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 import cache_teacher
@@ -19,9 +18,9 @@ import make_digit_scenes
 import make_shards
 import quickstart
 from at_once import start
+from faults.at_once import lock_nothing
 from faults.runs import checkout, checkpoint_content, difference, ended, run_arguments
-from faults.trials import Row
-from longclip_teacher import folder_lock
+from faults.trials import Row, last_line
 from training import main as training_main
 from training.record.run_log import read_metrics
 from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER
@@ -90,11 +89,11 @@ def trial(draws: random.Random, folder: Path, material: Path) -> str | None:
     status = ended(pids)
     for number, code in enumerate(status):
         if code not in (0, 2) and not (number == killed and code == -signal.SIGKILL):
-            return f"{kind}: the command number {number} ended with {code}: {_last_line(logs[number])}"
+            return f"{kind}: the command number {number} ended with {code}: {last_line(logs[number])}"
         if code == 2 and not re.search(_IN_USE, logs[number].read_text(), re.MULTILINE):
-            return f"{kind}: {_last_line(logs[number])}"
+            return f"{kind}: {last_line(logs[number])}"
     if 0 not in status and ended([start(main, line, logs[2])]) != [0]:
-        return f"{kind}: after a kill: {_last_line(logs[2])}"
+        return f"{kind}: after a kill: {last_line(logs[2])}"
     if kind == "runs":
         return _other_run(out, material / kind)
     written, expected = _contents(out), _contents(material / kind)
@@ -114,7 +113,7 @@ def _one_is_refused(pids: Sequence[int], logs: Sequence[Path]) -> str | None:
         ends[number] = ended([pids[number]])[0]
     refused = [number for number, code in ends.items() if code == 2]
     if len(refused) != 1 or not re.search(_IN_USE, logs[refused[0]].read_text(), re.MULTILINE):
-        return f"quickstarts: they ended with {ends}: {[_last_line(log) for log in logs[:2]]}"
+        return f"quickstarts: they ended with {ends}: {[last_line(log) for log in logs[:2]]}"
     other = ends[1 - refused[0]]
     return None if other in (128 + signal.SIGTERM, -signal.SIGTERM) else f"quickstarts: the first ended with {other}"
 
@@ -130,15 +129,6 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text().strip().splitlines() if log.is_file() else []
-    return lines[-1][:200] if lines else "it said nothing"
-
-
-def _lock_nothing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(folder_lock, "try_lock", lambda descriptor: True)
-
-
 ROWS = [
     Row(
         "commands at once",
@@ -148,7 +138,7 @@ ROWS = [
         full=200,
         few=2,
         off="every process gets the lock",
-        switch_off=_lock_nothing,
+        switch_off=lock_nothing,
         num_off=5,
         prepare=material_of_commands,
         seconds=300,

@@ -24,7 +24,7 @@ from typing import TypeAlias
 
 import pytest
 
-__all__ = ["Row", "Trial", "forked", "outcomes", "prepared"]
+__all__ = ["Row", "Trial", "forked", "last_line", "outcomes", "prepared"]
 
 Trial: TypeAlias = Callable[[random.Random, Path, Path], "str | None"]
 """Called with random numbers, an empty folder and the row's material. Returns what went wrong, None if nothing did."""
@@ -105,7 +105,7 @@ def _in_one_process(row: Row, numbers: range, seed: int, material: Path, defende
                 ended, _, _ = select.select([report], [], [], row.seconds)
                 line = report.readline() if ended else b""
                 if not line:
-                    yield f"it died ({_last_line(log)})" if ended else f"no end within {row.seconds:g} s"
+                    yield f"it died ({last_line(log)})" if ended else f"no end within {row.seconds:g} s"
                     return
                 yield json.loads(line)
     finally:
@@ -142,7 +142,7 @@ def forked(function: Callable[[], None], log: Path, seconds: float) -> str | Non
     status = _end(pid)
     if not ended:
         return f"no end within {seconds:g} s"
-    return None if status == 0 else f"status {status}: {_last_line(log)}"
+    return None if status == 0 else f"status {status}: {last_line(log)}"
 
 
 def _become_child(log: Path) -> None:
@@ -163,6 +163,7 @@ def _end(pid: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """The last line of what a process printed."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     return lines[-1][:200] if lines else "it said nothing"

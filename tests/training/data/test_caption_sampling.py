@@ -207,7 +207,7 @@ def test_the_first_sentence_has_its_full_stop(shards: Path) -> None:
 
 
 def test_single_sentences_are_those_of_the_full_caption(shards: Path) -> None:
-    """Of whatever long caption is read, sampled or not; and they change no other draw."""
+    """They stay the same if the long caption is sampled, and they change no other draw."""
     for sampling in (NO_SAMPLING, replace(ALL_ON, sub_captions=2)):
         without = rows(loader(shards, sampling=sampling).batches(1))
         batches = list(loader(shards, sampling=sampling, reads_sub=True).batches(1))
