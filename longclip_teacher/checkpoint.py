@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from longclip_teacher.activation import Activation
+from longclip_teacher.ancestry import NOT_RECORDED, ancestry_to_json, hub_ancestry, recorded, unrecorded
 from longclip_teacher.config import ImageTowerConfig, TeacherConfig, TextTowerConfig
 from longclip_teacher.errors import InputError
 from longclip_teacher.key_layouts import FROZEN_POSITIONS, POSITIONS, to_our_keys
@@ -75,6 +76,7 @@ def load_teacher(
     path = file.path
     if file.metadata.get("format") == _FORMAT:
         model = _build(_config_inside(file), _own_tensors(file), context_length, path)
+        model.ancestry = recorded(file.ancestry, _KIND, file.content_sha256)
         logger.info("%s: %s", name, model.config.describe())
     else:
         tensors, is_quickgelu = to_our_keys(file.tensors, path)
@@ -85,6 +87,10 @@ def load_teacher(
         stretched = model.context_length > config.text.context_length
         origin = f" (stretched from {config.text.context_length})" if stretched else ""
         RECOGNISED.info("%s: %s%s%s", name, model.config.describe(), origin, file.remark)
+        if isinstance(source, WeightsFile) or Path(source).exists():
+            model.ancestry = unrecorded(f"{path.name} ({model.config.describe()})", file.sha256)
+        else:
+            model.ancestry = hub_ancestry(_HUB_FILES[name][0], file.sha256)
     if activation is not None and activation != model.config.activation:
         raise InputError(f"{path} is a {model.config.activation} model: leave out activation={activation!r}")
     return model.to(device).eval().requires_grad_(False)
@@ -105,11 +111,12 @@ def teacher_file(name_or_path: str | Path) -> Path:
 
 
 def save_teacher(model: LongCLIP, path: str | Path) -> None:
-    """Write the weights, with the configuration inside, to a `.safetensors` file, atomically."""
+    """Write the weights, with the configuration and the ancestors inside, to a `.safetensors` file, atomically."""
     if Path(path).suffix != ".safetensors":
         raise InputError(f"a teacher is saved as safetensors: name the file {Path(path).with_suffix('.safetensors')}")
     metadata = {"format": _FORMAT, "kind": _KIND, "config": json.dumps(model.config.to_dict())}
-    write_weights(path, model.state_dict(), metadata)
+    ancestry = "" if model.ancestry == NOT_RECORDED else json.dumps(ancestry_to_json(model.ancestry))
+    write_weights(path, model.state_dict(), metadata, ancestry)
 
 
 def export_official(model: LongCLIP) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longclip_teacher.ancestry import NOT_RECORDED, Ancestry
 from longclip_teacher.config import TEACHERS, ImageTowerConfig, TeacherConfig
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, caption_lengths, length_buckets, trim, truncate
@@ -47,6 +48,8 @@ class LongCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log space
         self.trim_captions = True
         """False: `encode_text` passes the whole batch at once, each caption padded to the context length."""
+        self.ancestry: Ancestry = NOT_RECORDED
+        """Where its weights come from; saved with them."""
 
     def encode_image(self, images: Float[Tensor, "B 3 H W"], normalize: bool = False) -> Float[Tensor, "B D"]:
         """Features of images that `preprocess` (or `preprocess_cfg`'s mean and std) has normalised."""

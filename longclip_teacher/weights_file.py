@@ -47,6 +47,7 @@ RUN_WEIGHTS = ("best.safetensors", "last.safetensors")
 # in the metadata of our safetensors files: the kind of checksum, and the checksum of everything else; two entries, so
 # that damage to the name of one of them is found too
 _CHECKSUM = ("checksum", "sha256")
+_ANCESTRY = "ancestry"
 _SAFE_TORCH_LOAD = (2, 10)  # weights_only=True had bypasses before this release
 
 
@@ -60,7 +61,9 @@ class WeightsFile:
     place: str = ""
     """Where in a torch file the state dict was, such as `state_dict_ema (an averaged copy)`; "" if the file is one."""
     checksum: str = ""
-    """The `content_sha256` that the file itself holds and that was found to be right; "" if it holds none."""
+    """The `content_sha256` that the file itself vouches for and that was found to be right; "" for other files."""
+    ancestry: str = ""
+    """The record of the weights' ancestors (ancestry.py), as JSON; "" if the file holds none."""
 
     @cached_property
     def sha256(self) -> str:
@@ -69,7 +72,7 @@ class WeightsFile:
 
     @cached_property
     def content_sha256(self) -> str:
-        """Hash of tensors and metadata."""
+        """Hash of tensors and metadata. It does not depend on the record of ancestors."""
         return self.checksum or content_sha256(self.tensors, self.metadata)
 
     @property
@@ -115,10 +118,12 @@ def _read_safetensors(path: Path) -> WeightsFile:
     except (SafetensorError, OSError) as error:
         raise _DamagedError(f"{path} is not a whole safetensors file ({_first_line(error)}): fetch it again") from None
     recorded = [metadata.pop(name) for name in _CHECKSUM if name in metadata]
-    if recorded and recorded != ["sha256", content_sha256(found, metadata)]:
+    ancestry = metadata.pop(_ANCESTRY, "")
+    checksum = content_sha256(found, metadata) if recorded else ""
+    if recorded and recorded != ["sha256", _sealed(checksum, ancestry)]:
         raise _DamagedError(f"{path} is damaged: its weights are not those that were written; copy or fetch it again")
     tensors = find_state_dict(found, path)[0] if found else found
-    return WeightsFile(path, tensors, metadata, checksum=recorded[1] if recorded else "")
+    return WeightsFile(path, tensors, metadata, checksum=checksum, ancestry=ancestry if recorded else "")
 
 
 def _read_previous(path: Path, error: _DamagedError) -> WeightsFile:
@@ -172,16 +177,20 @@ def torch_load(path: Path) -> object:
         raise InputError(f"{path} is not a whole torch weight file ({_first_line(error)}): fetch it again") from None
 
 
-def write_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_weights(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], ancestry: str = ""
+) -> None:
     """Write safetensors atomically: readers see the old file or the whole new one, also after a crash.
 
-    Equal weights and metadata give equal files. The metadata gain a checksum, which `read_weights` compares.
+    Equal weights, metadata and ancestors give equal files. The metadata gain the record of ancestors, if there is one,
+    and a checksum, which `read_weights` compares.
     """
     contents = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with atomic_file(Path(path)) as temporary:
-        checksum = dict(zip(_CHECKSUM, ("sha256", content_sha256(contents, metadata)), strict=True))
+        sealed = _sealed(content_sha256(contents, metadata), ancestry)
+        added = {**dict(zip(_CHECKSUM, ("sha256", sealed), strict=True)), **({_ANCESTRY: ancestry} if ancestry else {})}
         try:
-            save_file(contents, temporary, {**metadata, **checksum})
+            save_file(contents, temporary, {**metadata, **added})
         except SafetensorError as error:  # its writer hides what the disk says
             raise InputError(f"cannot write {path} ({_first_line(error)}): the file before it is as it was") from None
         _sort_metadata(temporary)
@@ -194,6 +203,12 @@ def content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _sealed(content: str, ancestry: str) -> str:
+    """The checksum of a file whose `content_sha256` this is. It covers the record of ancestors, which is no part of
+    what makes two models the same."""
+    return hashlib.sha256(f"{content}\n{ancestry}".encode()).hexdigest() if ancestry else content
 
 
 def _sort_metadata(path: Path) -> None:

@@ -15,6 +15,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
+from longclip_teacher.ancestry import (
+    NOT_RECORDED,
+    RESEARCH_ONLY,
+    Ancestor,
+    ancestry_to_json,
+    recorded,
+)
 from longclip_teacher.errors import InputError
 from longclip_teacher.positions import stretch_positions
 from longclip_teacher.weights_file import (
@@ -83,15 +90,22 @@ def load_student(
         config = replace(config, pad_mask=pad_mask)
     student = _empty_student(config)
     load_strictly(student, tensors, path)
-    if not is_own:
+    if is_own:
+        student.ancestry = recorded(weights.ancestry, "student", weights.content_sha256)
+    else:
+        # A file in a published layout counts as Apple's: renamed and fine-tuned ones have it too
+        is_local = isinstance(source, WeightsFile) or Path(source).exists()
+        published = f"MobileCLIP {config.variant} in its published layout" if is_local else name
+        student.ancestry = (Ancestor(published, RESEARCH_ONLY, weights.sha256),)
         RECOGNISED.info("%s: %s (%s)%s", name, config.describe(), origin, weights.remark)
     return student.to(device).eval()
 
 
 def save_student(student: MobileCLIP, path: str | Path) -> None:
-    """Write weights and configuration to one safetensors file; `load_student` needs nothing else."""
+    """Write weights, configuration and ancestors to one safetensors file; `load_student` needs nothing else."""
     metadata = {"format": _FORMAT, "kind": "student", "config": json.dumps(student.config.to_dict())}
-    write_weights(path, student.state_dict(), metadata)
+    ancestry = "" if student.ancestry == NOT_RECORDED else json.dumps(ancestry_to_json(student.ancestry))
+    write_weights(path, student.state_dict(), metadata, ancestry)
 
 
 def _empty_student(config: StudentConfig) -> MobileCLIP:

@@ -19,8 +19,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from longclip_teacher.activation import Activation
+from longclip_teacher.ancestry import NOT_KNOWN, NOT_RECORDED, RESEARCH_ONLY, Ancestor, Ancestry, merged
 from longclip_teacher.errors import InputError
-from longclip_teacher.weights_file import load_strictly
+from longclip_teacher.weights_file import content_sha256, load_strictly
 from mobileclip_student.checkpoint import load_student, resize_positions
 from mobileclip_student.image_encoder import PUBLISHED_TOWERS, VIT, ImageConfig
 from mobileclip_student.layouts import rename_clip_text
@@ -48,6 +49,7 @@ class LongCLIPText:
     """its state dict (`LongCLIP.text.state_dict()`)"""
     heads: int
     activation: Activation
+    ancestry: Ancestry = NOT_RECORDED
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class _TextTower:
     hybrid: bool
     causal: bool
     activation: Activation
+    ancestry: Ancestry
 
 
 def load_image_tower(student: MobileCLIP, source: MobileCLIP | str | Path) -> None:
@@ -78,9 +81,10 @@ def load_image_tower(student: MobileCLIP, source: MobileCLIP | str | Path) -> No
     ours, trunk = student.config.image, student.image_encoder.trunk
     if source == TIMM:
         name = "timm's weights"
-        tensors, theirs = _timm_tower(ours)
+        tensors, theirs, ancestry = _timm_tower(ours)
     else:
         other, name = _student(source)
+        ancestry = other.ancestry
         tensors, theirs = other.image_encoder.trunk.state_dict(), other.config.image
         if other.embed_dim != student.embed_dim:
             tensors = {key: value for key, value in tensors.items() if not key.startswith(_IMAGE_HEADS)}
@@ -96,6 +100,7 @@ def load_image_tower(student: MobileCLIP, source: MobileCLIP | str | Path) -> No
         key: value for key, value in trunk.state_dict().items() if key.startswith(_IMAGE_HEADS) and key not in tensors
     }
     load_strictly(trunk, {**tensors, **fresh}, f"the image tower of {name}")
+    student.ancestry = merged(student.ancestry, ancestry)
     logger.info("image tower from %s%s", name, "; its projection is fresh" if fresh else "")
     if (ours.mean, ours.std) != (theirs.mean, theirs.std):
         logger.info("pictures are normalised as that tower knows them: mean %s, std %s", theirs.mean, theirs.std)
@@ -133,6 +138,7 @@ def load_text_tower(student: MobileCLIP, source: MobileCLIP | LongCLIPText | str
     if is_fresh:
         tensors[_PROJECTION] = encoder.projection.detach()
     load_strictly(encoder, tensors, f"the text tower of {theirs.name}")
+    student.ancestry = merged(student.ancestry, theirs.ancestry)
     logger.info("text tower from %s%s", theirs.name, "; its projection is fresh" if is_fresh else "")
     if config.causal != theirs.causal:
         logger.info(
@@ -171,9 +177,9 @@ def _student(source: MobileCLIP | str | Path) -> tuple[MobileCLIP, str]:
     return other, name
 
 
-def _timm_tower(image: ImageConfig) -> tuple[dict[str, Tensor], ImageConfig]:
-    """timm's pretrained tensors of this tower without the head, and the tower's configuration with their mean and
-    std."""
+def _timm_tower(image: ImageConfig) -> tuple[dict[str, Tensor], ImageConfig, Ancestry]:
+    """timm's pretrained tensors of this tower without the head, the tower's configuration with their mean and std, and
+    their ancestry."""
     name = image.tower
     if image.tower == VIT:
         kind = _DEIT.get((image.width, image.heads))
@@ -197,8 +203,13 @@ def _timm_tower(image: ImageConfig) -> tuple[dict[str, Tensor], ImageConfig]:
             "fetch them where there is a network, or start the image tower from a student's file"
         ) from None
     pretrained = model.pretrained_cfg
-    logger.info("timm's %s.%s, licence %s", name, pretrained.get("tag"), pretrained.get("license"))
-    return model.state_dict(), replace(image, mean=tuple(pretrained["mean"]), std=tuple(pretrained["std"]))
+    source, terms = f"timm/{name}.{pretrained.get('tag')}", pretrained.get("license") or NOT_KNOWN
+    if "apple" in f"{pretrained.get('tag')} {pretrained.get('hf_hub_id')}":  # not every version of timm tells
+        terms = RESEARCH_ONLY
+    logger.info("timm's %s, licence %s", source.removeprefix("timm/"), terms)
+    tower = replace(image, mean=tuple(pretrained["mean"]), std=tuple(pretrained["std"]))
+    tensors = model.state_dict()
+    return tensors, tower, (Ancestor(source, terms, content_sha256(tensors, {})),)
 
 
 def _resampled(positions: Tensor, ours: ImageConfig, theirs: ImageConfig) -> Tensor:
@@ -213,7 +224,7 @@ def _text_tower(source: MobileCLIP | LongCLIPText | str | Path) -> _TextTower:
         other, name = _student(source)
         text = other.config.text
         tensors = dict(other.text_encoder.state_dict())
-        return _TextTower(name, tensors, text.heads, text.hybrid, text.causal, text.activation)
+        return _TextTower(name, tensors, text.heads, text.hybrid, text.causal, text.activation, other.ancestry)
     name, tensors = "the given Long-CLIP", rename_clip_text(source.tensors)
     frozen = tensors.pop(_FROZEN_POSITIONS, None)
     for key in (_POSITIONS, _PROJECTION, "ln_final.weight"):
@@ -221,7 +232,15 @@ def _text_tower(source: MobileCLIP | LongCLIPText | str | Path) -> _TextTower:
             raise InputError(f"{name} has no {key} in its text tower: give LongCLIP.text.state_dict()")
     if frozen is not None:
         tensors[_POSITIONS] = torch.cat([frozen, tensors[_POSITIONS]])
-    return _TextTower(name, tensors, source.heads, hybrid=False, causal=True, activation=source.activation)
+    return _TextTower(
+        name,
+        tensors,
+        source.heads,
+        hybrid=False,
+        causal=True,
+        activation=source.activation,
+        ancestry=source.ancestry,
+    )
 
 
 def _spaced_layers(theirs: _TextTower, layers: int) -> dict[str, Tensor]:

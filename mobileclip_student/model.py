@@ -19,6 +19,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from longclip_teacher.ancestry import NOT_RECORDED, Ancestry
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CONTEXT_LENGTH, CaptionTokenizer
 from mobileclip_student.image_encoder import FIXED_SIZE_TOWERS, VIT, ImageConfig, ImageEncoder
@@ -100,6 +101,8 @@ class MobileCLIP(nn.Module):
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / _INITIAL_TEMPERATURE)))  # log space
         self.tokenizer = CaptionTokenizer(config.context_length)
+        self.ancestry: Ancestry = NOT_RECORDED
+        """Where its weights come from; saved with them."""
 
     def encode_image(self, images: Float[Tensor, "B 3 R R"], normalize: bool = False) -> Float[Tensor, "B D"]:
         """Features of images that `preprocess` (or its mean and std) has normalised."""

@@ -104,6 +104,7 @@ from eval.base.freed_memory import keep_freed_memory
 from eval.base.processes import Runtime, agreed, all_results, job_lock, on_main, start
 from eval.towers.models import load_model
 from longclip_teacher import LongCLIP
+from longclip_teacher.ancestry import merged
 from longclip_teacher.weights_file import file_sha256
 from training.cache.freshness import is_stale
 from training.cache.manifest import (
@@ -126,7 +127,7 @@ from training.cache.writer import SidecarWriter, cache_settings
 from training.data.index import ShardIndex, expand_patterns, is_remote
 
 _STDERR = plain_console(stderr=True)
-_MAY_DIFFER = ("teacher", "libraries")  # settings in which the sidecars of a cache may differ
+_MAY_DIFFER = ("teacher", "libraries", "ancestry")  # settings in which the sidecars of a cache may differ
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def prepare(options: Options, folder: Path, device: torch.device) -> Work:
         caption_views=options.caption_views,
     )
     if (folder / CACHE_MANIFEST).is_file():
-        _refuse_other_settings(folder, settings)
+        before = _refuse_other_settings(folder, settings)
+        settings = replace(settings, ancestry=merged(before.ancestry, settings.ancestry))
     identities = shard_identities(index)
     records = read_records(folder)
     finished = [_finished(folder, shard, records.get(shard.shard)) for shard in identities]
@@ -181,8 +183,9 @@ def prepare(options: Options, folder: Path, device: torch.device) -> Work:
     )
 
 
-def _refuse_other_settings(folder: Path, settings: CacheSettings) -> None:
-    """Raise InputError if the cache in `folder` has other settings. Only warn about other library versions."""
+def _refuse_other_settings(folder: Path, settings: CacheSettings) -> CacheSettings:
+    """The settings of the cache in `folder`. Raise InputError if they are others. Only warn about other library
+    versions."""
     before, _ = read_cache(folder)
     if before.teacher_sha256 in teacher_hashes(settings.teacher):
         settings = replace(settings, teacher_sha256=before.teacher_sha256)
@@ -199,6 +202,7 @@ def _refuse_other_settings(folder: Path, settings: CacheSettings) -> None:
             f"{name} {version}" for name, version in before.libraries.items() if settings.libraries[name] != version
         ]
         print(f"warning: the sidecars in {folder} were made with {', '.join(other)}", file=sys.stderr)
+    return before
 
 
 def _other(folder: Path, name: str, old: object, new: object) -> InputError:

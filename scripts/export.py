@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from eval.base.arguments import answer_early, read_options
+from longclip_teacher.ancestry import describe_terms
 from longclip_teacher.errors import InputError, run_command
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript", "tokenizers")
@@ -90,7 +91,9 @@ def main() -> None:
         (folder / "README.md").write_text(model_card(model, rows), encoding="utf-8")
         write_manifest(folder)
     print_table(rows)
-    plain_console(soft_wrap=True).print(f"Exported: {options.out}")
+    say = plain_console(soft_wrap=True).print
+    say(f"Terms: {describe_terms(model.model.ancestry)}")
+    say(f"Exported: {options.out}")
 
 
 def write_graphs(model: Exported, folder: Path) -> list[Written]:

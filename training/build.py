@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from eval.measures.zeroshot import zeroshot_classifier
 from eval.towers.models import load_model
 from longclip_teacher import LongCLIP, create_teacher, load_teacher
 from longclip_teacher.activation import Activation
+from longclip_teacher.ancestry import as_teacher, describe_terms, merged
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from mobileclip_student import MobileCLIP, create_student, load_student
@@ -36,6 +38,7 @@ from training.step import seed_everything
 from training.teachers import Teachers, views_of
 from training.unreached import check_learns
 
+logger = logging.getLogger(__name__)
 CLIP_CONTEXT_LENGTH = 77
 
 __all__ = [
@@ -62,11 +65,14 @@ def build_distillation(config: TrainConfig, runtime: Runtime) -> Distillation:
         model: MobileCLIP | LongCLIP = _teacher_to_train(config)
     else:
         model = build_student(config, teacher_info["long"].embed_dim if teacher_info else None)
+    if teachers is not None:
+        model.ancestry = merged(model.ancestry, as_teacher(teachers.ancestry))
     model.requires_grad_(True)
     model.train()
     if config.loss.init_logit_scale is not None:
         with torch.no_grad():
             model.logit_scale.fill_(config.loss.init_logit_scale).log_()
+    logger.info("terms of the trained model: %s", describe_terms(model.ancestry))
     distillation = assemble(
         model,
         teachers,
@@ -123,6 +129,7 @@ def build_student(config: TrainConfig, teacher_width: int | None) -> MobileCLIP:
         )
     shape = override(variant_config(options.variant), **changes)
     student = create_student(shape, context_length=options.context_length, pad_mask=options.pad_mask)
+    student.ancestry = ()  # random weights
     if init.truncated_normal:
         truncated_normal_(student)
     if init.image is not None:
@@ -135,8 +142,8 @@ def build_student(config: TrainConfig, teacher_width: int | None) -> MobileCLIP:
         if isinstance(text_source, MobileCLIP):
             load_text_tower(student, text_source)
         elif isinstance(text_source, LongCLIP):
-            clip = text_source.config
-            load_text_tower(student, LongCLIPText(text_source.text.state_dict(), clip.text.heads, clip.activation))
+            clip, tensors = text_source.config, text_source.text.state_dict()
+            load_text_tower(student, LongCLIPText(tensors, clip.text.heads, clip.activation, text_source.ancestry))
         else:
             raise InputError(f"--init.text {init.text} is neither a student nor a Long-CLIP")
     return student
@@ -160,7 +167,9 @@ def _whole_student(config: TrainConfig, changes: dict[str, Any]) -> MobileCLIP:
 def _teacher_to_train(config: TrainConfig) -> LongCLIP:
     options = config.teacher
     if options.init is None:
-        return create_teacher(options.variant)
+        teacher = create_teacher(options.variant)
+        teacher.ancestry = ()  # random weights
+        return teacher
     return load_teacher(options.init, activation=options.activation)
 
 

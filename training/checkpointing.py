@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longclip_teacher import LongCLIP, save_teacher
+from longclip_teacher.ancestry import ancestry_from_json, ancestry_to_json, merged, unrecorded
 from longclip_teacher.atomic_files import keep_previous
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import load_strictly, torch_load
@@ -68,6 +69,7 @@ def save_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> None:
         "evaluated_step": state.evaluated_step,
         "config": config.to_dict(),
         "inputs": state.inputs.to_dict(),
+        "ancestry": ancestry_to_json(state.distiller.model.ancestry),
     }
     _refuse_nonfinite(path, content)
 
@@ -111,11 +113,15 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
     if before is not None:
         notes += other_processes(before, config, state.inputs, state.distiller)
     load_strictly(state.distiller, content["distiller"], path)
+    begun_from = content.get("ancestry")
+    ancestry = unrecorded("a checkpoint without a record") if begun_from is None else ancestry_from_json(begun_from)
+    state.distiller.model.ancestry = merged(state.distiller.model.ancestry, ancestry)
     state.distiller.clamp_scales()  # older checkpoints may hold larger ones
     load_moments(state.optimizer, content["optimizer"], path)
     state.scaler.load_state_dict(content["scaler"])
     if state.ema is not None:
         load_strictly(state.ema.model, content["ema"], path)
+        state.ema.model.ancestry = state.distiller.model.ancestry
     state.step, state.best = content["step"], content["best"]
     state.bad_steps = content.get("bad_steps", 0)  # older checkpoints have none
     state.evaluated_step = content.get("evaluated_step", state.step)

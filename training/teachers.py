@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longclip_teacher import LongCLIP
+from longclip_teacher.ancestry import Ancestry, merged
 from longclip_teacher.features import unit_features
 from longclip_teacher.trace import Trace
 from mobileclip_student import MobileCLIP
@@ -54,6 +55,12 @@ class Teachers:
     def models(self) -> list[LongCLIP]:
         """All models that are run."""
         return [*self.long, *([] if self.short is None else [self.short])]
+
+    @property
+    def ancestry(self) -> Ancestry:
+        """The ancestors of all teachers, run or stored."""
+        stored = () if self.stored is None else self.stored.ancestry
+        return merged(stored, *(model.ancestry for model in self.models))
 
     def to(self, device: torch.device) -> None:
         """Move the models to `device`."""

@@ -10,10 +10,17 @@ from typing import Any
 from eval.towers.models import describe_model
 from exporting.folder import WEIGHTS
 from exporting.sources import Exported
+from longclip_teacher.ancestry import Ancestry, describe_terms, is_research_only
 from training.record.run_log import read_metrics
 from training.settings.tree import TrainConfig
 
 __all__ = ["model_card"]
+
+_ROLES = {"weights": "its weights began with these", "teacher": "its teacher's weights began with these"}
+_APPLE_NOTICE = (  # which the licence asks for
+    "Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model License "
+    "Agreement; give a copy of it (LICENSE_MODELS of apple/ml-mobileclip) with the model."
+)
 
 
 def model_card(model: Exported, files: Sequence[Mapping[str, str]]) -> str:
@@ -22,6 +29,7 @@ def model_card(model: Exported, files: Sequence[Mapping[str, str]]) -> str:
         "---",
         "library_name: onnx",
         "pipeline_tag: zero-shot-image-classification",
+        *(["license: apple-amlr"] if is_research_only(model.model.ancestry) else []),
         "tags: [clip, long-captions, onnx, transformers.js]",
         "---",
         "",
@@ -35,6 +43,7 @@ def model_card(model: Exported, files: Sequence[Mapping[str, str]]) -> str:
         *_training(model.config),
         *_files(files),
         *_use(model),
+        *_terms(model.model.ancestry),
         *_limits(model),
     ]
     return "\n".join(sections) + "\n"
@@ -112,13 +121,27 @@ def _use(model: Exported) -> list[str]:
     ]
 
 
-def _limits(model: Exported) -> list[str]:
+def _terms(ancestry: Ancestry) -> list[str]:
+    """What binds the model, and a row for each of its ancestors."""
+    table = [
+        "| weights | role | terms | sha256 |",
+        "| --- | --- | --- | --- |",
+        *(f"| {one.source} | {_ROLES[one.role]} | {one.terms} | {one.sha256[:16]} |" for one in ancestry),
+    ]
     return [
         "## Terms",
         "",
-        "The export does not know the terms of the weights from which this model or its teacher started. They bind "
-        "this model too: one that descends from Apple's MobileCLIP weights is for research only.",
+        f"The terms of this model are {describe_terms(ancestry)}.",
+        *([f"It may not be used in a product or a service. {_APPLE_NOTICE}"] if is_research_only(ancestry) else []),
         "",
+        *([*table, ""] if ancestry else []),
+        "The terms of the training data are not recorded.",
+        "",
+    ]
+
+
+def _limits(model: Exported) -> list[str]:
+    return [
         "## Limits",
         "",
         "- Pictures must be resized as in training, with antialiasing; other resizing changes the features.",

@@ -206,9 +206,15 @@ def test_hub_names_fetch_the_published_file(
         return str(tmp_path / filename)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert load_teacher("longclip-b").embed_dim == 64
+    longclip = load_teacher("longclip-b")
+    assert longclip.embed_dim == 64
+    assert {(one.source, one.terms, len(one.sha256)) for one in longclip.ancestry} == {
+        ("BeichenZhang/LongCLIP-B", "apache-2.0", 64),
+        ("openai/clip-vit-base-patch16", "mit", 0),
+    }
     clip_teacher = load_teacher("openai/clip-vit-base-patch16")
     assert (clip_teacher.config.activation, clip_teacher.context_length) == ("quickgelu", 248)
+    assert [one.source for one in clip_teacher.ancestry] == ["openai/clip-vit-base-patch16"]
     assert asked == [
         ("BeichenZhang/LongCLIP-B", "longclip-B.pt"),
         ("openai/clip-vit-base-patch16", "model.safetensors"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import content_sha256, read_weights, torch_load, write_weights
 
+ANCESTRY = json.dumps([{"source": "a/naïve", "terms": "not known", "sha256": "12", "role": "weights"}])
 METADATA = {"format": "ours", "kind": "teacher", "config": json.dumps({"name": "naïve"}), "a": "1", "z": "2", "m": "3"}
 
 
@@ -57,12 +58,25 @@ def test_the_hash_depends_on_values_names_types_shapes_and_metadata() -> None:
     assert len(hashes) == 6
 
 
+def test_the_record_of_ancestors_does_not_change_what_the_weights_are(tmp_path: Path) -> None:
+    for name, ancestry in (("plain", ""), ("with", ANCESTRY), ("same", ANCESTRY)):
+        write_weights(tmp_path / f"{name}.safetensors", tensors(), METADATA, ancestry)
+    plain, with_record, same = (read_weights(tmp_path / f"{name}.safetensors") for name in ("plain", "with", "same"))
+    assert plain.content_sha256 == with_record.content_sha256 == content_sha256(tensors(), METADATA)
+    assert with_record.sha256 == same.sha256 != plain.sha256
+
+
+def test_a_record_that_no_checksum_covers_is_not_believed(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "edited.safetensors", {**METADATA, "ancestry": ANCESTRY})
+    assert read_weights(tmp_path / "edited.safetensors").ancestry == ""
+
+
 @pytest.mark.parametrize("kind", ["flip", "zero", "cut"])
 def test_every_damage_is_found(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    write_weights(path, tensors(), METADATA)
+    write_weights(path, tensors(), METADATA, ANCESTRY)
     whole = path.read_bytes()
-    assert read_weights(path).metadata == METADATA
+    assert (read_weights(path).metadata, read_weights(path).ancestry) == (METADATA, ANCESTRY)
     missed = []
     for position in range(len(whole)):
         damaged = {

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from eval.towers.models import load_model
+from longclip_teacher.ancestry import RESEARCH_ONLY
 from longclip_teacher.errors import InputError
 from longclip_teacher.positions import stretch_positions
-from longclip_teacher.weights_file import load_strictly
+from longclip_teacher.weights_file import file_sha256, load_strictly
 from mobileclip_student import VARIANTS, MobileCLIP, create_student, load_student
 from mobileclip_student.layouts import fits, rename_keys
 from mobileclip_student.model import StudentConfig, variant_config
@@ -80,6 +81,9 @@ def s0_path(s0_state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactor
 def test_s0_at_full_size(s0_path: Path, s0_state: dict[str, Tensor], published: ModuleType, captions: Callable) -> None:
     student = load_student(s0_path)  # the variant is in the name
     assert (student.config.variant, student.context_length, student.pad_mask) == ("s0", 77, False)
+    (ancestor,) = student.ancestry
+    assert (ancestor.source, ancestor.terms) == ("MobileCLIP s0 in its published layout", RESEARCH_ONLY)
+    assert ancestor.sha256 == file_sha256(s0_path)
     assert not student.training and student.logit_scale.item() == pytest.approx(4.6)
 
     tokens = captions(12, 77, width=77)

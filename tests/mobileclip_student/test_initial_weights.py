@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longclip_teacher import LongCLIP, create_teacher
 from longclip_teacher.activation import Activation
+from longclip_teacher.ancestry import NOT_KNOWN, is_research_only
 from longclip_teacher.config import ImageTowerConfig, TeacherConfig, TextTowerConfig
 from longclip_teacher.errors import InputError
 from longclip_teacher.positions import stretch_positions
@@ -274,6 +275,7 @@ def test_timms_weights_of_a_vit(downloads: list, distilled: bool) -> None:
     load_image_tower(student, "timm")
     [(name, reference)] = downloads
     assert name == f"deit_tiny{'_distilled' if distilled else ''}_patch16_224"
+    assert {one.terms for one in student.ancestry} == {NOT_KNOWN, "apache-2.0"}  # the student's own, and DeiT's
     images, trunk = torch.rand(1, 3, 64, 64), student.image_encoder.trunk
     assert torch.equal(trunk.forward_features(images), reference.forward_features(images))
     assert torch.equal(trunk.head.weight, head)
@@ -287,6 +289,7 @@ def test_timms_weights_of_a_published_tower(downloads: list) -> None:
     load_image_tower(student, "timm")
     [(name, reference)] = downloads
     assert name == "fastvit_mci0" and student.config == config  # the same mean and std
+    assert is_research_only(student.ancestry)
     images, trunk = torch.rand(1, 3, 64, 64), student.image_encoder.trunk
     assert _distance(trunk.forward_features(images).flatten(1), reference.forward_features(images).flatten(1)) < 1e-5
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from longclip_teacher import create_teacher, save_teacher
+from longclip_teacher import create_teacher, load_teacher, save_teacher
+from longclip_teacher.ancestry import RESEARCH_ONLY, Ancestor
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import EOT
 from mobileclip_student import create_student, load_student, reparameterize, save_student
@@ -117,7 +118,8 @@ def test_the_folder_is_complete_and_says_what_is_in_it(exported: tuple[Path, Pat
     torch.testing.assert_close(dict(kept.state_dict()), dict(expected))
     card = files["README.md"].read_text()
     assert f"captions of up to {CONTEXT} tokens" in card and "onnx/vision_model_fp16.onnx" in card
-    assert "does not know the terms of the weights" in card
+    assert "The terms of this model are not known, since it descends from a student without a record." in card
+    assert "license:" not in card
 
 
 def test_no_file_tells_about_the_machine(exported: tuple[Path, Path]) -> None:
@@ -157,12 +159,21 @@ def test_agreement_is_held() -> None:
         found.add(2 * ours, ours, "a")
 
 
-def test_a_teacher_is_exported_too(tmp_path: Path) -> None:
+def test_a_teacher_is_exported_too_and_says_that_it_is_for_research_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
-    save_teacher(create_teacher("tiny", CONTEXT), tmp_path / "teacher.safetensors")
+    teacher = create_teacher("tiny", CONTEXT)
+    teacher.ancestry = (Ancestor("apple/MobileCLIP-S0", RESEARCH_ONLY, "12ab"),)
+    save_teacher(teacher, tmp_path / "teacher.safetensors")
     run_export(tmp_path / "teacher.safetensors", "--out", tmp_path / "model")
     assert (tmp_path / "model" / "onnx" / "text_model.onnx").is_file()
-    assert "CLIP teacher" in (tmp_path / "model" / "README.md").read_text()
+    assert "Terms: for research only, since it descends from apple/MobileCLIP-S0" in capsys.readouterr().out
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "CLIP teacher" in card and "license: apple-amlr" in card.split("---")[1]
+    assert "| apple/MobileCLIP-S0 | its weights began with these | apple-amlr | 12ab |" in card
+    assert "Apple Machine Learning Research Model License Agreement" in card
+    assert load_teacher(tmp_path / "model" / "compact_longclip.safetensors").ancestry == teacher.ancestry
 
 
 def test_a_folder_in_use_and_a_missing_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

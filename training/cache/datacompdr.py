@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from eval.base.foreign_text import HALVES, whole_characters
+from longclip_teacher.ancestry import DATACOMPDR, NOT_RECORDED, ancestry_from_json, ancestry_to_json
 from longclip_teacher.errors import InputError
 from training.cache.datacompdr_arrays import stored_arrays, two_dimensional
 from training.data.index import RawSample, ShardIndex, is_remote
@@ -136,7 +137,8 @@ def _teacher_info(raw: RawSample, shard: str, widths: Sequence[int] | None) -> T
                 f"{shard}: sample {raw.key} has features of width {width}, not {' + '.join(map(str, widths))}: "
                 "set --teacher.stored_widths to the widths of the teachers side by side"
             )
-        teacher_info = TeacherInfo(widths, told.get("logit_scale"), told.get("context_length", CONTEXT_LENGTH))
+        length = told.get("context_length", CONTEXT_LENGTH)
+        teacher_info = TeacherInfo(widths, told.get("logit_scale"), length, told.get("ancestry", DATACOMPDR))
         DataCompDRStore(teacher_info).draw(raw, 0, (0, 0))
     except BadSample as error:
         raise InputError(f"{shard}: sample {raw.key} holds no usable teacher features: {error}") from None
@@ -149,7 +151,9 @@ def _told(raw: RawSample) -> dict[str, Any]:
         told = json.loads(raw.json or b"{}")["stored_teacher"]
         scale = None if told["logit_scale"] is None else float(told["logit_scale"])
         widths = tuple(int(width) for width in told["widths"])
-        return {"widths": widths, "logit_scale": scale, "context_length": int(told["context_length"])}
+        ancestry = ancestry_from_json(told["ancestry"]) if "ancestry" in told else NOT_RECORDED
+        length = int(told["context_length"])
+        return {"widths": widths, "logit_scale": scale, "context_length": length, "ancestry": ancestry}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return {}
 
@@ -290,8 +294,8 @@ def write_datacompdr_sample(
     captions          n synthetic captions, from which the long one is drawn
     ground_truth      the short caption
 
-    The json member records what DataCompDR does not: widths, logit scale and context length of the teacher. Raise
-    InputError for an augmentation that DataCompDR cannot hold.
+    The json member records what DataCompDR does not: the teacher's widths, logit scale, context length and ancestors.
+    Raise InputError for an augmentation that DataCompDR cannot hold.
     """
     if len(augmentations) != len(image_features) or 1 + len(captions) != len(text_features):
         raise InputError("give one row of features per augmentation, and per caption plus one")
@@ -302,6 +306,7 @@ def write_datacompdr_sample(
         "widths": list(teacher_info.widths),
         "logit_scale": teacher_info.logit_scale,
         "context_length": teacher_info.context_length,
+        "ancestry": ancestry_to_json(teacher_info.ancestry),
     }
     return {
         _image_suffix(image): image,

@@ -21,6 +21,7 @@ from typing import Any
 
 from eval.towers.models import weights_file
 from eval.towers.precision import Precision
+from longclip_teacher.ancestry import Ancestry, ancestry_from_json, unrecorded
 from longclip_teacher.atomic_files import write_json
 from longclip_teacher.checkpoint import teacher_file
 from longclip_teacher.errors import InputError
@@ -64,8 +65,8 @@ _RECORD = ".teacher.json"
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """How a cache was made. All fields but `teacher` (a name) and `libraries` must be the same for every sidecar in
-    it."""
+    """How a cache was made. All fields but `teacher` (a name), `libraries` and `ancestry` must be the same for every
+    sidecar in it."""
 
     teacher: str
     teacher_sha256: str
@@ -94,6 +95,8 @@ class CacheSettings:
     them."""
     caption_views: int = 1
     """Sampled captions per long caption; 1 if none are sampled."""
+    ancestry: Ancestry = ()
+    """Where the teacher's weights come from."""
 
     @property
     def num_stored_views(self) -> int:
@@ -115,6 +118,8 @@ class CacheSettings:
             read[name] = tuple(float(value) for value in data[name])
         captions = {str(name): as_tuple(value) for name, value in data.get("captions", {}).items()}
         read |= {"captions": CaptionOptions(**captions), "caption_views": int(data.get("caption_views", 1))}
+        not_told = unrecorded("the teacher of a cache without a record", read["teacher_sha256"])
+        read["ancestry"] = ancestry_from_json(data["ancestry"]) if "ancestry" in data else not_told
         return cls(**read, logit_scale=float(data["logit_scale"]))
 
 
@@ -251,7 +256,7 @@ def teacher_hashes(checkpoint: str) -> tuple[str, str]:
 def cache_sha256(folder: Path, shards: Iterable[str]) -> str:
     """Return a hash of the stored features of the named shards and of how they were made."""
     settings, records = read_cache(folder)
-    left_out = {"teacher", "libraries"}
+    left_out = {"teacher", "libraries", "ancestry"}
     if settings.captions == NO_SAMPLING:  # as in caches from before captions were sampled
         left_out |= {"captions", "caption_views"}
     made = {name: value for name, value in dataclasses.asdict(settings).items() if name not in left_out}

@@ -46,7 +46,11 @@ _MAX_OPEN_SIDECARS = 128
 def cached_teacher_info(folder: Path) -> TeacherInfo:
     """Return what the losses need to know about the cache's teacher. Raise InputError if there is no cache."""
     settings, _ = read_cache(folder)
-    return TeacherInfo((settings.embed_dim,), settings.logit_scale, settings.context_length)
+    return _teacher_info(settings)
+
+
+def _teacher_info(settings: CacheSettings) -> TeacherInfo:
+    return TeacherInfo((settings.embed_dim,), settings.logit_scale, settings.context_length, settings.ancestry)
 
 
 def open_cache(
@@ -148,7 +152,7 @@ class TeacherCacheStore:
         self.folder = folder
         self.settings = settings
         self.index = index
-        self.teacher_info = TeacherInfo((settings.embed_dim,), settings.logit_scale, settings.context_length)
+        self.teacher_info = _teacher_info(settings)
         self._is_upright = is_upright
         self._tokenizer = CaptionTokenizer(settings.context_length)
         self._sidecars: OrderedDict[int, Sidecar] = OrderedDict()

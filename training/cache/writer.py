@@ -74,7 +74,7 @@ def cache_settings(
         teacher=teacher,
         teacher_sha256=teacher_hashes(teacher)[0],
         embed_dim=model.embed_dim,
-        logit_scale=float(model.linear_logit_scale),
+        logit_scale=float(model.linear_logit_scale.detach()),
         activation=model.config.activation,
         image_size=model.image_size,
         mean=tuple(preprocess.mean),
@@ -90,6 +90,7 @@ def cache_settings(
         libraries=library_versions(),
         captions=captions.of_short_texts,
         caption_views=caption_views if captions.short == "sampled" else 1,
+        ancestry=model.ancestry,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from longclip_teacher.ancestry import NOT_RECORDED, Ancestry
 from training.data.index import RawSample
 from training.data.randomness import sample_generator
 from training.data.transforms import Augmentation
@@ -32,6 +33,8 @@ class TeacherInfo:
     """Linear logit scale, or one per teacher. None if a store does not record it (then --loss.teacher_scale must)."""
     context_length: int
     """The most tokens that the stored text features have read."""
+    ancestry: Ancestry = NOT_RECORDED
+    """Where the teacher's weights come from."""
 
     @property
     def embed_dim(self) -> int:

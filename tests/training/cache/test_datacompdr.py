@@ -19,6 +19,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from longclip_teacher.ancestry import DATACOMPDR
 from longclip_teacher.errors import InputError
 from training.cache.datacompdr import DataCompDRStore, datacompdr_teacher_info
 from training.data.index import RawSample, ShardIndex
@@ -129,7 +130,7 @@ def test_the_generators_layout_is_read(
         sample(as_string=as_string, member=member, separate=separate, width=width, teachers=teachers),
     )
     teacher_info = datacompdr_teacher_info([tmp_path / "a.tar"])
-    assert teacher_info == TeacherInfo((768, 768) if teachers == 2 else (WIDTH,), None, 77)
+    assert teacher_info == TeacherInfo((768, 768) if teachers == 2 else (WIDTH,), None, 77, DATACOMPDR)
     store = pickle.loads(pickle.dumps(DataCompDRStore(teacher_info)))  # noqa: S301 -- as loader workers get it
     raw = index.read(0)
     assert raw.txt == GROUND_TRUTH.encode()  # not the url.txt

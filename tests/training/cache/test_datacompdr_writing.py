@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from longclip_teacher.ancestry import Ancestor
 from longclip_teacher.errors import InputError
 from shard_files import jpeg
 from training.cache.datacompdr import DataCompDRStore, datacompdr_teacher_info, write_datacompdr_sample
@@ -38,7 +39,7 @@ def test_what_we_write_reads_back(tmp_path: Path, flip: bool) -> None:
         for number, (box, ops) in enumerate(AUGMENTATIONS)
     ]
     image, text = features(len(AUGMENTATIONS)).astype(np.float16), features(6, seed=1).astype(np.float16)
-    teacher_info = TeacherInfo((10, 14), 55.0, 248)
+    teacher_info = TeacherInfo((10, 14), 55.0, 248, (Ancestor("a/name", "mit", "12"),))
     members = write_datacompdr_sample(
         jpeg(0), image_features=image, text_features=text, captions=list("abcde"), ground_truth="f",
         augmentations=augmentations, teacher_info=teacher_info,
