@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test soak compat check format clean
+.PHONY: quickstart test soak compat loaders check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make test         install, then the tests"
 	@echo "make soak         install, then the battery of faults, up to two hours; ROW=NAME runs one row; docs/reliability.md"
 	@echo "make compat       all tests at the lowest and the newest versions of packages and Python; PART=lowest for one part"
+	@echo "make loaders      what transformers.js and sentence-transformers read of an export; MODEL=DIR for a folder of yours"
 	@echo "make check        install, then lint, format, types and import rules"
 	@echo "make format       rewrite the sources in the project's format"
 
@@ -26,6 +27,10 @@ soak: $(VENV)/.installed
 # hours on two cores, and 6 GB at a time, which are removed again
 compat:
 	$(PYTHON) tests/compat.py $(PART)
+
+# needs node and npm, and 300 MB under .compat
+loaders: $(VENV)/.installed
+	$(BIN)/python tests/loaders/run.py $(if $(MODEL),"$(MODEL)")
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check --no-cache .

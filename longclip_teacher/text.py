@@ -37,6 +37,7 @@ __all__ = [
     "length_buckets",
     "trim",
     "truncate",
+    "with_end",
 ]
 
 CONTEXT_LENGTH = 248
@@ -110,6 +111,13 @@ def truncate(tokens: Int[Tensor, "N L"], context_length: int) -> Int[Tensor, "N 
     kept = tokens[:, :context_length].clone()
     kept[:, -1] = torch.where(is_cut, tokens.amax(dim=1), kept[:, -1])  # EOT is a row's highest id
     return kept
+
+
+def with_end(tokens: Int[Tensor, "N L"]) -> Int[Tensor, "N L"]:
+    """The captions, with EOT in the last place of those that have none: some tokenizers cut it off. No value decides a
+    shape, so that the function can be exported."""
+    has_end = (tokens == EOT).any(dim=1, keepdim=True)
+    return torch.cat([tokens[:, :-1], torch.where(has_end, tokens[:, -1:], EOT)], dim=1)
 
 
 def first_sentence(caption: str) -> str:

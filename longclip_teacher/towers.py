@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from longclip_teacher.features import unit_features
 from longclip_teacher.model import LongCLIP
+from longclip_teacher.text import with_end
 
 __all__ = ["ImageTower", "TextTower"]
 
@@ -32,7 +33,8 @@ class TextTower(nn.Module):
     """Features of unit norm of captions.
 
     L is at most the context length, and a caption ends at its first EOT: it may be padded with EOT, with zeros or not
-    at all, since a causal tower does not see what follows.
+    at all, since a causal tower does not see what follows. A caption without EOT, as transformers.js cuts long ones,
+    ends in its last place.
     """
 
     def __init__(self, teacher: LongCLIP) -> None:
@@ -40,4 +42,4 @@ class TextTower(nn.Module):
         self.encoder = teacher.text
 
     def forward(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
-        return unit_features(self.encoder(input_ids))
+        return unit_features(self.encoder(with_end(input_ids)))

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from longclip_teacher.features import unit_features
+from longclip_teacher.text import with_end
 from mobileclip_student.model import MobileCLIP
 
 __all__ = ["ImageTower", "TextTower"]
@@ -32,7 +33,7 @@ class TextTower(nn.Module):
     """Features of unit norm of captions.
 
     L is at most the context length, and a caption ends at its first EOT: it may be padded with EOT, with zeros or not
-    at all.
+    at all. A caption without EOT, as transformers.js cuts long ones, ends in its last place.
     """
 
     def __init__(self, student: MobileCLIP) -> None:
@@ -40,4 +41,4 @@ class TextTower(nn.Module):
         self.encoder = student.text_encoder
 
     def forward(self, input_ids: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
-        return unit_features(self.encoder.by_shape(input_ids))
+        return unit_features(self.encoder.by_shape(with_end(input_ids)))

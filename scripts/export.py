@@ -31,6 +31,8 @@ class Options:
     """A run folder, a weight file or a hub name."""
     out: Path
     """Folder to write. It must not exist, or be empty."""
+    immich: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also write the files that immich's machine learning reads: textual/ and visual/."""
 
     def check(self) -> None:
         """Raise InputError for a folder that is in use and for missing packages, before any work."""
@@ -59,6 +61,7 @@ from exporting.card import model_card
 from exporting.checks import FULL, HALF, Agreement, check_images, check_texts
 from exporting.folder import write_manifest, write_settings
 from exporting.half_weights import with_half_weights
+from exporting.immich import write_immich
 from exporting.sources import Exported, load_source
 from exporting.timing import milliseconds
 from longclip_teacher.atomic_files import atomic_folder
@@ -88,6 +91,8 @@ def main() -> None:
         console.print("timing, in turns with the PyTorch model")
         rows = table_rows(model, folder, written)
         write_settings(model, folder)
+        if options.immich:
+            write_immich(model, folder)
         (folder / "README.md").write_text(model_card(model, rows), encoding="utf-8")
         write_manifest(folder)
     print_table(rows)

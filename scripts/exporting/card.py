@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from longclip_teacher.ancestry import Ancestry, describe_terms, is_research_only
 from training.record.run_log import read_metrics
 from training.settings.tree import TrainConfig
 
-__all__ = ["model_card"]
+__all__ = ["model_card", "with_own_resize"]
 
+_NOT_MEASURED = "transformers.js resizes in its own way: how far that is off was not measured."
+_OWN_RESIZE = r"transformers\.js resizes in its own way: [^\n]*"
 _ROLES = {"weights": "its weights began with these", "teacher": "its teacher's weights began with these"}
 _APPLE_NOTICE = (  # which the licence asks for
     "Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model License "
@@ -47,6 +50,11 @@ def model_card(model: Exported, files: Sequence[Mapping[str, str]]) -> str:
         *_limits(model),
     ]
     return "\n".join(sections) + "\n"
+
+
+def with_own_resize(card: str, cosine: float) -> str:
+    """The card with the least cosine of features of pictures that transformers.js has resized with those of ours."""
+    return re.sub(_OWN_RESIZE, f"transformers.js resizes in its own way: cosine {cosine:.4f} at least with ours.", card)
 
 
 def _figures(model: Exported) -> list[str]:
@@ -145,6 +153,7 @@ def _limits(model: Exported) -> list[str]:
         "## Limits",
         "",
         "- Pictures must be resized as in training, with antialiasing; other resizing changes the features.",
+        f"- {_NOT_MEASURED}",
         "- The tokenizer file differs from the training tokenizer in captions with mojibake, rare HTML entities "
         "or C1 control characters.",
         f"- What stands after token {model.context_length} of a caption is not read.",

@@ -20,6 +20,7 @@ from longclip_teacher.text import EOT, SOT, VOCAB_SIZE
 __all__ = ["FULL", "HALF", "Agreement", "Bounds", "check_images", "check_texts", "onnx_encoder"]
 
 BATCHES = (1, 2, 5)
+_WORD = 320  # any id but EOT's
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def check_images(model: Exported, path: Path, bounds: Bounds) -> Agreement:
 
 def check_texts(model: Exported, path: Path, bounds: Bounds) -> Agreement:
     """Compare at every length from 2 to the context, and at each batch size, with captions that are padded with EOT,
-    with zeros, and not at all."""
+    with zeros, and not at all, and with captions whose EOT is cut off."""
     encode, found = onnx_encoder(path), Agreement()
     for tokens, lengths in _captions(model.context_length):
         width = tokens.shape[1]
@@ -97,6 +98,9 @@ def check_texts(model: Exported, path: Path, bounds: Bounds) -> Agreement:
         for pad in (EOT, 0):
             is_pad = torch.arange(width) >= lengths[:, None]
             found.add(encode(torch.where(is_pad, pad, tokens)), expected, path.name)
+        if bool((lengths == width).all()):
+            cut = torch.cat([tokens[:, :-1], torch.full((len(tokens), 1), _WORD)], dim=1)
+            found.add(encode(cut), expected, path.name)
     found.hold(bounds, path.name)
     return found
 

@@ -20,6 +20,7 @@ __all__ = ["MANIFEST", "WEIGHTS", "write_manifest", "write_settings"]
 
 WEIGHTS = "compact_longclip.safetensors"
 MANIFEST = "sha256.json"
+_MODULE = "compact_longclip"  # of sentence-transformers
 _RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -29,7 +30,15 @@ def write_settings(model: Exported, folder: Path) -> None:
     _write(folder / "config.json", _config(model))
     _write(folder / "preprocessor_config.json", _preprocessing(model))
     _write(folder / "tokenizer_config.json", tokenizer_settings(model.context_length))
+    _write_sentence_transformers(folder)
     clip_tokenizer(model.context_length).save(str(folder / "tokenizer.json"), pretty=False)
+
+
+def _write_sentence_transformers(folder: Path) -> None:
+    """Write the module through which sentence-transformers reads this folder."""
+    (folder / f"{_MODULE}.py").write_text(Path(__file__).with_name("folder_module.py").read_text(encoding="utf-8"))
+    _write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": f"{_MODULE}.CompactLongCLIP"}])
+    _write(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
 
 
 def write_manifest(folder: Path) -> dict[str, str]:
@@ -85,5 +94,5 @@ def _preprocessing(model: Exported) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ cannot: mojibake, rare entities and C1 control characters.
 from __future__ import annotations
 
 import html
+from html.entities import name2codepoint
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
@@ -21,12 +22,13 @@ __all__ = ["SPECIAL_TOKENS", "clip_tokenizer", "tokenizer_settings"]
 
 SPECIAL_TOKENS = {"bos_token": "<start_of_text>", "eos_token": "<end_of_text>", "pad_token": "<end_of_text>"}
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # SimpleTokenizer's, after lower case
-# Entities that captions hold; &amp; comes first and twice, because captions are often escaped twice
+# Entities that captions hold, besides those that escape markup and those of Latin-1
 _ENTITIES = (
-    "amp #38 amp lt gt quot apos #39 #x27 #34 nbsp #160 copy reg trade deg hellip mdash ndash lsquo rsquo ldquo rdquo "
-    "#8211 #8212 #8216 #8217 #8220 #8221 #8230 bull middot laquo raquo euro pound frac12 times eacute egrave agrave "
-    "ccedil auml ouml uuml ntilde szlig"
+    "apos #39 #x27 #160 trade hellip mdash ndash lsquo rsquo ldquo rdquo #8211 #8212 #8216 #8217 #8220 #8221 "
+    "#8230 bull euro"
 )
+# Also without the semicolon. &amp; comes first and twice, because captions are often escaped twice
+_ESCAPES = (("&(?:amp|#38);?", "&"), ("&(?:amp|#38);?", "&"), ("&lt;?", "<"), ("&gt;?", ">"), ("&(?:quot|#34);?", '"'))
 _LIGATURES = {
     "Ĳ": "IJ", "ĳ": "ij", "ŉ": "ʼn", "Ǳ": "DZ", "ǲ": "Dz", "ǳ": "dz", "Ǆ": "DŽ", "ǅ": "Dž", "ǆ": "dž", "Ǉ": "LJ",
     "ǈ": "Lj", "ǉ": "lj", "Ǌ": "NJ", "ǋ": "Nj", "ǌ": "nj", "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl",
@@ -47,12 +49,15 @@ def clip_tokenizer(context_length: int) -> Tokenizer:
     simple = SimpleTokenizer()
     merges = sorted(simple.bpe_ranks, key=simple.bpe_ranks.__getitem__)
     tokenizer = Tokenizer(models.BPE(vocab=simple.encoder, merges=merges, end_of_word_suffix="</w>", fuse_unk=False))
-    replaced = [(f"&{name};", html.unescape(f"&{name};")) for name in _ENTITIES.split()]
+    latin = [name for name, code in name2codepoint.items() if 0xA0 <= code <= 0xFF]
+    replaced = [(f"&{name};", html.unescape(f"&{name};")) for name in (*_ENTITIES.split(), *latin)]
+    replaced += [(f"&#{code};", chr(code)) for code in range(0xA1, 0x100)]
     replaced += [*_LIGATURES.items(), ("\u3000", " ")]
     replaced += [(form, normalize("NFKC", form)) for form in map(chr, range(0xFF01, 0xFFF0))]  # of other widths
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Replace(Regex(_TERMINAL_ESCAPES), ""),
+            *(normalizers.Replace(Regex(found), instead) for found, instead in _ESCAPES),
             *(normalizers.Replace(found, instead) for found, instead in replaced),
             normalizers.Replace(Regex("[\u02bc\u2018-\u201b]"), "'"),
             normalizers.Replace(Regex("[\u201c-\u201f]"), '"'),

@@ -65,6 +65,10 @@ def check_texts(model: MobileCLIP | LongCLIP, encode: Callable[[Tensor], Tensor]
         expected = model.encode_text(tokens, normalize=True)
         for other in (tokens, padded(tokens, CONTEXT, 0), padded(tokens, CONTEXT, EOT), padded(tokens, CONTEXT, 7)):
             torch.testing.assert_close(encode(other), expected, rtol=0, atol=2e-6)
+        longest = int(tokens.argmax(dim=1).argmax())
+        cut = tokens[longest : longest + 1].clone()
+        cut[0, -1] = 320  # where EOT was
+        torch.testing.assert_close(encode(cut), expected[longest : longest + 1], rtol=0, atol=2e-6)
 
 
 @torch.no_grad()

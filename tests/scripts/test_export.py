@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from longclip_teacher import create_teacher, load_teacher, save_teacher
@@ -64,7 +66,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, P
     """A student's weight file and the folder it was exported to."""
     folder = tmp_path_factory.mktemp("a_telling_name")
     save_student(small_student(), folder / "student.safetensors")
-    run_export(folder / "student.safetensors", "--out", folder / "model")
+    run_export(folder / "student.safetensors", "--out", folder / "model", "--immich")
     return folder / "student.safetensors", folder / "model"
 
 
@@ -94,6 +96,61 @@ def test_files_give_the_features_of_the_student(exported: tuple[Path, Path], suf
     images = run_onnx(folder / "onnx" / f"vision_model{suffix}.onnx", "pixel_values", shown)
     pictures = torch.stack([student.preprocess(Image.fromarray(picture)) for picture in pixels])
     torch.testing.assert_close(images, student.encode_image(pictures, normalize=True), rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_sentence_transformers_module_gives_the_features_of_the_student(
+    exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sentence-transformers itself is not installed here: `make loaders` runs it. All it gives the module is a base."""
+    source, folder = exported
+    student = load_student(source)
+    base = ModuleType("sentence_transformers.base.modules")
+    base.InputModule = torch.nn.Module  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    module, name = json.loads((folder / "modules.json").read_text())[0]["type"].split(".")
+    specification = importlib.util.spec_from_file_location(module, folder / f"{module}.py")
+    assert specification is not None and specification.loader is not None
+    loaded = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(loaded)
+    model = getattr(loaded, name)({file: str(folder / file) for file in loaded._FILES})
+    texts = model(model.preprocess(CAPTIONS))["sentence_embedding"]
+    expected = student.encode_text(student.tokenizer(CAPTIONS), normalize=True)
+    torch.testing.assert_close(texts, expected, rtol=0, atol=1e-5)
+
+    random = np.random.default_rng(0)
+    shapes = [(32, 32, 3), (50, 81, 3), (77, 33, 3), (31, 200, 3), (333, 334, 3)]
+    pictures = [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+    pixels = torch.stack([student.preprocess(picture) for picture in pictures])
+    torch.testing.assert_close(model.preprocess(pictures)["pixel_values"], pixels, rtol=0, atol=1e-6)
+    images = model(model.preprocess(pictures))["sentence_embedding"]
+    torch.testing.assert_close(images, student.encode_image(pixels, normalize=True), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="encode them apart"):
+        model.preprocess(["a", pictures[0]])
+
+
+@torch.no_grad()
+def test_immichs_files_give_the_features_of_the_student(exported: tuple[Path, Path]) -> None:
+    """Read as immich's machine learning reads them."""
+    source, folder = exported
+    student = load_student(source)
+    context_length = json.loads((folder / "config.json").read_text())["text_cfg"]["context_length"]
+    settings = json.loads((folder / "textual" / "tokenizer_config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))
+    pad = settings["pad_token"]
+    tokenizer.enable_padding(length=context_length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    tokenizer.enable_truncation(max_length=context_length)
+    for caption in CAPTIONS:
+        ids = np.array([tokenizer.encode(caption).ids], dtype=np.int32)
+        expected = student.encode_text(student.tokenizer([caption]), normalize=True)
+        found = run_onnx(folder / "textual" / "model.onnx", "text", ids)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    settings = json.loads((folder / "visual" / "preprocess_cfg.json").read_text())
+    preprocess = image_transform_v2(PreprocessCfg(**settings), is_train=False)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 81, 3), dtype=np.uint8))
+    found = run_onnx(folder / "visual" / "model.onnx", "image", preprocess(picture)[None])
+    expected = student.encode_image(student.preprocess(picture)[None], normalize=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_half_weights_are_half_of_the_bytes(exported: tuple[Path, Path]) -> None:

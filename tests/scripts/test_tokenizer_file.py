@@ -15,6 +15,7 @@ if importlib.util.find_spec("tokenizers") is None:
 
 from tokenizers import Tokenizer
 
+from caption_strings import caption_strings
 from exporting.tokenizer_file import clip_tokenizer
 
 PLAIN = "a photo of the Dog's red car, it isn't blue. 42 3.5 (two) -- !!! ... ??? \"quoted\" I'll WE'RE # @ 100% a/b"
@@ -43,6 +44,15 @@ def our_ids(texts: Sequence[str]) -> list[list[int]]:
 def different(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     pairs = zip(texts, ids_of(tokenizer, texts), our_ids(texts), strict=True)
     return [text for text, theirs, ours in pairs if theirs != ours]
+
+
+def test_token_ids_of_20000_strings_are_ours_but_the_documented_exceptions(tokenizer: Tokenizer) -> None:
+    """docs/deployment.md lists the exceptions; `make loaders` counts them, for JavaScript too."""
+    pairs = list(caption_strings())
+    assert len(pairs) == 20000
+    for kind, share in {"plain": 0, "emoji": 0, "unicode": 0.001, "entities": 0.06, "any character": 0.03}.items():
+        texts = [text for found, text in pairs if found == kind]
+        assert len(different(tokenizer, texts)) <= share * len(texts), kind
 
 
 @pytest.mark.parametrize("words", [PLAIN, f"{PLAIN} {UNICODE}"], ids=["plain", "unicode"])
