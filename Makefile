@@ -50,7 +50,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing torch and the other packages: about two minutes and 6 GB"
-	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[dev,export]'
 	@# a second opinion for the tests alone; what it asks for besides torch is not needed by the functions they call
 	$(BIN)/python -m pip install --quiet --no-deps clip-benchmark==1.6.2
 	touch $@

@@ -5,7 +5,6 @@ Shapes: B images, R image side, D embedding.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from longclip_teacher.errors import InputError
+from longclip_teacher.packages import ONNX, missing_packages
 from mobileclip_student.image_encoder import ImageEncoder
 from mobileclip_student.model import MobileCLIP
 from mobileclip_student.reparameterization import reparameterize
@@ -26,7 +26,6 @@ __all__ = ["BACKENDS", "Backend", "choose_backend", "compile_towers", "fast_imag
 
 Backend = Literal["auto", "eager", "compile", "onnxruntime"]
 BACKENDS: tuple[Backend, ...] = ("auto", "eager", "compile", "onnxruntime")
-_ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def fast_image_encoder(
@@ -60,8 +59,7 @@ def fast_image_encoder(
 
 def choose_backend(device: torch.device) -> Backend:
     """The backend that `auto` means: onnxruntime on a CPU if its packages are installed, otherwise eager."""
-    has_onnx = all(importlib.util.find_spec(name) is not None for name in _ONNX_PACKAGES)
-    return "onnxruntime" if device.type == "cpu" and has_onnx else "eager"
+    return "onnxruntime" if device.type == "cpu" and not missing_packages(ONNX) else "eager"
 
 
 def _compiled(tower: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -75,8 +73,7 @@ def _in_onnxruntime(tower: nn.Module, image_size: int, device: torch.device) -> 
         raise InputError(
             f"backend onnxruntime runs on the CPU, but the student is on {device}: choose eager or compile"
         )
-    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages(ONNX):
         raise InputError(f"backend onnxruntime needs {', '.join(missing)}: pip install 'compact-longclip[export]'")
     import onnxruntime
 

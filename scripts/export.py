@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +11,9 @@ import tyro
 from eval.base.arguments import answer_early, read_options
 from longclip_teacher.ancestry import describe_terms
 from longclip_teacher.errors import InputError, run_command
+from longclip_teacher.packages import ONNX, missing_packages
 
-PACKAGES = ("onnx", "onnxruntime", "onnxscript", "tokenizers")
+PACKAGES = (*ONNX, "tokenizers")
 
 
 @dataclass
@@ -38,8 +38,7 @@ class Options:
         """Raise InputError for a folder that is in use and for missing packages, before any work."""
         if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
             raise InputError(f"--out {self.out} exists: name a new folder, or delete it")
-        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-        if missing:
+        if missing := missing_packages(PACKAGES):
             raise InputError(f"export needs {', '.join(missing)}: pip install 'compact-longclip[export]'")
 
 

@@ -162,6 +162,13 @@ def _png_exif(draw: random.Random) -> bytes:
     return _png(16, 16, before=_chunk(b"eXIf", exif))
 
 
+def _png_exif_text(draw: random.Random) -> bytes:
+    """EXIF data as hexadecimal text, packed."""
+    exif = _directory(draw.randrange(5_000, 20_000), draw.randrange(100_000, 200_000))
+    text = f"\nexif\n{len(exif)}\n{exif.hex()}".encode()
+    return _png(16, 16, before=_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text)))
+
+
 def _png_frames(draw: random.Random) -> bytes:
     """An animation of many large frames."""
     count = draw.randrange(50_000, 200_000)
@@ -317,6 +324,7 @@ BOMBS: dict[str, Callable[[random.Random], bytes]] = {
     "PNG, many chunks": _png_chunks,
     "PNG, empty data": _png_empty_data,
     "PNG, EXIF": _png_exif,
+    "PNG, EXIF as text": _png_exif_text,
     "PNG, frames": _png_frames,
     "GIF, large": _wide_gif,
     "GIF, frames": _gif_frames,

@@ -39,6 +39,9 @@ class Part:
     python: str
     resolution: str
     """uv's name for which of the admitted versions are installed."""
+    extras: str = "dev,export,s3"
+    tests: tuple[str, ...] = ()
+    """Folders of tests, all by default."""
 
 
 @dataclass
@@ -57,16 +60,18 @@ class Unavailable(Exception):
     """A part that cannot be run here, with the reason."""
 
 
-def floors(project: str) -> dict[str, str]:
-    """The lowest admitted version of each package that pyproject.toml names."""
-    return {canonical(name): version for name, version in _REQUIREMENT.findall(project)}
+def floors(project: str, extras: str) -> dict[str, str]:
+    """The lowest admitted version of each package that pyproject.toml names, with the extra `export` or without."""
+    lines = [line for line in project.splitlines() if "export" in extras or not line.startswith("export = ")]
+    return {canonical(name): version for line in lines for name, version in _REQUIREMENT.findall(line)}
 
 
 def parts(project: str) -> dict[str, Part]:
     """The parts by name, for the oldest and the newest Python among pyproject.toml's classifiers."""
     pythons = sorted(_CLASSIFIER.findall(project), key=numbers)
     return {
-        "lowest": Part(pythons[0], "lowest-direct"),
+        "lowest": Part(pythons[0], "lowest-direct", "dev,s3"),
+        "lowest-export": Part(pythons[0], "lowest-direct", tests=("tests/mobileclip_student", "tests/scripts")),
         "newest": Part(pythons[-1], "highest"),
         "oldest-python": Part(pythons[0], "highest"),
     }
@@ -126,7 +131,7 @@ def made(part: Part, folder: Path, project: str) -> dict[str, str]:
         install = ["pip", "install", "--quiet", "--python", str(python)]
         must(uv(*install, "--resolution", part.resolution, "--editable", "."))
         must(subprocess.run([python, "-c", _IMPORTS], cwd=folder, capture_output=True, text=True))  # needs no extra
-        must(uv(*install, "--upgrade", "--resolution", part.resolution, "--editable", ".[dev,s3]"))
+        must(uv(*install, "--upgrade", "--resolution", part.resolution, "--editable", f".[{part.extras}]"))
         must(uv(*install, "--no-deps", "clip-benchmark==1.6.2"))
         mark.write_text(made_for, encoding="utf-8")
     listed = json.loads(must(uv("pip", "list", "--quiet", "--format", "json", "--python", str(python))))
@@ -154,13 +159,16 @@ def run_tests(folder: Path, *options: str) -> Result:
     return Result(passed=tests - skipped - failed, skipped=skipped, failed=failed, commit=name)
 
 
-def tested(folder: Path) -> Result:
-    """The result of all tests. Those that failed are run again, one by one: a busy machine passes time limits."""
+def tested(folder: Path, *tests: str) -> Result:
+    """The result of all tests, or of those in the folders `tests`.
+
+    Those that failed are run again, one by one: a busy machine passes time limits.
+    """
     state = folder / "result.json"
     if state.is_file():
         result = Result(**json.loads(state.read_text(encoding="utf-8")))
     else:
-        result = run_tests(folder, "-n", "2", "--dist", "loadgroup")
+        result = run_tests(folder, "-n", "2", "--dist", "loadgroup", *tests)
     if result.failed:
         state.write_text(json.dumps(asdict(result)), encoding="utf-8")
         print(f"{result.failed} failed; running them again", flush=True)
@@ -219,7 +227,7 @@ def column_of(result: Result, lowest: dict[str, str], installed: dict[str, str])
 def main() -> None:
     """Run the parts named, or all."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    known, lowest = parts(project), floors(project)
+    known = parts(project)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"parts to run, all by default: {', '.join(known)}")
     chosen = parser.parse_args().parts or list(known)
@@ -234,9 +242,10 @@ def main() -> None:
         except Unavailable as error:
             print(f"{name}: skipped, {error}", flush=True)
             continue
+        lowest = floors(project, known[name].extras)
         if known[name].resolution != "highest" and (untested := above_the_floor(lowest, installed)):
             raise SystemExit(f"error: floors that cannot be installed: {', '.join(untested)}. Raise them.")
-        result = tested(folder)
+        result = tested(folder, *known[name].tests)
         enter(ROOT / "docs" / "reliability.md", name, column_of(result, lowest, installed), list(known))
         print(f"{name}: {result.passed} passed, {result.skipped} skipped, {result.failed} failed", flush=True)
         if result.failed:

@@ -15,16 +15,19 @@ requires = ["setuptools>=77.0.1"]
 requires-python = ">=3.10"
 classifiers = ["Programming Language :: Python :: 3.9", "Programming Language :: Python :: 3.10"]
 dependencies = ["torch>=2.6", "open_clip_torch>=3.2", "fsspec[http]>=2024.6", "tomli>=2.0; python_version < '3.11'"]
+export = ["torch>=2.7"]
 """
 
 
 def test_floors_and_parts_are_read() -> None:
-    assert compat.floors(PROJECT) == {
+    assert compat.floors(PROJECT, "dev,s3") == {
         "setuptools": "77.0.1", "torch": "2.6", "open-clip-torch": "3.2", "fsspec": "2024.6", "tomli": "2.0"
     }  # fmt: skip
+    assert compat.floors(PROJECT, "dev,export")["torch"] == "2.7"
     found = {name: (part.python, part.resolution) for name, part in compat.parts(PROJECT).items()}
     assert found == {
-        "lowest": ("3.9", "lowest-direct"), "newest": ("3.10", "highest"), "oldest-python": ("3.9", "highest")
+        "lowest": ("3.9", "lowest-direct"), "lowest-export": ("3.9", "lowest-direct"),
+        "newest": ("3.10", "highest"), "oldest-python": ("3.9", "highest"),
     }  # fmt: skip
 
 
@@ -35,7 +38,7 @@ def test_pyproject_promises_the_python_that_is_tested() -> None:
 
 def test_a_floor_that_was_not_installed_is_named() -> None:
     installed = {"torch": "2.6.0+cpu", "fsspec": "2024.6.1", "open-clip-torch": "3.2.0"}
-    assert compat.above_the_floor(compat.floors(PROJECT), installed) == ["fsspec 2024.6.1 instead of 2024.6"]
+    assert compat.above_the_floor(compat.floors(PROJECT, "dev"), installed) == ["fsspec 2024.6.1 instead of 2024.6"]
 
 
 @pytest.fixture

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -18,6 +20,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """The signals that ask a run to end."""
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+_SHARED_MEMORY = Path("/dev/shm")
 Result = TypeVar("Result")
 
 
@@ -44,8 +47,18 @@ def share_tensors(result: Result) -> Result:
     """
     if get_worker_info() is not None:
         for tensor in _tensors(result):
+            _check_room(tensor.nbytes)
             tensor.share_memory_()
     return result
+
+
+def _check_room(num_bytes: int) -> None:
+    """Raise RuntimeError as torch does if /dev/shm is too full. Before 2.8 torch itself dies of a bus error."""
+    if not _SHARED_MEMORY.is_dir():
+        return
+    room = os.statvfs(_SHARED_MEMORY)
+    if room.f_bavail * room.f_frsize < num_bytes:
+        raise RuntimeError(f"unable to allocate {num_bytes} bytes of shared memory(shm)")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 
 from longclip_teacher import create_teacher
 from longclip_teacher.errors import InputError
+from longclip_teacher.packages import ONNX, missing_packages
 from mobileclip_student import MobileCLIP, create_student
 from mobileclip_student import inference as inference_module
 from mobileclip_student.inference import choose_backend, compile_towers, fast_image_encoder
 from mobileclip_student.model import variant_config
 
-HAS_ONNX = all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxruntime", "onnxscript"))
-needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="the extra export is not installed")
+needs_onnx = pytest.mark.skipif(bool(missing_packages(ONNX)), reason="the extra export is not installed")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 
 
@@ -113,17 +112,17 @@ def test_a_teacher_is_compiled_too(dropped: str | None) -> None:
 
 
 def test_auto_is_onnxruntime_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference_module, "_ONNX_PACKAGES", ("torch",))
+    monkeypatch.setattr(inference_module, "ONNX", ("torch",))
     assert choose_backend(torch.device("cpu")) == "onnxruntime"
     assert choose_backend(torch.device("cuda")) == "eager"
-    monkeypatch.setattr(inference_module, "_ONNX_PACKAGES", ("torch", "no_such_package"))
+    monkeypatch.setattr(inference_module, "ONNX", ("torch", "no_such_package"))
     assert choose_backend(torch.device("cpu")) == "eager"
 
 
 def test_backends_that_cannot_run_here_are_refused(student: MobileCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no backend 'tpu': choose auto"):
         fast_image_encoder(student, "tpu")
-    monkeypatch.setattr(inference_module, "_ONNX_PACKAGES", ("no_such_package",))
+    monkeypatch.setattr(inference_module, "ONNX", ("no_such_package",))
     with pytest.raises(InputError, match=r"needs no_such_package: pip install 'compact-longclip\[export\]'"):
         fast_image_encoder(student, "onnxruntime")
     monkeypatch.setattr(shutil, "which", lambda name: None)

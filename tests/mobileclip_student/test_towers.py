@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from longclip_teacher import create_teacher
 from longclip_teacher import towers as teacher_towers
 from longclip_teacher.config import TEACHERS
 from longclip_teacher.model import LongCLIP
+from longclip_teacher.packages import ONNX, missing_packages
 from longclip_teacher.text import EOT
 from mobileclip_student import MobileCLIP, create_student, override, reparameterize
 from mobileclip_student import towers as student_towers
@@ -22,10 +22,7 @@ from mobileclip_student.model import variant_config
 
 CONTEXT = 40
 MODELS = ("hybrid", "base", "causal", "longclip", "published", "two class tokens", "teacher", "teacher with conv stem")
-needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript")),
-    reason="the extra export is not installed",
-)
+needs_onnx = pytest.mark.skipif(bool(missing_packages(ONNX)), reason="the extra export is not installed")
 
 
 @pytest.fixture(params=MODELS)

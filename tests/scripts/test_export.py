@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -20,11 +19,12 @@ from PIL import Image
 from longclip_teacher import create_teacher, load_teacher, save_teacher
 from longclip_teacher.ancestry import RESEARCH_ONLY, Ancestor
 from longclip_teacher.errors import InputError
+from longclip_teacher.packages import ONNX, missing_packages
 from longclip_teacher.text import EOT
 from mobileclip_student import create_student, load_student, reparameterize, save_student
 from mobileclip_student.model import variant_config
 
-if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript", "tokenizers")):
+if missing_packages((*ONNX, "tokenizers")):
     pytest.skip("the extra export is not installed", allow_module_level=True)
 
 import onnx

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, JpegImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin
 
 import eval.base.images
 from bombs import BOMBS
 from eval.base.images import open_image
-from eval.base.picture_structure import MOST_SCANS, check_structure
+from eval.base.picture_structure import MOST_SCANS, check_structure, has_hostile_tags
 from longclip_teacher.errors import InputError
 from training.data import decoding
 from training.data.decoding import open_picture
@@ -31,6 +32,8 @@ REFUSED = {
     "GIF, comments": "more than",
     "GIF, extensions": "more than 50000 parts",
     "TIFF, strips": "more than 50000 parts",
+    "TIFF, large tile": "tiles of more than",
+    "TIFF, tags": "tags of a TIFF that share their bytes",
     "BMP, run lengths": "run-length coded BMP of more than 4 MB",
 }
 
@@ -110,3 +113,22 @@ def test_large_jpegs_that_shrink_count_as_decoded(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", lambda _: pytest.fail("decoded"))
     with pytest.raises(InputError, match="more than 120000 pixels"):
         open_image(pictures["JPEG"], 400 * 300, shrink_to=100)
+
+
+def test_tags_that_share_their_bytes_are_hostile() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "a camera"
+    assert not has_hostile_tags(exif.tobytes().removeprefix(b"Exif\0\0"))
+    for header, entry, count in (
+        (b"II*\0\x08\0\0\0", "<HHLL", "<H"),
+        (b"MM\0+\0\x08\0\0" + bytes(7) + b"\x10", ">HHQQ", ">Q"),
+    ):
+        size = struct.calcsize(entry)
+        end = len(header) + struct.calcsize(count) + 2 * size
+        shared, own = (
+            [struct.pack(entry, 0x9000 + tag, 7, 100, end + tag * step) for tag in (0, 1)] for step in (0, 100)
+        )
+        lead = header + struct.pack(count, 2)
+        assert has_hostile_tags(lead + b"".join(shared) + bytes(100))
+        assert not has_hostile_tags(lead + b"".join(own) + bytes(200))
+        assert not has_hostile_tags(lead + b"".join(shared) + bytes(99))  # beyond the end: no reader copies them
