@@ -90,13 +90,14 @@ def load_student(
         config = replace(config, pad_mask=pad_mask)
     student = _empty_student(config)
     load_strictly(student, tensors, path)
-    if is_own:
+    if is_own or weights.ancestry:  # ours may be laid out for open_clip
         student.ancestry = recorded(weights.ancestry, "student", weights.content_sha256)
     else:
         # A file in a published layout counts as Apple's: renamed and fine-tuned ones have it too
         is_local = isinstance(source, WeightsFile) or Path(source).exists()
         published = f"MobileCLIP {config.variant} in its published layout" if is_local else name
         student.ancestry = (Ancestor(published, RESEARCH_ONLY, weights.sha256),)
+    if not is_own:
         RECOGNISED.info("%s: %s (%s)%s", name, config.describe(), origin, weights.remark)
     return student.to(device).eval()
 

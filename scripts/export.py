@@ -34,6 +34,9 @@ class Options:
     immich: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also write the files that immich's machine learning reads: textual/ and visual/."""
 
+    open_clip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also write a folder open_clip/ for open_clip. Its text towers are causal, or see their padding."""
+
     def check(self) -> None:
         """Raise InputError for a folder that is in use and for missing packages, before any work."""
         if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
@@ -61,9 +64,11 @@ from exporting.checks import FULL, HALF, Agreement, check_images, check_texts
 from exporting.folder import write_manifest, write_settings
 from exporting.half_weights import with_half_weights
 from exporting.immich import write_immich
+from exporting.open_clip_folder import refuse_what_open_clip_cannot_say, write_open_clip
 from exporting.sources import Exported, load_source
 from exporting.timing import milliseconds
 from longclip_teacher.atomic_files import atomic_folder
+from mobileclip_student import MobileCLIP
 from mobileclip_student.onnx_graphs import image_graph, text_graph
 
 console = plain_console(stderr=True, soft_wrap=True)
@@ -85,6 +90,8 @@ def main() -> None:
     options = read_options(Options)
     torch.set_num_threads(1)  # the milliseconds are those of one thread
     model = load_source(options.source)
+    if options.open_clip:
+        refuse_what_open_clip_cannot_say(model, options.source)
     with atomic_folder(options.out) as folder:
         written = write_graphs(model, folder)
         console.print("timing, in turns with the PyTorch model")
@@ -92,6 +99,9 @@ def main() -> None:
         write_settings(model, folder)
         if options.immich:
             write_immich(model, folder)
+        if isinstance(model.unfused, MobileCLIP) and options.open_clip:
+            console.print("comparing what open_clip loads with the model")
+            write_open_clip(model.unfused, folder / "open_clip")
         (folder / "README.md").write_text(model_card(model, rows), encoding="utf-8")
         write_manifest(folder)
     print_table(rows)

@@ -31,6 +31,8 @@ class Exported:
     model: MobileCLIP | LongCLIP
     run: Path | None
     """The run folder it comes from."""
+    unfused: MobileCLIP | LongCLIP
+    """The model as it was read, a student's branches as they were."""
 
     @cached_property
     def config(self) -> TrainConfig | None:
@@ -96,7 +98,8 @@ def load_source(source: str) -> Exported:
             f"{source} is neither a student nor a Long-CLIP: open_clip's own models are exported elsewhere"
         )
     run = Path(source) if (Path(source) / "config.toml").is_file() else None
-    exported = Exported(reparameterize(model) if isinstance(model, MobileCLIP) else model.requires_grad_(False), run)
+    fused = reparameterize(model) if isinstance(model, MobileCLIP) else model.requires_grad_(False)
+    exported = Exported(fused, run, model)
     if exported.config is not None and exported.config.run.stage != "both":
         raise InputError(
             f"{source} trained the {exported.config.run.stage} tower alone: train both from it (--init.image, "
