@@ -17,6 +17,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
+from eval.base.images import open_image
 from longclip_teacher import create_teacher, load_teacher, save_teacher
 from longclip_teacher.ancestry import RESEARCH_ONLY, Ancestor
 from longclip_teacher.errors import InputError
@@ -35,6 +36,7 @@ from tokenizers import Tokenizer
 import export
 from exporting.checks import FULL, Agreement
 from exporting.half_weights import with_half_weights
+from photo_search.model import Model
 
 CONTEXT = 20
 CAPTIONS = ["a red bus", "A dog &amp; its “ball” don’t match!!! " * 5, ""]
@@ -152,6 +154,27 @@ def test_immichs_files_give_the_features_of_the_student(exported: tuple[Path, Pa
     found = run_onnx(folder / "visual" / "model.onnx", "image", preprocess(picture)[None])
     expected = student.encode_image(student.preprocess(picture)[None], normalize=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_photo_search_has_the_features_of_the_student(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    student, model = load_student(exported[0]), Model(exported[1])
+    texts = student.encode_text(student.tokenizer(CAPTIONS), normalize=True)
+    np.testing.assert_allclose(model.encode_texts(CAPTIONS), texts, rtol=0, atol=1e-5)
+    noise = np.random.default_rng(0).integers(0, 256, (41, 60, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(noise[..., :3]).save(tmp_path / "turned.jpg", exif=turned)
+    Image.fromarray(noise).save(tmp_path / "transparent.png")
+    Image.fromarray(noise[..., :2].copy().view(np.uint16)[..., 0]).save(tmp_path / "grey_16_bits.png")
+    Image.fromarray(noise[:32, :32, :3]).save(tmp_path / "of_the_size.webp")
+    Image.fromarray(noise[:40, :9, 0]).convert("P").save(tmp_path / "small.gif")
+    paths = sorted(tmp_path.iterdir())
+    pictures = torch.stack([student.preprocess(open_image(path)) for path in paths])
+    pixels = [model.pixels(path) for path in paths]
+    np.testing.assert_allclose(model.normalised(pixels), pictures, rtol=0, atol=1e-5)
+    images = student.encode_image(pictures, normalize=True)
+    np.testing.assert_allclose(model.encode_images(pixels), images, rtol=0, atol=1e-5)
 
 
 def test_half_weights_are_half_of_the_bytes(exported: tuple[Path, Path]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import photo_search.folders
 from caption_sources import Pair, read_folder
 from eval.base.folders import FoundPictures, find_pictures, matching_paths, pictures_below, subfolders
 from eval.benchmarks.labelled_images import find_labelled_images
@@ -54,6 +55,10 @@ def test_links_are_followed_within_the_folder_and_once(tree: Path, tmp_path: Pat
     assert find_pictures(tmp_path / "by_link") == FOUND
     wider = find_pictures(tree, tmp_path)  # `root` widens what links may lead to
     assert wider == (sorted([*FILES, "out.jpg", "out/secret.jpg"]), MISSING, ["a/loop", "to_a"])
+
+
+def test_photo_search_finds_the_same_by_its_own_copy(tree: Path) -> None:
+    assert photo_search.folders.find_pictures(tree) == FOUND
 
 
 def test_a_circle_of_links_ends(tmp_path: Path) -> None:
