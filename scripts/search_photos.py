@@ -113,7 +113,8 @@ def search_command(options: argparse.Namespace) -> None:
         source = index.source
         if source is None:
             raise InputError(f"{options.index} is empty: index a folder first")
-        features = index.features()
+        features, problems = index.features(), index.problems()
+    _check_some_were_read(features.names, problems, source.folder)
     model = Model((options.model or source.model).resolve())
     if model.fingerprint != source.fingerprint:
         raise InputError(f"{model.folder} is not the model of {options.index}: index the folder again with it")
@@ -147,12 +148,19 @@ def embed_command(options: argparse.Namespace) -> None:
     with temporary_index() as index:
         done = update(index, folder, model, _Progress())
         features = index.features()
+    _check_some_were_read(features.names, done.problems, folder)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     told = {"names": features.names, "problems": done.problems, "fingerprint": model.fingerprint}
     with replaced(options.out.with_suffix(".json")) as names, replaced(options.out) as file:
         names.write(json.dumps(told, indent=2).encode())
         np.save(file, features.vectors)
     _report(done, options.json, time.perf_counter() - start)
+
+
+def _check_some_were_read(names: list[str], problems: dict[str, str], folder: Path) -> None:
+    if not names:
+        name, problem = next(iter(problems.items()), ("index the folder again", "it has changed"))
+        raise InputError(f"no picture below {folder} could be read, the first for this reason: {name}: {problem}")
 
 
 def _report(done: Update, as_json: bool, seconds: float) -> None:

@@ -26,6 +26,7 @@ _CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FLAG = re.compile(r"--[A-Za-z][\w.-]*")
+_SUBCOMMANDS = ("index", "folder", "tsv", "csv", "coco", "sharegpt4v", "search", "embed")
 
 
 def text_of(document: Path) -> str:
@@ -156,9 +157,7 @@ def wrong_options(command: list[str]) -> list[str]:
         except InputError as error:
             return [str(error)]
         return []
-    subcommand = (
-        arguments[0] if arguments and arguments[0] in ("index", "folder", "tsv", "csv", "coco", "sharegpt4v") else None
-    )
+    subcommand = arguments[0] if arguments and arguments[0] in _SUBCOMMANDS else None
     known = set(_FLAG.findall(help_of(script, subcommand)))
     return [f"{script}: {word}" for word in arguments if _FLAG.match(word) and word.split("=")[0] not in known]
 

@@ -149,17 +149,16 @@ class Index:
     def features(self) -> Features:
         """Names and vectors of all pictures that could be read, sorted by name."""
         with self._transaction() as database:
-            stored = database.execute("SELECT id, vector, crc32 FROM features").fetchall()
-            used = "SELECT name, feature FROM pictures WHERE feature IS NOT NULL ORDER BY name"
-            pictures = database.execute(used).fetchall()
+            stored = database.execute(
+                "SELECT name, vector, crc32 FROM pictures LEFT JOIN features ON features.id = feature "
+                "WHERE feature IS NOT NULL ORDER BY name"
+            ).fetchall()
         try:
             if any(zlib.crc32(vector) != crc for _, vector, crc in stored):
                 raise ValueError("a feature is not as it was written")
             vectors = np.frombuffer(b"".join(vector for _, vector, _ in stored), "<f4").reshape(len(stored) or 1, -1)
-            row_of = {number: row for row, (number, _, _) in enumerate(stored)}
-            rows = [row_of[number] for _, number in pictures]
-            return Features([os.fsdecode(name) for name, _ in pictures], vectors[rows])
-        except (KeyError, TypeError, ValueError) as error:
+            return Features([os.fsdecode(name) for name, _, _ in stored], vectors[: len(stored)])
+        except (TypeError, ValueError) as error:
             raise self._damaged(error) from None
 
     @contextmanager

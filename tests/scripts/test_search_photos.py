@@ -145,6 +145,23 @@ def test_embed_writes_features_and_names(places: tuple[Path, Path, Path], tmp_pa
         np.testing.assert_allclose(feature, colour / np.linalg.norm(colour), atol=1e-3)
 
 
+def test_where_no_picture_can_be_read_there_is_nothing_to_search(
+    places: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/broken.jpg").write_bytes(b"no picture")
+    made = command("index", tmp_path / "photos", "--model", places[1], "--index", tmp_path / "index")
+    assert made.returncode == 0 and made.stdout.startswith("0 pictures: ")
+    for call in (
+        ["search", "red", "--index", tmp_path / "index"],
+        ["embed", tmp_path / "photos", "--model", places[1], "--out", tmp_path / "features.npy"],
+    ):
+        done = command(*call)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: no picture below {tmp_path / 'photos'} could")
+        assert done.stderr.endswith("broken.jpg: not a picture (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM)\n")
+    assert not (tmp_path / "features.npy").exists()
+
+
 def test_progress_is_told_in_a_log_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     progress = search_photos._Progress()
     progress(32, 64)
