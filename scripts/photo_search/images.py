@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from photo_search.errors import InputError
-from photo_search.picture_structure import check_structure
+from photo_search.picture_structure import check_structure, has_hostile_tags
 
 try:
     import pillow_heif
@@ -119,10 +119,19 @@ def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an opened picture, 1 to 8. Damaged EXIF data count as 1. Pillow itself turns
     TIFFs when it loads them; they have 1 from then on."""
     try:
+        if has_hostile_tags(_exif_data(image)):
+            return 1
         found = image.getexif().get(Base.Orientation, 1)
     except Exception:  # the data are as untrusted as the picture, and no picture is lost for them
         return 1
     return found if found in TURNS else 1
+
+
+def _exif_data(image: Image.Image) -> bytes:
+    """The EXIF data as a TIFF. Some programs write those of a PNG as hexadecimal text, which Pillow reads too."""
+    text = image.info.get("Raw profile type exif", "")
+    data: bytes = image.info.get("exif") or bytes.fromhex("".join(text.split("\n")[3:]))
+    return data.removeprefix(b"Exif\0\0")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,11 +1,13 @@
 """Pictures whose structure alone would cost a decoder seconds: found from their markers, before anything is decoded.
 
 A progressive JPEG goes over the whole picture once per scan, and a few bytes make a scan. The readers of JPEG, PNG and
-GIF take the parts of a header one at a time in Python, and some keep each of them.
+GIF take the parts of a header one at a time in Python, and some keep each of them. Tags of a TIFF, or of EXIF data, may
+all point to the same bytes.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from photo_search.errors import InputError
 
-__all__ = ["check_structure"]
+__all__ = ["check_structure", "has_hostile_tags"]
 
 Data: TypeAlias = bytes | mmap.mmap
 
@@ -30,6 +32,8 @@ _SOS, _EOI = 0xDA, 0xD9
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _NO_LENGTH = frozenset(range(0xD0, 0xD9)) | {0x01}
 _PARTS_OF_TIFF = (273, 324)  # the tags with the place of each strip or tile
+_SIDES_OF_TILE = (322, 323)
+_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 _PLAIN_PPM = (b"P1", b"P2", b"P3")
 
 
@@ -48,7 +52,7 @@ def check_structure(name: str, data: Data, most_pixels: int) -> None:
     elif head.startswith(b"GIF8"):
         _check_gif(name, data)
     elif head.startswith((b"II*\0", b"II+\0", b"MM\0*", b"MM\0+")):
-        _check_tiff(name, data)
+        _check_tiff(name, data, most_pixels)
     elif head.startswith(_PLAIN_PPM) and len(data) > MOST_SLOW_BYTES:
         raise InputError(f"{name}: PPM in plain text of more than {MOST_SLOW_BYTES >> 20} MB")
     elif head.startswith((b"P4", b"P5", b"P6")) and b"#" in (header := data[: MOST_GAP + 1]):
@@ -131,8 +135,37 @@ def _check_gif(name: str, data: Data) -> None:
                 break
 
 
-def _check_tiff(name: str, data: Data) -> None:
-    """Look at the number of strips or tiles, which the first directory gives."""
+def _check_tiff(name: str, data: Data, most_pixels: int) -> None:
+    """Look at what the first directory gives: number of strips or tiles, size of a tile, bytes of the tags."""
+    sides = {}
+    for parts, (tag, _, count, value) in enumerate(_tags(data)):
+        _check_parts(name, parts)
+        if tag in _PARTS_OF_TIFF:
+            _check_parts(name, count)
+        if tag in _SIDES_OF_TILE:
+            sides[tag] = value
+    if len(sides) == 2 and math.prod(sides.values()) > most_pixels:  # a tile may be larger than its picture
+        raise InputError(f"{name}: tiles of more than {most_pixels} pixels")
+    if has_hostile_tags(data):
+        raise InputError(f"{name}: tags of a TIFF that share their bytes")
+
+
+def has_hostile_tags(data: Data) -> bool:
+    """Whether a reader of the first directory would copy more bytes than there are, or very many tags.
+
+    Tags that share their bytes are the cause. data: a TIFF, or EXIF data, which have its form.
+    """
+    held = 0
+    for parts, (_, kind, count, place) in enumerate(_tags(data)):
+        size = count * _TYPE_BYTES.get(kind, 0)
+        held += size if place + size <= len(data) else 0  # a reader leaves out what is beyond the end
+        if held > len(data) or parts > MOST_PARTS:
+            return True
+    return False
+
+
+def _tags(data: Data) -> Iterator[tuple[int, int, int, int]]:
+    """Yield tag, type, number of values and their place, or one short value, of a TIFF's first directory."""
     order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
 
     def number(start: int, size: int) -> int:
@@ -144,5 +177,5 @@ def _check_tiff(name: str, data: Data) -> None:
     for place in range(first, first + entry * number(at, first - at), entry):
         if place + entry > len(data):
             return
-        if number(place, 2) in _PARTS_OF_TIFF:
-            _check_parts(name, number(place + 4, width))
+        kind, count = number(place + 2, 2), number(place + 4, width)
+        yield number(place, 2), kind, count, number(place + 4 + width, 2 if (kind, count) == (3, 1) else width)
