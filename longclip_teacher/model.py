@@ -28,6 +28,7 @@ from longclip_teacher.config import TEACHERS, ImageTowerConfig, TeacherConfig
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, caption_lengths, length_buckets, trim, truncate
 from longclip_teacher.trace import Trace
+from longclip_teacher.transfer import sent
 
 __all__ = ["LongCLIP", "create_teacher"]
 
@@ -59,6 +60,7 @@ class LongCLIP(nn.Module):
     def encode_text(self, tokens: Int[Tensor, "B L"], normalize: bool = False) -> Float[Tensor, "B D"]:
         """Features of token ids of any length L; captions beyond `context_length` are cut there, with EOT kept.
 
+        Tokens may be on the host or on the model's device. A GPU is not waited for if they are on the host.
         Each distinct caption is encoded once, in groups of similar length. A causal tower never sees what follows EOT,
         so the unit-norm features equal those of the full padded pass to 1e-5.
         """
@@ -68,24 +70,29 @@ class LongCLIP(nn.Module):
         elif self.trim_captions:
             features = self._encode_trimmed(tokens)
         else:
-            features = self.text(F.pad(tokens, (0, self.context_length - tokens.shape[1])))
+            features = self.text(self._padded(tokens))
         return F.normalize(features, dim=-1) if normalize else features
 
+    def _padded(self, tokens: Int[Tensor, "B L"]) -> Int[Tensor, "B K"]:
+        """Tokens up to the context length, on the model's device."""
+        padded = F.pad(tokens, (0, self.context_length - tokens.shape[1]))
+        return sent(padded, self.text.text_projection.device)
+
     def _encode_trimmed(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B D"]:
-        host = tokens.cpu()
-        captions = [row[:length] for row, length in zip(host.numpy(), caption_lengths(host).tolist(), strict=True)]
+        host, device = tokens.cpu(), self.text.text_projection.device
+        captions = [row[:length] for row, length in zip(host.numpy(), caption_lengths(host).numpy(), strict=True)]
         first_rows: dict[bytes, int] = {}
         same_as = [first_rows.setdefault(caption.tobytes(), row) for row, caption in enumerate(captions)]
         rows = sorted(first_rows.values(), key=lambda row: -len(captions[row]))
         lengths = [len(captions[row]) for row in rows]
-        distinct = tokens[torch.tensor(rows, device=tokens.device)]
-        if tokens.device.type in _PACKED_DEVICES:
+        distinct = sent(host[rows], device)
+        if device.type in _PACKED_DEVICES:
             groups = [self.text.packed(distinct[pack], lengths[pack]) for pack in _packs(lengths)]
         else:
             buckets = length_buckets(lengths, smallest=_SMALLEST_BUCKET)  # consecutive: they are sorted
             groups = [self.text(distinct[bucket[0] : bucket[-1] + 1, : lengths[bucket[0]]]) for bucket in buckets]
         place = {row: index for index, row in enumerate(rows)}
-        return torch.cat(groups)[torch.tensor([place[row] for row in same_as], device=tokens.device)]
+        return torch.cat(groups)[sent(torch.tensor([place[row] for row in same_as]), device)]
 
     def trace_image(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B D"], Trace]:
         """The features of `encode_image`, equal to 1e-5, and the trace of its layers, the last block in full."""
@@ -98,8 +105,8 @@ class LongCLIP(nn.Module):
         """
         tokens = truncate(tokens, self.context_length)
         if self.trim_captions:
-            return self.text.traced(trim(tokens))
-        return self.text.traced(F.pad(tokens, (0, self.context_length - tokens.shape[1])))
+            return self.text.traced(sent(trim(tokens), self.text.text_projection.device))
+        return self.text.traced(self._padded(tokens))
 
     @property
     def linear_logit_scale(self) -> Float[Tensor, ""]:
@@ -243,7 +250,7 @@ class CaptionTransformer(TextTransformer):
         time: sorted by length, they form a batch that needs no mask but the causal one.
         """
         is_real = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
-        positions = is_real.nonzero()[:, 1]  # [T]
+        positions = torch.arange(tokens.shape[1]).expand_as(is_real)[is_real]  # [T]
         x = self.token_embedding(tokens[is_real]) + self.position_table[positions]  # [T, W]
         runs = [(len(list(run)), length) for length, run in groupby(lengths)]
         for block in self.transformer.resblocks[:-1]:

@@ -99,8 +99,9 @@ def caption_lengths(tokens: Int[Tensor, "N L"]) -> Int[Tensor, " N"]:
 
 
 def trim(tokens: Int[Tensor, "N L"]) -> Int[Tensor, "N K"]:
-    """Drop the columns in which every caption is padding. Exact for a causal text tower."""
-    return tokens[:, : int(caption_lengths(tokens).max())] if len(tokens) else tokens
+    """Drop the columns in which every caption is padding. Exact for a causal text tower. Tokens on a GPU are waited
+    for."""
+    return tokens[:, : int(caption_lengths(tokens).cpu().numpy().max())] if len(tokens) else tokens
 
 
 def truncate(tokens: Int[Tensor, "N L"], context_length: int) -> Int[Tensor, "N K"]:

@@ -20,6 +20,7 @@ from longclip_teacher.activation import Activation
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import VOCAB_SIZE, caption_lengths, trim, truncate
 from longclip_teacher.trace import Trace
+from longclip_teacher.transfer import sent
 from mobileclip_student.repmixer import RepMixerBlock, TokenGroup, take_tokens
 
 __all__ = ["AttentionBlock", "TextConfig", "TextTransformer"]
@@ -166,6 +167,7 @@ class TextTransformer(nn.Module):
         self, *batches: Int[Tensor, "B L"], shifts: Sequence[Int[Tensor, " B"] | None] | None = None
     ) -> list[Float[Tensor, "B D"]]:
         """Features of each batch of captions, not normalised. L is any length: longer captions are cut, with EOT kept.
+        Tokens may be on the host or on the tower's device. A GPU is not waited for if they are on the host.
 
         `shifts` (one per batch, for training) moves the tokens of each caption after SOT to later positions; see
         `_positions`.
@@ -234,7 +236,7 @@ class TextTransformer(nn.Module):
                 tokens = trim(tokens)
             else:
                 tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1]))
-            group, alone, length = self._embed_whole(tokens, shift)
+            group, alone, length = self._embed_whole(sent(tokens, self.projection.device), shift)
             groups.append(group)
             embedded.append(alone)
             lengths.append(length)

@@ -119,7 +119,7 @@ class Run:
         )
         self.statistics = Statistics(self.distiller)
 
-    def step(self, fault: Fault | None = None) -> tuple[dict[str, Tensor], Tensor, bool]:
+    def step(self, fault: Fault | None = None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         self.statistics.remember()
         whole = self.found.objective
         batch = self.batch if fault is None else fault(self.found, self.batch)

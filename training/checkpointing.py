@@ -116,7 +116,7 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
     begun_from = content.get("ancestry")
     ancestry = unrecorded("a checkpoint without a record") if begun_from is None else ancestry_from_json(begun_from)
     state.distiller.model.ancestry = merged(state.distiller.model.ancestry, ancestry)
-    state.distiller.clamp_scales()  # older checkpoints may hold larger ones
+    state.distiller.clamp_scales(torch.tensor(True))  # older checkpoints may hold larger ones
     load_moments(state.optimizer, content["optimizer"], path)
     state.scaler.load_state_dict(content["scaler"])
     if state.ema is not None:

@@ -86,11 +86,11 @@ class Distiller(nn.Module):
         return {"logit_scale": self.model.linear_logit_scale, **own}
 
     @torch.no_grad()
-    def clamp_scales(self) -> None:
-        """Bring every logit scale into 1 .. 100, in place. Clamped in the forward pass instead, a larger one would have
-        no gradient and could not come back."""
+    def clamp_scales(self, moves: Tensor) -> None:
+        """Bring every logit scale into 1 .. 100, in place, unless `moves` is False. If it were clamped in the forward
+        pass instead, a larger one would have no gradient and could not come back."""
         for value in (self.model.logit_scale, *self.log_scales.values()):
-            value.clamp_(0, _MAX_LOG_SCALE)
+            value.copy_(value.clamp(0, _MAX_LOG_SCALE).where(moves, value))
 
     def forward(
         self,

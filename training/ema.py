@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["ModelEma"]
 
@@ -27,8 +27,8 @@ class ModelEma(Generic[Model]):
         self.model = deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update(self, model: Model, step: int) -> None:
-        """Move the average towards the weights that `model` has after step `step` (from 0).
+    def update(self, model: Model, step: int, moves: Tensor) -> None:
+        """Move the average towards the weights that `model` has after step `step` (from 0), unless `moves` is False.
 
         The decay starts small and grows, min(decay, (1 + step) / (10 + step)), so that the initial weights are soon
         forgotten.
@@ -36,6 +36,8 @@ class ModelEma(Generic[Model]):
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, values = self.model.state_dict(), model.state_dict()
         floating = [name for name, value in values.items() if value.is_floating_point()]
-        torch._foreach_lerp_([averages[name] for name in floating], [values[name] for name in floating], 1 - decay)
+        share = moves.double() * (1 - decay)
+        shares = [share.to(values[name].dtype) for name in floating]
+        torch._foreach_lerp_([averages[name] for name in floating], [values[name] for name in floating], shares)
         for name in values.keys() - set(floating):
             averages[name].copy_(values[name])

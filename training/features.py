@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -147,7 +148,13 @@ def view_of(model: MobileCLIP | LongCLIP) -> ViewSpec:
 def normalized_for(model: MobileCLIP | LongCLIP, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
     """Pictures with the mean and the deviation that `model` expects."""
     mean, std = (
-        torch.tensor(value, dtype=model.logit_scale.dtype, device=images.device).view(3, 1, 1)
+        _channels(tuple(value), model.logit_scale.dtype, images.device)
         for value in (model.preprocess_cfg.mean, model.preprocess_cfg.std)
     )
     return normalized(images, mean, std)
+
+
+@cache
+def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Float[Tensor, "3 1 1"]:
+    """A value for each channel. It is kept, because the host waits while it is copied to a GPU."""
+    return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)

@@ -36,7 +36,7 @@ from training.resume import RunInputs
 from training.settings.tree import TrainConfig
 from training.step import backward_step
 from training.stopping import Stopped, StopSignals
-from training.update import Statistics, apply_update, count_bad_step
+from training.update import BadSteps, Statistics, apply_update, read_values
 from training.watchdog import Watchdog
 
 __all__ = ["train"]
@@ -64,7 +64,8 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
 
     watchdog = Watchdog(runtime, run.collective_timeout, is_compiled=config.speed.compile)
     with StopSignals() as stop, watchdog, closing(log):
-        training = _Run(config, runtime, state, log, stop, watchdog)
+        bad_steps = BadSteps(state, config, runtime)
+        training = _Run(config, runtime, state, bad_steps, log, stop, watchdog)
         while True:
             done = state.step >= total_steps
             training.evaluate_and_save(done)
@@ -87,17 +88,15 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
             statistics.remember()
             losses = step(batch, precision=run.precision, accumulation=run.accumulation, scaler=state.scaler, key=key)
             grad_norm, is_good = apply_update(state, config, losses["loss"], statistics)
-            if not is_good:
-                count_bad_step(losses, grad_norm, batch, state, config, runtime)
+            bad_steps.add(losses, grad_norm, is_good, batch)
             state.step += 1
 
             meter.add(batch)
             log.advance(state.step)
             if state.step % run.log_every == 0 or state.step == total_steps:
-                values = {name: value.item() for name, value in losses.items()}
-                values |= {"lr": rate, "grad_norm": grad_norm.item()}
-                values |= {name: scale.item() for name, scale in distiller.linear_scales.items()}
-                log.scalars(state.step, values | meter.read(state.step))
+                bad_steps.count()
+                values = read_values({**losses, "grad_norm": grad_norm, **distiller.linear_scales})
+                log.scalars(state.step, values | {"lr": rate} | meter.read(state.step))
         if meter.starved_share > _STARVED_SHARE:
             log.say(
                 f"{meter.starved_share:.0%} of the training time went into waiting for data: raise "
@@ -131,9 +130,9 @@ def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
         return distiller
     # the gradient of a depthwise convolution differs from its weight in the strides of dimensions of size 1 alone
     warnings.filterwarnings("ignore", message="Grad strides do not match")
-    device_ids = [runtime.device] if runtime.device.type == "cuda" else None
-    # BatchNorm normalises with each rank's own statistics in training; the running ones are rank 0's everywhere
-    return DistributedDataParallel(distiller, device_ids=device_ids, gradient_as_bucket_view=True)
+    # BatchNorm normalises with each rank's own statistics in training; the running ones are rank 0's everywhere. With
+    # device_ids, DDP would send the tokens to the device: they stay on the host
+    return DistributedDataParallel(distiller, gradient_as_bucket_view=True)
 
 
 @dataclass
@@ -143,6 +142,7 @@ class _Run:
     config: TrainConfig
     runtime: Runtime
     state: TrainState
+    bad_steps: BadSteps
     log: RunLog
     stop: StopSignals
     watchdog: Watchdog
@@ -179,6 +179,7 @@ class _Run:
         """Validate on all processes together, and keep the weights and state of the best value so far, unless it is
         interrupted."""
         config, state = self.config, self.state
+        self.bad_steps.count()
         with reported_once():
             teacher = agreed(lambda: validation_teacher(config, self.runtime.device))
             try:
@@ -209,6 +210,7 @@ class _Run:
                 save_weights(out_dir / "last.safetensors", state.evaluated_model)
             save_checkpoint(out_dir / "checkpoints" / f"{name}.pt", state, self.config)
 
+        self.bad_steps.count()  # the checkpoint holds their number
         with reported_once():
             self._on_main(save)
 

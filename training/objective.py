@@ -16,6 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from longclip_teacher.transfer import sent
 from training.data.store import TeacherInfo
 from training.distributed import gather
 from training.features import Features, LossParameters, Outputs, TeacherOutputs
@@ -97,7 +98,9 @@ class Objective:
             self.options,
             teacher=teacher,
             teacher_info=self.teacher_info.get("short" if length == "short" else "long"),
-            groups=caption_groups(tokens) if self.options.share_identical_captions else None,
+            groups=caption_groups(tokens, parameters.logit_scale.device)
+            if self.options.share_identical_captions
+            else None,
         )
 
     def _sub_losses(self, tokens: Int[Tensor, "B L"], k: int, models: _Models) -> _Summands:
@@ -256,15 +259,16 @@ class _Summands:
         return {**self._values, "loss": torch.stack(self._weighted).sum()}
 
 
-def caption_groups(tokens: Int[Tensor, "B L"]) -> Int[Tensor, " G"]:
-    """Give each caption of the global batch a number. Equal captions get equal numbers, whatever their padding."""
-    weights = _hash_weights(tokens.device)[: tokens.shape[1]]
-    return gather((tokens * weights).sum(dim=1))  # int64 arithmetic wraps: a hash
+def caption_groups(tokens: Int[Tensor, "B L"], device: torch.device) -> Int[Tensor, " G"]:
+    """Give each caption of the global batch a number, on `device`. Equal captions get equal numbers, whatever their
+    padding. `tokens` are on the host."""
+    weights = _hash_weights()[: tokens.shape[1]]
+    return gather(sent((tokens * weights).sum(dim=1), device))  # int64 arithmetic wraps: a hash
 
 
 @cache
-def _hash_weights(device: torch.device) -> Int[Tensor, " L"]:
-    return torch.randint(1, 2**62, (_MAX_CONTEXT,), generator=torch.Generator().manual_seed(0)).to(device)
+def _hash_weights() -> Int[Tensor, " L"]:
+    return torch.randint(1, 2**62, (_MAX_CONTEXT,), generator=torch.Generator().manual_seed(0))
 
 
 def _divided(scale: float | tuple[float, ...], by: float) -> float | tuple[float, ...]:

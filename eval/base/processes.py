@@ -72,7 +72,7 @@ class Runtime:
             return value
         highest = torch.tensor(value)
         dist.all_reduce(highest, dist.ReduceOp.MAX)
-        return int(highest)
+        return int(highest.numpy())
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def _open_clip_rate(batch: Batch, setting: Setting, precision: str) -> float:
     student = open_clip.create_model("MobileCLIP-S1", device=device, force_image_size=size, output_dict=True)
     teacher = open_clip.create_model("ViT-B-16", device=device, force_image_size=size, output_dict=True)
     teacher.requires_grad_(False)
-    tokens = torch.nn.functional.pad(batch.long_tokens, (0, _TOKENS - batch.long_tokens.shape[1]))
+    tokens = torch.nn.functional.pad(batch.long_tokens, (0, _TOKENS - batch.long_tokens.shape[1])).to(device)
     images = normalized_for(create_teacher("tiny").to(device), batch.images)
     decayed = [parameter for parameter in student.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in student.parameters() if parameter.ndim <= 1]

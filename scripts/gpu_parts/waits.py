@@ -1,7 +1,8 @@
 """How often a training step makes the host wait for the device.
 
 A step that waits leaves the device without work until the host has queued more. On a GPU torch itself reports each
-wait. On the CPU, which waits for nothing, the reads of single values are counted instead.
+wait. On the CPU, which waits for nothing, the reads of single values, and of sizes that depend on values, are counted
+instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_parts.findings import Finding, Findings, Setting
@@ -22,19 +24,50 @@ from gpu_parts.sides import build_side, sizes
 __all__ = ["ScalarReads", "waits_in", "waits_part"]
 
 _ROOT = Path(__file__).parents[2]
-_PRECISIONS = ("fp32", "bf16")  # with fp16 the scaler itself must know whether to step
+_PRECISIONS = ("fp32", "bf16", "fp16")
+_ATEN = torch.ops.aten
+_READS = {
+    _ATEN._local_scalar_dense.default, _ATEN.equal.default, _ATEN.nonzero.default, _ATEN.masked_select.default,
+    _ATEN._unique2.default, _ATEN.unique_dim.default,
+}  # fmt: skip
 
 
 class ScalarReads(TorchDispatchMode):
-    """Counts the reads of single values (`item`, `bool`, `float`) inside the block, by the line of ours that reads."""
+    """Counts the reads of values (`item`, `bool`, `tolist`, `nonzero`) in the block, by the line of ours that reads.
+
+    What is read through numpy lies on the host, or numpy would refuse it: such reads are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.places: Counter[str] = Counter()
+        self._lists = _Lists(self.places)
+
+    def __enter__(self) -> ScalarReads:
+        self._lists.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._lists.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func in _READS:
             self.places[_line(traceback.extract_stack())] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Lists(TorchFunctionMode):
+    """Counts the calls of `tolist`, which reads a CPU's memory without an operation."""
+
+    def __init__(self, places: Counter[str]) -> None:
+        super().__init__()
+        self._places = places
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.tolist:
+            self._places[_line(traceback.extract_stack())] += 1
         return func(*args, **(kwargs or {}))
 
 

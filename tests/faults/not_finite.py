@@ -15,7 +15,7 @@ from faults.runs import ended, start_ranks
 from faults.trials import Row
 from longclip_teacher.errors import InputError
 from training.settings.tree import parse_config
-from training.update import count_bad_step
+from training.update import BadSteps
 
 __all__ = ["ROWS", "small_run"]
 
@@ -61,8 +61,10 @@ def _wrong(run: Run, folder: Path, name: str, fault: Fault | None) -> str | None
     if is_good:
         return f"{name}: not noticed"
     config = parse_config(["--run.out_dir", str(folder)])
+    taken = BadSteps(run.state, config, run.runtime)
+    taken.add(losses, norm, is_good, run.batch)
     try:
-        count_bad_step(losses, norm, run.batch, run.state, config, run.runtime)
+        taken.count()
         return f"{name}: the run goes on"
     except InputError as error:
         if f"Samples {run.batch.keys[0]} .. {run.batch.keys[-1]}" not in str(error) or "\n" in str(error):

@@ -18,10 +18,11 @@ from torch import Tensor
 from bad_steps import CONFIG, FAULTS, Run, changed
 from eval.base.processes import start
 from longclip_teacher.errors import InputError
+from mobileclip_student import create_student
 from ranks import run_ranks
 from training.checkpointing import load_checkpoint, save_checkpoint
 from training.settings.tree import TrainConfig, parse_config
-from training.update import count_bad_step
+from training.update import BadSteps, Statistics
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -37,6 +38,21 @@ def test_a_bad_step_changes_nothing(name: str, fused: bool) -> None:
         assert changed(before, run.contents()) == []
         assert run.step()[2], "a good step follows"
         assert len(changed(before, run.contents())) > 100
+
+
+def test_every_buffer_is_put_back() -> None:
+    """BatchNorm over tokens included, which is not torch's class."""
+    model = create_student("tiny", context_length=20)
+    statistics, buffers = Statistics(model), dict(model.named_buffers())
+    assert {name.partition(".")[0] for name in buffers} == {"image_encoder", "text_encoder"}
+    before = {name: value.clone() for name, value in buffers.items()}
+    statistics.remember()
+    for value in buffers.values():
+        value += 1 if value.dtype == torch.int64 else torch.nan
+    statistics.restore_unless(torch.tensor(True))
+    assert len(changed(before, buffers)) == len(buffers)
+    statistics.restore_unless(torch.tensor(False))
+    assert changed(before, buffers) == []
 
 
 def test_a_finite_loss_with_an_infinite_gradient_is_the_scalers_affair() -> None:
@@ -111,11 +127,19 @@ def config_of(tmp_path: Path, *args: str) -> TrainConfig:
 def test_bad_steps_are_counted_and_the_samples_named(tmp_path: Path) -> None:
     with start("cpu") as runtime:
         run = Run(runtime)
-        losses, norm, _ = run.step(FAULTS["gradient nan"])
-        count_bad_step(losses, norm, run.batch, run.state, config_of(tmp_path, "--optim.max_bad_steps", "1"), runtime)
+        taken = BadSteps(run.state, config_of(tmp_path, "--optim.max_bad_steps", "1"), runtime)
+        for fault in (None, FAULTS["gradient nan"], None):
+            taken.add(*run.step(fault), run.batch)
+        assert run.state.bad_steps == 0, "nobody has looked"
+        taken.count()
         assert run.state.bad_steps == 1
-        with pytest.raises(InputError, match=r"\(grad_norm nan\).*Samples 0 \.\. 7, all 8 in .*max_bad_steps") as error:
-            count_bad_step(losses, norm, run.batch, run.state, config_of(tmp_path), runtime)
+        taken.count()
+        assert run.state.bad_steps == 1, "a step is counted once"
+        taken.add(*run.step(FAULTS["gradient nan"]), run.batch)
+        taken.add(*run.step(), run.batch)
+        pattern = r"^step 4 is not .*\(grad_norm nan\).*Samples 0 \.\. 7, all 8 in .*max_bad_steps"
+        with pytest.raises(InputError, match=pattern) as error:
+            taken.count()
         assert "\n" not in str(error.value)
     report = json.loads((tmp_path / "nonfinite_rank0.json").read_text())
     assert report["keys"] == [str(number) for number in range(8)] and report["losses"]["grad_norm"] == "nan"

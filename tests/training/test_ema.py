@@ -28,6 +28,8 @@ from training.record.run_log import read_metrics
 from training.settings.options import MixOptions
 from training.settings.tree import parse_config
 
+MOVES = torch.tensor(True)
+
 
 def wander(model: nn.Module) -> None:
     """Move parameters, BatchNorm statistics and counters, as a training step does."""
@@ -57,7 +59,7 @@ def test_the_average_is_the_plain_formula(decay: float, steps: int) -> None:
     history = [snapshot(model)]
     for step in range(steps):
         wander(model)
-        ema.update(model, step)
+        ema.update(model, step, MOVES)
         history.append(snapshot(model))
     averages = expected(history, decay)
     for name, value in ema.model.state_dict().items():
@@ -73,9 +75,20 @@ def test_weights_that_stay_are_their_own_average() -> None:
     model = create_student("tiny", context_length=20)
     ema = ModelEma(model, 0.99)
     for step in range(20):
-        ema.update(model, step)
+        ema.update(model, step, MOVES)
     for name, value in model.state_dict().items():
         assert torch.equal(value, ema.model.state_dict()[name]), name
+
+
+def test_a_bad_step_leaves_the_average_alone() -> None:
+    model = create_student("tiny", context_length=20)
+    ema = ModelEma(model, 0.99)
+    before = snapshot(ema.model)
+    wander(model)
+    for value, average in zip(model.buffers(), ema.model.buffers(), strict=True):
+        value.copy_(average)  # the step's own business
+    ema.update(model, 3, ~MOVES)
+    assert all(torch.equal(value, before[name]) for name, value in ema.model.state_dict().items())
 
 
 def test_the_copy_is_no_part_of_the_model() -> None:
@@ -93,7 +106,7 @@ def test_the_copy_is_no_part_of_the_model() -> None:
     images, tokens = torch.rand(2, 3, 48, 48), torch.tensor([[49406, 5, 49407], [49406, 49407, 0]])
     for part in (model.text_encoder.token_embedding, model.image_encoder.trunk.head):
         wander(part)
-    ema.update(model, 50)
+    ema.update(model, 50, MOVES)
     reference = create_student("tiny", context_length=20)
     reference.load_state_dict(ema.model.state_dict())
     reference.eval()

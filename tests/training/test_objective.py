@@ -146,7 +146,7 @@ def test_distilled_sentences_are_the_mean_of_the_pure_functions() -> None:
     icl, vrd = [], []
     for k in range(3):
         features = ours["image"], SUB[:, k], TEACHER["image"], THEIR_SUB[:, k]
-        groups = caption_groups(tokens[:, k])
+        groups = caption_groups(tokens[:, k], tokens.device)
         icl.append(icl_loss(*features, scales["icl"], label_smoothing=0.1, caption_groups=groups))
         vrd.append(vrd_loss(*features, scales["vrd"]))
     torch.testing.assert_close(found["icl_sub"], torch.stack(icl).mean())

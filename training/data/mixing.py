@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
+from longclip_teacher.transfer import sent
 from training.data.randomness import sample_generator
 from training.data.samples import Batch
 from training.settings.options import MixOptions
@@ -68,7 +69,7 @@ def _mixed(batch: Batch, options: MixOptions, generator: np.random.Generator) ->
     partners = _neighbours(len(batch.images))
 
     def mixed(images: UInt8[Tensor, "B 3 H W"]) -> UInt8[Tensor, "B 3 H W"]:
-        others = images[partners.to(images.device)]
+        others = images[sent(partners, images.device)]
         if cuts:
             return torch.where(_inside(box[None], images), others, images)
         return torch.lerp(others.float(), images.float(), share).round().to(torch.uint8)
@@ -101,7 +102,7 @@ def _erased(batch: Batch, probability: float, seed: int, step: int) -> UInt8[Ten
     is_erased = drawn[:, :1] < probability
     boxes = np.concatenate([corner, corner + sides * is_erased], axis=1)
     field = sample_generator(seed, step, _ERASE).integers(0, 256, images.shape[1:], dtype=np.uint8)
-    return torch.where(_inside(boxes, images), torch.from_numpy(field).to(images.device), images)
+    return torch.where(_inside(boxes, images), sent(torch.from_numpy(field), images.device), images)
 
 
 def _hidden(batch: Batch, mask: Mask, seed: int) -> Bool[Tensor, "B P P"]:
@@ -109,13 +110,13 @@ def _hidden(batch: Batch, mask: Mask, seed: int) -> Bool[Tensor, "B P P"]:
     side = math.ceil(batch.images.shape[-1] / mask.patch)
     orders = [sample_generator(seed, *draw, _HIDE).permutation(side**2) for draw in batch.draws]
     hidden = torch.from_numpy(np.stack(orders)) < round(mask.ratio * side**2)
-    return hidden.view(-1, side, side).to(batch.images.device)
+    return sent(hidden.view(-1, side, side), batch.images.device)
 
 
 def _inside(boxes: np.ndarray, images: UInt8[Tensor, "B 3 H W"]) -> Bool[Tensor, "N 1 H W"]:
     """Return which pixels lie in `boxes` [N, 4], with edges rounded to full pixels."""
     height, width = images.shape[-2:]
-    edges = torch.from_numpy(np.rint(boxes * [height, width, height, width]).astype(np.int64)).to(images.device)
+    edges = sent(torch.from_numpy(np.rint(boxes * [height, width, height, width]).astype(np.int64)), images.device)
     top, left, bottom, right = edges[:, :, None].unbind(1)  # N 1 each
     rows = torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)

@@ -58,6 +58,9 @@ class Sample:
 class Batch:
     """The input of a training step. Pictures are not normalised yet; the device does that.
 
+    Tokens stay on the host, where towers measure and sort captions without waiting for the device. Each tower sends the
+    tokens that it reads.
+
     The tower that a stage does not train gets empty tensors: images [B, 3, 0, 0], or tokens [B, 0].
     """
 
@@ -87,8 +90,8 @@ class Batch:
         return self.shown, *captions, self.hidden, self.sub_tokens
 
     def to(self, device: str | torch.device) -> Batch:
-        """Return the same batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return the same batch with its tensors on `device`, except the tokens."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True), with_tokens=False)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which a GPU copies while it works (DataLoader calls this)."""
@@ -98,19 +101,20 @@ class Batch:
         """Return some samples of the batch, without its `skipped` counts."""
         return replace(self._map(lambda tensor: tensor[rows]), keys=self.keys[rows], draws=self.draws[rows], skipped={})
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def _map(self, function: Callable[[Tensor], Tensor], *, with_tokens: bool = True) -> Batch:
+        of_tokens = function if with_tokens else lambda tokens: tokens
         return replace(
             self,
             images=function(self.images),
             teacher_images=tuple(function(view) for view in self.teacher_images),
-            long_tokens=function(self.long_tokens),
-            short_tokens=function(self.short_tokens),
+            long_tokens=of_tokens(self.long_tokens),
+            short_tokens=of_tokens(self.short_tokens),
             teacher=None if self.teacher is None else {name: function(value) for name, value in self.teacher.items()},
             erased=None if self.erased is None else function(self.erased),
             long_shift=None if self.long_shift is None else function(self.long_shift),
             short_shift=None if self.short_shift is None else function(self.short_shift),
             hidden=None if self.hidden is None else function(self.hidden),
-            sub_tokens=None if self.sub_tokens is None else function(self.sub_tokens),
+            sub_tokens=None if self.sub_tokens is None else of_tokens(self.sub_tokens),
         )
 
 

@@ -180,12 +180,19 @@ class _Target:
 
 def _smoothed_means(features: Tensor, smoothing: float, groups: Tensor | None) -> Tensor:
     """T @ features [G, D]: the mean over rows of the same group, mixed with the mean of all rows."""
-    means = features
-    if groups is not None:
-        _, index, count = groups.unique(return_inverse=True, return_counts=True)
-        sums = features.new_zeros(len(count), features.shape[1]).index_add_(0, index, features)
-        means = (sums / count[:, None])[index]
+    means = features if groups is None else _means_of_groups(features, groups)
     return torch.lerp(means, features.mean(dim=0), smoothing)
+
+
+def _means_of_groups(features: Tensor, groups: Tensor) -> Tensor:
+    """For each row [G, D] the mean of the rows of its group. It sorts the groups, because their number, which `unique`
+    returns, would have to come from the device first."""
+    in_order, order = groups.sort()
+    index = torch.zeros_like(order)  # each row's group, counted from 0
+    index[order[1:]] = (in_order[1:] != in_order[:-1]).cumsum(0)
+    count = torch.zeros_like(index).index_add_(0, index, torch.ones_like(index)).clamp_min(1)
+    sums = torch.zeros_like(features).index_add_(0, index, features)
+    return (sums / count[:, None])[index]
 
 
 def _second_pass(

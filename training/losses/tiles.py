@@ -62,7 +62,8 @@ class TiledLogits:
 
     The constructor makes the first pass over the tiles. One exponential of a logit serves both its row and its column,
     unless a row or column lies so far below the rest that it would underflow (at scale 100, a picture whose cosines are
-    all below -0.3). In that case each row and column has its own maximum and its own exponential.
+    all below -0.3). Such a row or column has its own maximum and its own exponentials. Which they are is known to the
+    device alone: both ways are computed everywhere, which takes little beside the products, and nobody waits.
     """
 
     def __init__(
@@ -74,16 +75,16 @@ class TiledLogits:
         self._tiles = tiles
         limits = torch.finfo(image.dtype)
         bound = scale * torch.linalg.vector_norm(image, dim=1).max() * torch.linalg.vector_norm(text, dim=1).max()
-        self._shift = float((bound - 0.8 * math.log(limits.max)).clamp_min(0))  # 0.2: a sum of G is larger than a term
-        sums = self._exponential_sums()
-        self._shared = bool(
-            sums.min() > len(image) * limits.tiny / limits.eps
-        )  # anything that underflowed is below rounding
-        self._log_sums = sums.log() + self._shift if self._shared else self._online_log_sums()
-        # for rows and columns [2, G]: softmax = exp(logit - shift) * factor. The shift is self._shift if shared;
-        # otherwise the factor corrects the rounding of the log-sum-exp
-        self._shifts = self._log_sums.to(image.dtype)
-        self._factors = (sums.reciprocal() if self._shared else (self._shifts - self._log_sums).exp()).to(image.dtype)
+        self._shift = (bound - 0.8 * math.log(limits.max)).clamp_min(0)  # 0.2: a sum of G is larger than a term
+        sums, own_log_sums = self._sums()
+        is_shared = sums > len(image) * limits.tiny / limits.eps  # anything that underflowed is below rounding
+        self._log_sums = torch.where(is_shared, sums.log() + self._shift, own_log_sums)
+        # for rows and columns [2, G]: softmax = exp(logit - self._shift) * factor + exp(logit - own shift) * own
+        # factor, one of which is 0. The own factor corrects the rounding of the log-sum-exp
+        self._factors = sums.reciprocal().where(is_shared, 0).to(image.dtype)
+        own_shifts = own_log_sums.to(image.dtype)
+        self._own_factors = (own_shifts - own_log_sums).exp().where(~is_shared, 0).to(image.dtype)
+        self._own_shifts = own_shifts.where(~is_shared, torch.inf)
 
     @property
     def mean_log_sum(self) -> Tensor:
@@ -96,30 +97,26 @@ class TiledLogits:
 
     def to_softmaxes(self, tile: Tensor, rows: slice, columns: slice, scratch: Tensor) -> Tensor:
         """Turn a tile of logits into row softmax + column softmax, in place."""
-        row_factors, column_factors = self._factors[0, rows, None], self._factors[1, columns]
-        if self._shared:
-            return self._exponentials(tile).mul_(torch.add(row_factors, column_factors, out=scratch))
-        torch.sub(tile, self._shifts[1, columns], out=scratch).exp_().mul_(column_factors)
-        return tile.sub_(self._shifts[0, rows, None]).exp_().mul_(row_factors).add_(scratch)
+        own = self._tiles.memory("own", rows, columns)
+        torch.sub(tile, self._own_shifts[0, rows, None], out=own).exp_().mul_(self._own_factors[0, rows, None])
+        torch.sub(tile, self._own_shifts[1, columns], out=scratch).exp_().mul_(self._own_factors[1, columns])
+        own.add_(scratch)
+        factors = torch.add(self._factors[0, rows, None], self._factors[1, columns], out=scratch)
+        return tile.sub_(self._shift).exp_().mul_(factors).add_(own)
 
-    def _exponentials(self, tile: Tensor) -> Tensor:
-        return (tile if self._shift == 0 else tile.sub_(self._shift)).exp_()
-
-    def _exponential_sums(self) -> Tensor:
-        """Sums of exp(logit - shift) over rows and over columns [2, G], float64."""
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Sums of exp(logit - shift) over rows and over columns [2, G], and the log-sum-exps of rows and columns with
+        maxima of their own [2, G], both float64."""
         sums = self.left.new_zeros(2, len(self.left), dtype=torch.float64)
-        for rows, columns in self._tiles:
-            exponentials = self._exponentials(self.tile(rows, columns, "logits"))
-            sums[0, rows] += exponentials.sum(dim=1)
-            sums[1, columns] += exponentials.sum(dim=0)
-        return self._tiles.sum_over_processes(sums)
-
-    def _online_log_sums(self) -> Tensor:
-        """Log-sum-exps of rows and of columns [2, G] for logits of any range, float64."""
-        log_sums = self.left.new_full((2, len(self.left)), -torch.inf, dtype=torch.float64)
+        log_sums = torch.full_like(sums, -torch.inf)
         for rows, columns in self._tiles:
             tile = self.tile(rows, columns, "logits")
-            for side, part, dim in ((0, rows, 1), (1, columns, 0)):
+            places = (0, rows, 1), (1, columns, 0)
+            for side, part, dim in places:
                 log_sums[side, part] = torch.logaddexp(log_sums[side, part], tile.logsumexp(dim).double())
+            exponentials = tile.sub_(self._shift).exp_()
+            for side, part, dim in places:
+                sums[side, part] += exponentials.sum(dim)
         largest = self._tiles.max_over_processes(log_sums.clone())
-        return self._tiles.sum_over_processes((log_sums - largest).exp_()).log_().add_(largest)
+        log_sums = self._tiles.sum_over_processes((log_sums - largest).exp_()).log_().add_(largest)
+        return self._tiles.sum_over_processes(sums), log_sums

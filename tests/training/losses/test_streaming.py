@@ -181,7 +181,7 @@ def test_scales_the_gradient_by_what_comes_from_above() -> None:
         torch.testing.assert_close(65536 * a, b, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["identical rows", "zeros", "far apart"])
+@pytest.mark.parametrize("name", ["identical rows", "zeros", "far apart", "far apart both ways"])
 def test_degenerate_features(name: str) -> None:
     pair = make_pair(20, SHARP, torch.float32)
     with torch.no_grad():
@@ -196,6 +196,9 @@ def test_degenerate_features(name: str) -> None:
             pair.image.copy_(normalize(pair.image + centre, dim=1))
             pair.image[7] = -centre
             assert (pair.image[7] @ pair.text.T).max() < -0.5
+            if name == "far apart both ways":  # a text that opposes every picture but that one
+                pair.text[3] = -centre
+                assert (pair.text[3] @ pair.image.T).sort().values[-2] < -0.3
     assert_single_equals_double(pair, tile=TILE)
 
 
