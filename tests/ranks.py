@@ -6,10 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-__all__ = ["ends_of_ranks", "run_ranks", "start_ranks"]
+__all__ = ["ends_of_ranks", "run_ranks", "start_ranks", "wait_until"]
 
 
 def run_ranks(command: list[str], world_size: int, *, timeout: float = 600) -> None:
@@ -75,3 +77,11 @@ def start_ranks(
         )
         for rank in range(world_size)
     ]
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    """Wait until `holds()`; `what` is said if it never does."""
+    deadline = time.monotonic() + 100
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)

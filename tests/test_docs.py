@@ -10,8 +10,10 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from longclip_teacher.errors import InputError
 from training.losses.table import LOSSES, Loss
@@ -121,11 +123,26 @@ def test_the_readme_is_short() -> None:
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+def shell_scripts_of(text: str) -> Iterator[str]:
+    """The bash blocks, and what the YAML blocks give a shell: strings that call torchrun."""
+
+    def strings(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from strings(part)
+
+    for language, block in _CODE_BLOCK.findall(text):
+        if language == "bash":
+            yield block
+        elif language == "yaml":
+            yield from (found for found in strings(yaml.safe_load(block)) if "torchrun" in found)
+
+
 def commands_of(document: Path) -> Iterator[list[str]]:
-    """Each call of a script of this repository: [script, arguments ...], from bash blocks and inline code."""
+    """Each call of a script of this repository: [script, arguments ...], from shell scripts and inline code."""
     text = text_of(document)
-    blocks = [block for language, block in _CODE_BLOCK.findall(text) if language == "bash"]
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for script in shell_scripts_of(text) for line in script.replace("\\\n", " ").splitlines()]
     for line in (*lines, *_INLINE_CODE.findall(_CODE_BLOCK.sub("", text))):
         if not re.search(r"(python|torchrun)\S* .*\.py\b", line):
             continue
@@ -182,3 +199,18 @@ def test_wrong_options_are_found(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "run.sead" in wrong[0] and "--thread" in wrong[1] and "--image" in wrong[2] and "no_preset" in wrong[4]
     assert len(wrong) == 5
+
+
+def syntax_error(script: str) -> str:
+    """What bash says of a script that it does not run."""
+    return subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True).stderr
+
+
+def test_shell_scripts_and_jobs_can_be_parsed() -> None:
+    scripts = [script for document in GUIDES for script in shell_scripts_of(text_of(document))]
+    assert len(scripts) > 20 and [found for script in scripts if (found := syntax_error(script))] == []
+    assert syntax_error("if true; then torchrun")
+    blocks = _CODE_BLOCK.findall(text_of(ROOT / "docs" / "training.md"))
+    jobs = [block for language, block in blocks if language == "yaml" or "#SBATCH" in block]
+    assert len(jobs) == 3 and max(len(job.splitlines()) for job in jobs) <= 20
+    assert all(len(list(shell_scripts_of(f"```yaml\n{job}```"))) == 1 for job in jobs[1:])

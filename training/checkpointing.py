@@ -27,7 +27,7 @@ from training.optim import load_moments
 from training.resume import RunInputs, changes_since, other_processes
 from training.settings.tree import TrainConfig
 
-__all__ = ["TrainState", "find_checkpoint", "load_checkpoint", "save_checkpoint", "save_weights"]
+__all__ = ["TrainState", "find_checkpoint", "load_checkpoint", "restore", "save_checkpoint", "save_weights"]
 
 
 @dataclass
@@ -112,6 +112,13 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
     notes = changes_since(path, content["step"], saved, before, config, state.inputs)
     if before is not None:
         notes += other_processes(before, config, state.inputs, state.distiller)
+    notes += restore(content, path, state, config)
+    return notes
+
+
+def restore(content: Mapping[str, Any], path: Path, state: TrainState, config: TrainConfig) -> list[str]:
+    """Restore `state` from the content of the checkpoint `path`, which has been compared with this run. Returns a line
+    if the best weights are chosen anew."""
     load_strictly(state.distiller, content["distiller"], path)
     begun_from = content.get("ancestry")
     ancestry = unrecorded("a checkpoint without a record") if begun_from is None else ancestry_from_json(begun_from)
@@ -125,12 +132,12 @@ def load_checkpoint(path: Path, state: TrainState, config: TrainConfig) -> list[
     state.step, state.best = content["step"], content["best"]
     state.bad_steps = content.get("bad_steps", 0)  # older checkpoints have none
     state.evaluated_step = content.get("evaluated_step", state.step)
-    validation = config.to_dict()["data"]
-    if state.best is not None and any(saved["data"].get(name) != validation[name] for name in ("val", "val_protocol")):
+    saved, validation = content["config"]["data"], config.to_dict()["data"]
+    if state.best is not None and any(saved.get(name) != validation[name] for name in ("val", "val_protocol")):
         state.best = None
         if state.step < state.inputs.total_steps:
-            notes.append("the best weights are chosen anew on this validation set: best.safetensors is overwritten")
-    return notes
+            return ["the best weights are chosen anew on this validation set: best.safetensors is overwritten"]
+    return []
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:

@@ -22,8 +22,9 @@ from eval.base.processes import Runtime, agreed, on_main
 from eval.base.progress import Interrupted, told
 from longclip_teacher.errors import reported_once
 from longclip_teacher.process_failures import kill_children
+from training.agreement import check_agreement, resume
 from training.build import validation_teacher
-from training.checkpointing import TrainState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
+from training.checkpointing import TrainState, save_checkpoint, save_weights
 from training.data.loader import Batch, ShardLoader
 from training.data.mixing import mix
 from training.distill import Distiller
@@ -51,14 +52,16 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
     run, out_dir, distiller = config.run, config.run.out_dir, distillation.distiller
     state = _initial_state(config, runtime, distiller, loader)
     steps_per_epoch, total_steps = loader.steps_per_epoch, state.inputs.total_steps
-    checkpoint = _resume(config, state)
-    if state.evaluated_step == state.step >= total_steps and (out_dir / "best.safetensors").exists():
+    with reported_once():
+        check_agreement(config, state.inputs, steps_per_epoch)
+        is_resumed = resume(config, state, runtime)
+    if state.evaluated_step == state.step >= total_steps and _exists(out_dir / "best.safetensors"):
         logger.info("%s is finished: all %d steps are done (a larger --run.max_steps extends it)", out_dir, total_steps)
         return state
     module = _parallel(distiller, runtime)
     step = partial(backward_step, module, objective=distillation.objective, teachers=distillation.teachers)
     log = RunLog(config, runtime, step=state.step, total_steps=total_steps)
-    how = "resuming" if checkpoint else "starting"
+    how = "resuming" if is_resumed else "starting"
     log.say(f"{how} at step {state.step} of {total_steps}, {steps_per_epoch} steps an epoch -> {out_dir}")
     meter, statistics, feed = _Meter(run.global_batch_size, runtime.device), Statistics(distiller), _Feed(loader)
 
@@ -73,8 +76,7 @@ def train(config: TrainConfig, runtime: Runtime, distillation: Distillation, loa
             waiting = time.monotonic()
             found = None if done else stop.wait_for(lambda: feed.batch_of(state.step))
             watchdog.station("step", state.step)
-            if number := stop.agreed(runtime):
-                training.save_and_stop(number)
+            training.stop_or_save()
             if found is None:
                 break
             meter.wait(time.monotonic() - waiting)
@@ -115,14 +117,9 @@ def _initial_state(config: TrainConfig, runtime: Runtime, distiller: Distiller, 
     )
 
 
-def _resume(config: TrainConfig, state: TrainState) -> Path | None:
-    """Restore the state of the run that goes on, telling what has changed since; the checkpoint, None for a new run."""
-    with reported_once():
-        checkpoint = find_checkpoint(config)
-        notes = [] if checkpoint is None else load_checkpoint(checkpoint, state, config)
-    for note in notes:
-        logger.info(note)
-    return checkpoint
+def _exists(path: Path) -> bool:
+    """Whether rank 0 has this file."""
+    return bool(on_main(lambda: {"exists": torch.tensor(path.exists())})["exists"])
 
 
 def _parallel(distiller: Distiller, runtime: Runtime) -> nn.Module:
@@ -146,6 +143,15 @@ class _Run:
     log: RunLog
     stop: StopSignals
     watchdog: Watchdog
+    saved: float = field(default_factory=time.monotonic)
+    """When the last checkpoint was saved, by this process's clock."""
+
+    @property
+    def save_is_due(self) -> bool:
+        """Whether the last checkpoint is older than run.save_minutes. Rank 0's clock counts."""
+        minutes = self.config.run.save_minutes
+        is_old = self.runtime.is_main and time.monotonic() - self.saved >= 60 * minutes > 0
+        return is_old and 0 < self.state.step < self.state.inputs.total_steps
 
     def evaluate_and_save(self, done: bool) -> None:
         """Evaluate and write the checkpoints that are due at this step; at the last one both, whatever the
@@ -158,7 +164,16 @@ class _Run:
         if run.keep_every and step > 0 and step % run.keep_every == 0:
             self._save(f"step_{step}")
         if step > 0 and (step % run.save_every == 0 or done):
-            self._save("last")
+            self.save()
+
+    def stop_or_save(self) -> None:
+        """Stop if a signal has reached any process, and save if it is time: all processes at the same step."""
+        number, is_due = self.stop.agreed(self.runtime, self.save_is_due)
+        if number:
+            self.save_and_stop(number)
+        if is_due:
+            self.save()
+            self.watchdog.station("step", self.state.step)
 
     def save_and_stop(self, number: int) -> NoReturn:
         """Save at the request of signal `number`, and end the run."""
@@ -167,7 +182,7 @@ class _Run:
         if step == 0:
             self.log.say(f"{name}: stopped before the first step; there is nothing to save")
         else:
-            self._save("last")
+            self.save()
             self.log.say(
                 f"{name}: stopped after step {step} of {total}, which is saved; the same command with "
                 "--run.resume auto goes on"
@@ -201,6 +216,11 @@ class _Run:
                     save_checkpoint(config.run.out_dir / "checkpoints" / "best.pt", state, config)
 
             self._on_main(record)
+
+    def save(self) -> None:
+        """Update the last checkpoint."""
+        self._save("last")
+        self.saved = time.monotonic()
 
     def _save(self, name: str) -> None:
         out_dir, state = self.config.run.out_dir, self.state

@@ -16,7 +16,7 @@ def main() -> None:
         config, notes = run_config(sys.argv[1:])
     # --help and refused options end above: these imports take seconds
     from eval.base.freed_memory import keep_freed_memory
-    from eval.base.processes import job_lock, start
+    from eval.base.processes import agreed, job_lock, start
     from eval.base.progress import told
     from training.build import build_distillation, build_training_loader
     from training.embedded import prepare_embedded
@@ -38,9 +38,9 @@ def main() -> None:
                 check_config(config, runtime.world_size)
                 held.enter_context(job_lock(config.run.out_dir))
                 prepare_embedded(config, runtime)
-                check_sets(config)
-                distillation = build_distillation(config, runtime)
-                loader = build_training_loader(config, runtime, distillation)
+                agreed(lambda: check_sets(config))  # nodes may have other disks
+                distillation = agreed(lambda: build_distillation(config, runtime))
+                loader = agreed(lambda: build_training_loader(config, runtime, distillation))
             state = train(config, runtime, distillation, loader)
             with Watchdog(runtime, config.run.collective_timeout) as watchdog, told(watchdog.progress):
                 watchdog.station("evaluation", state.step)

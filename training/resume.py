@@ -29,7 +29,8 @@ _PROMPTS = {"zeroshot", "zeroshot_classnames", "zeroshot_templates"}
 # fields that may change between a run and its continuation, because no sample, step or weight depends on them beyond
 # rounding
 _FREE_FIELDS = {
-    "run": {"out_dir", "device", "tf32", "log_every", "eval_every", "save_every", "keep_every", "collective_timeout"},
+    "run": {"out_dir", "device", "tf32", "log_every", "eval_every", "save_every", "save_minutes", "keep_every"}
+    | {"collective_timeout"},
     "data": {"val", "val_protocol", "tests", "num_workers", "max_bad_share"} | _PROMPTS,
     "speed": {field.name for field in dataclasses.fields(SpeedOptions)},
 }

@@ -79,9 +79,11 @@ class StopSignals:
         if self.received:
             raise Interrupted
 
-    def agreed(self, runtime: Runtime) -> int:
-        """Return a signal that any process has received, the same one on all; 0 if none has. All must call it."""
-        return runtime.highest(self.received)
+    def agreed(self, runtime: Runtime, is_due: bool = False) -> tuple[int, bool]:
+        """Return a signal that any process has received, the same one on all, or 0 if none has; and whether `is_due` is
+        True on any. If there is a signal, the second may be False. All must call this: it is one exchange."""
+        number, due = divmod(runtime.highest(2 * self.received + is_due), 2)
+        return number, bool(due)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or number

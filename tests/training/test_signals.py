@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import training.main
-from ranks import start_ranks
+from ranks import start_ranks, wait_until
 from training.record.evaluate import validate
 from training.record.run_log import read_metrics
 from training.stopping import StopSignals
@@ -59,14 +59,6 @@ def running(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def wait_until(holds: object, what: str) -> None:
-    """Wait until `holds()`."""
-    deadline = time.monotonic() + 100
-    while not holds():  # type: ignore[operator]
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def ends(processes: list[subprocess.Popen[str]]) -> list[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich import box
@@ -11,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.base.consoles import plain_console
-from eval.base.processes import Runtime, agreed
+from eval.base.processes import Runtime, agreed, bytes_of_main
 from eval.measures.costs import cost_conditions, measure_costs
 from eval.measures.figures import (
     Column,
@@ -61,15 +64,34 @@ def judge_run(config: TrainConfig, runtime: Runtime, teacher: ClipModel | None) 
 
     def load() -> tuple[dict[str, ClipModel], ClipModel | None]:
         whole_teacher = validation_teacher(config, runtime.device)
-        saved = load_model(config.run.out_dir, device=str(runtime.device))
+        saved = load_model(weights, device=str(runtime.device))
         models: dict[str, ClipModel] = {config.run.train: evaluated_model(saved, config, whole_teacher)}
         if (found := whole_teacher or teacher or _teacher_of_cache(config, runtime)) is not None:
             models["teacher"] = found
         fused = reparameterize(saved) if isinstance(saved, MobileCLIP) else None
         return models, None if fused is None else evaluated_model(fused, config, whole_teacher)
 
-    models, fused = agreed(load)
+    with _best_weights(config, runtime) as weights:
+        models, fused = agreed(load)
     return Judged(models, {name: evaluate_tests(model, config) for name, model in models.items()}, fused)
+
+
+@contextmanager
+def _best_weights(config: TrainConfig, runtime: Runtime) -> Iterator[Path]:
+    """The run's folder on rank 0, and elsewhere a copy of the best weights in it: other nodes may not see that
+    folder."""
+    out_dir = config.run.out_dir
+    if runtime.world_size == 1:
+        yield out_dir
+        return
+    content = bytes_of_main(out_dir / "best.safetensors")
+    if runtime.is_main:
+        yield out_dir
+        return
+    with TemporaryDirectory() as folder:
+        copy = Path(folder, "best.safetensors")
+        copy.write_bytes(content.getbuffer())
+        yield copy
 
 
 def report_run(config: TrainConfig, runtime: Runtime, judged: Judged) -> None:

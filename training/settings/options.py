@@ -73,6 +73,8 @@ class RunOptions:
     """Steps between evaluations on data.val; 0 evaluates only at the end."""
     save_every: int = 500
     """Steps between updates of the last checkpoint."""
+    save_minutes: float = 0.0
+    """Minutes after which the last checkpoint is updated, whatever save_every says; 0 leaves it to save_every."""
     keep_every: int = 0
     """Steps between checkpoints that are kept (checkpoints/step_N.pt); 0 keeps only the last and the best."""
     collective_timeout: float = 600.0
@@ -80,6 +82,7 @@ class RunOptions:
     after one minute, or half that time, which process stands still, and where."""
 
     def __post_init__(self) -> None:
+        require(self.save_minutes >= 0, f"--run.save_minutes must not be negative, got {self.save_minutes}")
         require(self.collective_timeout > 0, f"--run.collective_timeout is in seconds, got {self.collective_timeout}")
         for name in ("global_batch_size", "accumulation", "log_every", "save_every"):
             require(getattr(self, name) >= 1, f"--run.{name} must be at least 1, got {getattr(self, name)}")
