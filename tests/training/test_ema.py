@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.base.processes import start
+from longclip_teacher.ancestry import NOT_RECORDED
 from mobileclip_student import create_student
 from training import loop
 from training.checkpointing import TrainState
@@ -121,6 +122,7 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = nn.Module()
+        self.model.ancestry = NOT_RECORDED
         self.model.image_encoder = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         self.model.text_encoder = nn.Linear(2, 2)
         self.model.register_parameter("logit_scale", nn.Parameter(torch.tensor(4.0)))
