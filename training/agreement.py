@@ -79,6 +79,8 @@ def _check_no_later(config: TrainConfig, state: TrainState) -> None:
     another number, and its disk may be the one that the run was on."""
     last = config.run.out_dir / "checkpoints" / "last.pt"
     mine = _step_of(last) if config.run.resume == "auto" else -1
+    if mine > state.step:  # or it is a file that rank 0 sees too, and has found damaged
+        mine = _step_of(last, is_verified=True)
     steps = [int(part["step"]) for part in all_results(lambda: {"step": torch.tensor(mine)})]
     latest = max(range(len(steps)), key=lambda rank: steps[rank])
     if steps[latest] > state.step:
@@ -88,9 +90,11 @@ def _check_no_later(config: TrainConfig, state: TrainState) -> None:
         )
 
 
-def _step_of(path: Path) -> int:
-    """The step of a checkpoint, -1 if there is none that can be read. Its tensors stay on the disk."""
+def _step_of(path: Path, *, is_verified: bool = False) -> int:
+    """The step of a checkpoint, -1 if there is none that can be read. Its tensors stay on the disk, unless it is
+    verified: if it is damaged, the one before it counts."""
     try:
+        path = verified_file(path) if is_verified else path
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
     except Exception:  # whatever is wrong with it, rank 0 does not ask for it
         return -1

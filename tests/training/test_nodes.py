@@ -146,6 +146,12 @@ def main() -> None:
             run.state.step = 9
             save_checkpoint(folder / "node1" / "checkpoints" / "last.pt", run.state, config_of())
         found["later"] = refusal(lambda: resume(config_of(), run.state, runtime))
+        if rank == 1:  # a later one that is damaged is none
+            path = folder / "node1" / "checkpoints" / "last.pt"
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        found["damaged"] = refusal(lambda: resume(config_of(), run.state, runtime))
         (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -158,6 +164,7 @@ def test_processes_agree_or_say_in_one_line_what_differs(tmp_path: Path) -> None
     assert " has 2.0, rank 0 on " in ours["rates"] and " has 1.0: start all nodes" in ours["rates"]
     assert "the processes differ in training samples: rank 1 on " in ours["data"]
     assert (ours["fresh"], ours["resumed"], ours["step"]) == ("False", "True", "1")
+    assert ours["damaged"] == ""
     assert ours["later"].startswith(
         "rank 1 has a checkpoint of step 9 in its --run.out_dir, rank 0 goes on from step 1"
     )
