@@ -23,6 +23,8 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except InputError as error:
         _stop(str(error))
+    except ModuleNotFoundError as error:
+        _stop(f"{error.name} is not installed: pip install numpy onnxruntime tokenizers pillow")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
