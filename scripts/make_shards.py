@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import zlib
@@ -162,6 +163,7 @@ if __name__ == "__main__":
     answer_early(Command, __doc__)  # --help and refused options end here: the imports below take seconds
 
 from eval.base.consoles import plain_console
+from eval.base.workers import START_METHOD
 from longclip_teacher.atomic_files import atomic_folder, write_text
 from longclip_teacher.folder_lock import folder_lock
 from packed_pictures import left_out, picture_bytes
@@ -254,7 +256,8 @@ def in_parallel(function: Callable, items: Sequence, workers: int, title: str) -
     if workers == 1 or len(items) == 1:
         yield from map(function, progress(items, title))
         return
-    with ProcessPoolExecutor(max_workers=max(1, min(workers, len(items)))) as pool:
+    context = multiprocessing.get_context(START_METHOD)
+    with ProcessPoolExecutor(max(1, min(workers, len(items))), context) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             for future in progress(as_completed(futures), title, len(futures)):

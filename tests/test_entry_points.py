@@ -107,7 +107,7 @@ def test_every_kind_of_setting_takes_a_step(
 def test_help_teaches(script: str, tmp_path: Path) -> None:
     done = command(str(ROOT / script), "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) > 20
+    assert len(done.stdout.split()) > 100  # the lines depend on the versions of Python and tyro
     assert "usage" in done.stdout.lower()
 
 

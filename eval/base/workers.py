@@ -14,18 +14,27 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-__all__ = ["STOP_SIGNALS", "end_with_parent", "share_tensors", "start_worker"]
+__all__ = ["START_METHOD", "STOP_SIGNALS", "end_with_parent", "share_tensors", "worker_options"]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """The signals that ask a run to end."""
 
+START_METHOD = "fork" if sys.platform == "linux" else None
+"""How workers are started; None is Python's own choice. Python 3.14 would take them from a server on Linux, where they
+do not inherit what this process does with signals: one to the group of processes would end them."""
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _SHARED_MEMORY = Path("/dev/shm")
 Result = TypeVar("Result")
 
 
-def start_worker(_: int) -> None:
-    """As `worker_init_fn`: the worker dies with its parent, and ignores the signals that the parent handles. A parent
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """A DataLoader's options for its processes."""
+    context = START_METHOD if num_workers else None  # torch refuses one without workers
+    return {"num_workers": num_workers, "worker_init_fn": _start_worker, "multiprocessing_context": context}
+
+
+def _start_worker(_: int) -> None:
+    """The worker dies with its parent, and ignores the signals that the parent handles. A parent
     that finishes its step after SIGTERM still needs its workers, and the signal may be sent to the whole group."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler):

@@ -23,7 +23,7 @@ from eval.base.consoles import plain_console
 from eval.base.images import open_image
 from eval.base.processes import all_results, is_main_process, my_share
 from eval.base.progress import progress
-from eval.base.workers import share_tensors, start_worker
+from eval.base.workers import share_tensors, worker_options
 from eval.towers.feature_cache import FeatureCache
 from eval.towers.models import ClipModel, cut_tokens
 from eval.towers.precision import Precision
@@ -142,11 +142,10 @@ def image_batches(dataset: Dataset, encoding: Encoding, device: torch.device) ->
     loader = DataLoader(
         dataset,
         batch_size=encoding.batch_size,
-        num_workers=encoding.num_workers,
         collate_fn=_collate,
-        worker_init_fn=start_worker,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(0),
+        **worker_options(encoding.num_workers),
     )
     total = None if isinstance(dataset, IterableDataset) else len(loader)
     for batch in show_track(loader, "pictures" if encoding.show_progress else None, total):

@@ -128,12 +128,13 @@ def test_a_new_file_that_is_taken_for_a_leftover_is_made_again(tmp_path: Path, m
     """Another process removes leftovers between the making of the file and its lock."""
     made: list[Path] = []
 
-    def opened(path: Path, *options: int) -> int:
-        made.extend([path] if path.suffix == ".part" else [])
-        if path.suffix == ".part" and len(made) == 1:
+    def opened(path: str | Path, *options: int, **more: int) -> int:
+        is_leftover = isinstance(path, Path) and path.suffix == ".part"
+        made.extend([path] if is_leftover else [])
+        if is_leftover and len(made) == 1:
             path.rmdir()
-        descriptor = real(path, *options)
-        if path.suffix == ".part" and len(made) == 2:
+        descriptor = real(path, *options, **more)
+        if is_leftover and len(made) == 2:
             path.rmdir()
         return descriptor
 

@@ -201,11 +201,13 @@ def test_an_impossible_folder_is_one_line(tmp_path: Path, case: str) -> None:
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / LOCK_NAME).symlink_to(tmp_path / "file")
     (tmp_path / "taken" / LOCK_NAME).mkdir(parents=True)
+    with pytest.raises(ValueError) as of_python:  # the words depend on its version
+        Path("a\0b").mkdir()
     folder, cause = {
         "a file": (tmp_path / "file", "File exists"),
         "below a file": (tmp_path / "file" / "run", "Not a directory"),
         "too long": (tmp_path / ("a" * 300), "File name too long"),
-        "no name": (tmp_path / "a\0b", "embedded null byte"),
+        "no name": (tmp_path / "a\0b", str(of_python.value)),
         "a link": (tmp_path / "linked", "Too many levels of symbolic links"),
         "a folder": (tmp_path / "taken", "Is a directory"),
     }[case]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from eval.base.processes import start
-from eval.base.workers import share_tensors, start_worker
+from eval.base.workers import share_tensors, worker_options
 from longclip_teacher.errors import run_command
 from ranks import start_ranks
 from training.watchdog import TIMED_OUT, Watchdog
@@ -43,9 +43,7 @@ class Numbers(Dataset):
 def main() -> None:
     limit, folder, mode = float(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     with start("cpu") as runtime, Watchdog(runtime, limit, is_compiled=mode == "compiles") as watchdog:
-        loader = DataLoader(
-            Numbers(), batch_size=None, num_workers=1, collate_fn=share_tensors, worker_init_fn=start_worker
-        )
+        loader = DataLoader(Numbers(), batch_size=None, collate_fn=share_tensors, **worker_options(1))
         batches = iter(loader)
         for step in itertools.count() if mode == "trains" else range(3):
             watchdog.station("data", step)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from eval.base.workers import share_tensors, start_worker
+from eval.base.workers import share_tensors, worker_options
 from eval.towers.features import evaluation_mode, model_device
 from eval.towers.precision import Precision
 from longclip_teacher import LongCLIP
@@ -187,10 +187,9 @@ class SidecarWriter:
         for piece in DataLoader(
             _Pieces(self.index, self.settings, pieces),
             batch_size=None,
-            num_workers=self.num_workers,
             collate_fn=share_tensors,
-            worker_init_fn=start_worker,
             pin_memory=model_device(self.model).type == "cuda",
+            **worker_options(self.num_workers),
         ):
             if isinstance(piece, InputError):
                 raise InputError(str(piece))

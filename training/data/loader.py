@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from eval.base.workers import share_tensors, start_worker
+from eval.base.workers import share_tensors, worker_options
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from training.data.index import Contents, RawSample, ShardIndex, Stage, expand_patterns, is_remote
@@ -159,11 +159,10 @@ class ShardLoader:
             source,
             batch_size=None,  # the source yields complete batches
             sampler=self._steps if self.is_exact else None,
-            num_workers=num_workers,
             collate_fn=share_tensors,
-            worker_init_fn=start_worker,
             pin_memory=pin_memory,
             persistent_workers=self.is_exact and num_workers > 0,  # a stream gets its steps when it starts
+            **worker_options(num_workers),
         )
 
     @property

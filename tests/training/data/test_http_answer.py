@@ -231,6 +231,7 @@ def test_secrets_of_a_url_are_not_told() -> None:
 # --- servers without end ----------------------------------------------------------------------------------------------
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+ENDLESS = "headers without end|got more than 100 (interim responses|trailers)"  # ours, or that of Python 3.14
 
 
 @pytest.mark.parametrize(
@@ -238,8 +239,8 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     [
         (Fault(raw=b"HTTP/1.1 200 OK\r\nX: ", then="repeat", more=b"x" * 9999), "LineTooLong"),
         (Fault(raw=b"HTTP/1.1 200 OK\r\n", then="repeat", more=b"X: 1\r\n" * 99), "more than 100 headers"),
-        (Fault(raw=b"", then="repeat", more=b"HTTP/1.1 100 Continue\r\n\r\n" * 99), "headers without end"),
-        (Fault(raw=CHUNKED + b"0\r\n", then="repeat", more=b"X: 1\r\n" * 99), "headers without end"),
+        (Fault(raw=b"", then="repeat", more=b"HTTP/1.1 100 Continue\r\n\r\n" * 99), ENDLESS),
+        (Fault(raw=CHUNKED + b"0\r\n", then="repeat", more=b"X: 1\r\n" * 99), ENDLESS),
         (Fault(raw=CHUNKED + b"1;", then="repeat", more=b"x" * 9999), "broke off|LineTooLong"),
         (Fault(raw=b"", then="repeat", more=b"x" * 9999), "LineTooLong"),
     ],
