@@ -61,7 +61,7 @@ def test_an_error_about_a_name_that_is_not_utf8_reaches_every_process(tmp_path: 
         "run_command(main)\n"
     )
     for process in ends_of_ranks([str(script)], 2):
-        assert (process.returncode, process.stderr.splitlines()[-1]) == (2, "error: no picture: caf\\udce9.jpg")
+        assert (process.returncode, process.stderr.splitlines()[-1]) == (2, "error: rank 1: no picture: caf\\udce9.jpg")
 
 
 @pytest.fixture
