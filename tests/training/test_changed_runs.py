@@ -49,7 +49,7 @@ def train(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplo
         caplog.clear()
         monkeypatch.setattr(sys, "argv", ["training/main.py", *ARGS, "--run.max_steps", str(steps), *args])
         main()
-        return [record.message for record in caplog.records if record.name == "training.loop"]
+        return [record.message for record in caplog.records if record.name in ("training.agreement", "training.loop")]
 
     return run
 
