@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 60
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,3 +37,11 @@ def test_the_measure_counts(tmp_path: Path) -> None:
     assert list(too_long(path, "a.py")) == []
     path.write_text("class A:\n    async def f():\n" + "        pass\n" * 60 + "x = 1\n" * 339)
     assert list(too_long(path, "a.py")) == ["a.py: 401 lines", "a.py:2 f: 61 lines"]
+
+
+@pytest.mark.xdist_group("house")
+def test_groups_of_tests_stay_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist groups by a suffix of the test's id, which not every pytest lets it add."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("not run by --dist loadgroup")
+    assert request.node.nodeid.endswith("@house")

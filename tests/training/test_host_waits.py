@@ -24,6 +24,7 @@ from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER
 
 LOG_EVERY, STEPS = 2, 4  # of one epoch: the start of another draws a seed
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.xdist_group("host_waits")  # its runs take a minute: once is enough
 SEARCH = os.pathsep.join(str(ROOT / folder) for folder in (".", "scripts", "tests"))
 
 
