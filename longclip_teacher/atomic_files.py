@@ -130,12 +130,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     """Write `content` as indented JSON, NaN and infinities as null. Raises InputError as `write_text`."""
     write_text(path, json_text(content))
 
 
-def json_text(content: dict[str, Any]) -> str:
+def json_text(content: dict[str, Any] | list[Any]) -> str:
     """Return `content` as indented JSON, NaN and infinities as null."""
     return json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
 

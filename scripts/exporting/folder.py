@@ -6,13 +6,13 @@ let transformers build a random CLIP and merely warn.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from exporting.sources import Exported
 from exporting.tokenizer_file import clip_tokenizer, tokenizer_settings
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.text import EOT, SOT, VOCAB_SIZE
 from longclip_teacher.weights_file import file_sha256
 
@@ -27,9 +27,9 @@ _RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 def write_settings(model: Exported, folder: Path) -> None:
     """Write weights, configuration, preprocessing and tokenizer."""
     model.save(folder / WEIGHTS)
-    _write(folder / "config.json", _config(model))
-    _write(folder / "preprocessor_config.json", _preprocessing(model))
-    _write(folder / "tokenizer_config.json", tokenizer_settings(model.context_length))
+    write_json(folder / "config.json", _config(model))
+    write_json(folder / "preprocessor_config.json", _preprocessing(model))
+    write_json(folder / "tokenizer_config.json", tokenizer_settings(model.context_length))
     _write_sentence_transformers(folder)
     clip_tokenizer(model.context_length).save(str(folder / "tokenizer.json"), pretty=False)
 
@@ -37,15 +37,15 @@ def write_settings(model: Exported, folder: Path) -> None:
 def _write_sentence_transformers(folder: Path) -> None:
     """Write the module through which sentence-transformers reads this folder."""
     (folder / f"{_MODULE}.py").write_text(Path(__file__).with_name("folder_module.py").read_text(encoding="utf-8"))
-    _write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": f"{_MODULE}.CompactLongCLIP"}])
-    _write(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+    write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": f"{_MODULE}.CompactLongCLIP"}])
+    write_json(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
 
 
 def write_manifest(folder: Path) -> dict[str, str]:
     """Write and return the sha256 of every file by its name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
-    _write(folder / MANIFEST, hashes)
+    write_json(folder / MANIFEST, hashes)
     return hashes
 
 
@@ -92,7 +92,3 @@ def _preprocessing(model: Exported) -> dict[str, Any]:
         "image_mean": list(model.mean),
         "image_std": list(model.std),
     }
-
-
-def _write(path: Path, content: dict[str, Any] | list[dict[str, Any]]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

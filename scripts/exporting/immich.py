@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from exporting.sources import Exported
+from longclip_teacher.atomic_files import write_json
 
 __all__ = ["write_immich"]
 
@@ -42,11 +43,7 @@ def write_immich(model: Exported, folder: Path) -> None:
         "resize_mode": "shortest",
         "fill_color": 0,
     }
-    _write(folder / "visual" / "preprocess_cfg.json", preprocessing)
+    write_json(folder / "visual" / "preprocess_cfg.json", preprocessing)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     own = {"embed_dim": model.model.embed_dim, "text_cfg": {"context_length": model.context_length}}
-    _write(folder / "config.json", {**config, **own, "vision_cfg": {"image_size": model.image_size}})
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", {**config, **own, "vision_cfg": {"image_size": model.image_size}})

@@ -13,6 +13,7 @@ from torch import Tensor
 from exporting.checks import Agreement, Bounds
 from exporting.sources import Exported
 from longclip_teacher.ancestry import ancestry_to_json
+from longclip_teacher.atomic_files import write_json
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import write_weights
 from mobileclip_student import MobileCLIP
@@ -56,7 +57,7 @@ def write_open_clip(model: MobileCLIP, folder: Path) -> None:
     """Write configuration and weights of a student with its branches, and compare what open_clip makes of them."""
     folder.mkdir()
     config = {"model_cfg": _model_config(model), "preprocess_cfg": _preprocessing(model)}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "open_clip_config.json", config)
     tensors, record = _their_keys(model.state_dict()), json.dumps(ancestry_to_json(model.ancestry))
     write_weights(folder / "open_clip_model.safetensors", tensors, {"format": "pt"}, record)
     _compare(model, folder)

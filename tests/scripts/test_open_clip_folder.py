@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -14,11 +13,12 @@ import torch
 from longclip_teacher import create_teacher
 from longclip_teacher.ancestry import Ancestor, ancestry_to_json
 from longclip_teacher.errors import InputError
+from longclip_teacher.packages import ONNX, missing_packages
 from longclip_teacher.weights_file import read_weights
 from mobileclip_student import MobileCLIP, create_student, override, reparameterize, save_student
 from mobileclip_student.model import variant_config
 
-if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxscript", "tokenizers")):
+if missing_packages((*ONNX, "tokenizers")):
     pytest.skip("the extra export is not installed", allow_module_level=True)
 
 import export

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from longclip_teacher.packages import missing_packages
 from longclip_teacher.text import EOT, CaptionTokenizer
 
-if importlib.util.find_spec("tokenizers") is None:
+if missing_packages(["tokenizers"]):
     pytest.skip("the extra export is not installed", allow_module_level=True)
 
 from tokenizers import Tokenizer
