@@ -30,8 +30,10 @@ _OF_A_NODE = ("out_dir", "resume", "device")  # of section run: they may differ 
 
 
 def check_agreement(config: TrainConfig, inputs: RunInputs, steps_per_epoch: int) -> None:
-    """Compare options, data and teachers of all processes. All must call this. Raise InputError, which names the rank
-    and what it has, if one differs from rank 0."""
+    """Compare options, data, teachers and validation sets of all processes. All must call this.
+
+    Raise InputError, which names the rank and what it has, if one differs from rank 0.
+    """
     options = {
         f"--{section}.{name}": value
         for section, fields in config.to_dict().items()
@@ -41,7 +43,7 @@ def check_agreement(config: TrainConfig, inputs: RunInputs, steps_per_epoch: int
     found = inputs.to_dict()
     samples = sum(contents[0] for contents in found["data"].values())
     lengths = {"steps per epoch": steps_per_epoch, "training samples": samples}
-    hashes = {f"hash of the {name}": _hash(found[name]) for name in ("data", "teachers")}
+    hashes = {f"hash of the {name}": _hash(found[name]) for name in ("data", "teachers", "validation")}
     _compare({**options, **lengths, **hashes}, "start all nodes with the same command, data and teachers")
 
 

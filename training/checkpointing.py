@@ -132,12 +132,20 @@ def restore(content: Mapping[str, Any], path: Path, state: TrainState, config: T
     state.step, state.best = content["step"], content["best"]
     state.bad_steps = content.get("bad_steps", 0)  # older checkpoints have none
     state.evaluated_step = content.get("evaluated_step", state.step)
-    saved, validation = content["config"]["data"], config.to_dict()["data"]
-    if state.best is not None and any(saved.get(name) != validation[name] for name in ("val", "val_protocol")):
+    if state.best is not None and _has_other_validation(content, state, config):
         state.best = None
         if state.step < state.inputs.total_steps:
             return ["the best weights are chosen anew on this validation set: best.safetensors is overwritten"]
     return []
+
+
+def _has_other_validation(content: Mapping[str, Any], state: TrainState, config: TrainConfig) -> bool:
+    """Whether the set on which the best weights of this checkpoint were chosen is not that of this run."""
+    before = (content.get("inputs") or {}).get("validation")
+    if before and state.inputs.validation:  # older checkpoints do not tell its contents
+        return before != state.inputs.validation
+    saved, now = content["config"]["data"], config.to_dict()["data"]
+    return any(saved.get(name) != now[name] for name in ("val", "val_protocol"))
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:

@@ -6,6 +6,7 @@ The checks compare the configuration, the contents of the training data and the 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from eval.benchmarks.protocols import load_retrieval_set
 from longclip_teacher.errors import InputError
 from training.cache.manifest import cache_sha256, teacher_sha256
 from training.data.index import Contents
@@ -48,6 +50,9 @@ class RunInputs:
     """Contents of each shard, caption file or folder of pictures, by path."""
     teachers: dict[str, str]
     """By field: the sha256 of a frozen teacher's weight file, or a hash of stored features."""
+    validation: str = ""
+    """Hash of the pictures' names and sizes and the captions of data.val; empty if there is none or it is not known.
+    It decides which weights are the best, and nothing else."""
 
     @classmethod
     def of_run(cls, config: TrainConfig, world_size: int, loader: ShardLoader) -> RunInputs:
@@ -59,6 +64,7 @@ class RunInputs:
             None if loader.is_exact else config.data.num_workers,
             loader.contents,
             _teacher_hashes(config, loader.contents),
+            _validation_hash(config),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +152,14 @@ def _teacher_hashes(config: TrainConfig, data: Mapping[str, Contents]) -> dict[s
             if known := [teacher_sha256(source) for source in sources if source is not None]:
                 hashes[field] = " ".join(known)
     return hashes
+
+
+def _validation_hash(config: TrainConfig) -> str:
+    if config.data.val is None:
+        return ""
+    found = load_retrieval_set(config.data.val_protocol, config.data.val)
+    sizes = [path.stat().st_size for path in found.images]
+    return hashlib.sha256(f"{found.sha256} {sizes}".encode()).hexdigest()
 
 
 def _changed_fields(path: Path, saved: Mapping[str, Any], config: TrainConfig) -> list[str]:

@@ -46,6 +46,7 @@ __all__ = [
 
 _LAST_WORK = 0.1  # seconds; without them 12 of 20 short jobs hung with torch 2.6, with them none of 100
 _TIMEOUT = timedelta(hours=4)  # training has a watchdog that ends it sooner
+_JOINED_WITHIN = timedelta(minutes=10)  # torchrun starts its processes within seconds
 _PART = 1 << 28  # bytes that are sent at a time
 _ERROR, _INTERRUPTED = "__error__", "__interrupted__"
 Item = TypeVar("Item")
@@ -85,6 +86,7 @@ def start(device: str = "auto", tf32: bool = True) -> Iterator[Runtime]:
     GPUs), or run alone.
 
     `device`: see `process_device`. `tf32` lets a GPU round the inputs of its float32 products, as training does.
+    Raise InputError if another process has not joined after ten minutes.
     """
     chosen = process_device(device)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,11 +99,36 @@ def start(device: str = "auto", tf32: bool = True) -> Iterator[Runtime]:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGTERM)  # torchrun starts each process in a session of its own: it would live on
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    store, rank, world_size = _meet(world_size)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     try:
         yield Runtime(dist.get_rank(), world_size, chosen)
     finally:
         leave_group()
+
+
+def _meet(world_size: int) -> tuple[dist.Store, int, int]:
+    """Return the store that torchrun's environment names, this rank and the number of processes, once all are there.
+
+    One that ends before, as for an option that it does not know, may be on another node, whose torchrun tells nobody.
+    """
+    missing = "not all"
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=_JOINED_WITHIN))
+        store.set(f"joined {rank}", "")
+        end = time.monotonic() + _JOINED_WITHIN.total_seconds()
+        for other in range(world_size):
+            missing = f"rank {other} is missing: not all"
+            store.wait([f"joined {other}"], timedelta(seconds=max(1.0, end - time.monotonic())))
+    except (dist.DistStoreError, dist.DistNetworkError):
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise InputError(
+            f"{missing} of {world_size} processes have joined at {address} within {_JOINED_WITHIN.total_seconds():g} s"
+            ": the error line of the one that ended says why, on its node; or it cannot reach that address"
+        ) from None
+    store.set_timeout(_TIMEOUT)
+    return store, rank, world_size
 
 
 def leave_group() -> None:

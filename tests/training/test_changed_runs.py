@@ -112,6 +112,18 @@ def test_another_validation_set_chooses_anew(train: Train) -> None:
     assert best["step"] == 3 and best["best"] == read_metrics(Path("run"), "val")[-1]["score"]
 
 
+def test_a_validation_set_that_has_changed_in_place_chooses_anew(train: Train) -> None:
+    copy = Path("copy")
+    shutil.copytree(Path("sets/val_twins"), copy)
+    train(2, "--data.val", "copy")
+    shutil.copytree(copy, "moved")
+    anew = "the best weights are chosen anew on this validation set: best.safetensors is overwritten"
+    assert anew not in train(3, "--data.val", "moved")  # the same pictures and captions
+    caption = sorted(Path("moved").rglob("*.txt"))[0]
+    caption.write_text(f"{caption.read_text()} And a hat.")
+    assert anew in train(4, "--data.val", "moved")
+
+
 def test_changed_shards_are_refused(train: Train) -> None:
     train(2)
     shard = next(Path("own").glob("*.tar"))

@@ -64,6 +64,36 @@ def test_an_error_about_a_name_that_is_not_utf8_reaches_every_process(tmp_path: 
         assert (process.returncode, process.stderr.splitlines()[-1]) == (2, "error: rank 1: no picture: caf\\udce9.jpg")
 
 
+@pytest.mark.parametrize("is_agent", [False, True], ids=["rank 0 holds the store", "torchrun holds the store"])
+def test_a_process_that_ends_before_it_joins_does_not_keep_the_others_waiting(
+    is_agent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun on another node does not tell this one that its process has refused an option."""
+    script = tmp_path / "join.py"
+    script.write_text(
+        "from datetime import timedelta\n"
+        "import os, sys\n"
+        "from eval.base import processes\n"
+        "from longclip_teacher.errors import InputError, run_command\n"
+        "def main():\n"
+        "    if os.environ['RANK'] == '1': raise InputError('no such option')\n"
+        "    processes._JOINED_WITHIN = timedelta(seconds=2)\n"
+        "    if sys.argv[1:]: os.environ['MASTER_PORT'] = sys.argv[1]\n"
+        "    with processes.start('cpu'): pass\n"
+        "run_command(main)\n"
+    )
+    command, who = [str(script)], "not all of 2 processes"
+    if is_agent:
+        agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        command, who = [*command, str(agent.port)], f"rank 1 is missing: {who}"
+    first, _ = ends_of_ranks(command, 2, timeout=60)
+    line = (
+        rf"error: {who} have joined at 127\.0\.0\.1:\d+ within 2 s: the error line of the one that ended says why, .+"
+    )
+    assert first.returncode == 2 and re.fullmatch(line, first.stderr.splitlines()[-1]), first.stderr
+
+
 @pytest.fixture
 def boards(tmp_path: Path) -> Path:
     """Write 101 pictures, one of them unreadable."""
