@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar, get_args
 
@@ -49,6 +50,10 @@ def read_options(kind: type[Options], description: str | None = None) -> Options
     """
     with errors_in_one_line(_option_names(kind)):
         options = tyro.cli(kind, description=kind.__doc__ if description is None else description)
+    for value in vars(options).values():
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, str | Path) and str(one).startswith("--"):  # tyro 1.0 takes it for a positional one
+                raise InputError(f"Unrecognized options: {one}; --help lists the options")
     options.check()
     return options
 
