@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test soak compat loaders check format clean
+.PHONY: quickstart demo test test-web soak compat loaders check format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install, then the whole job on embedded data: teacher, students, table, runs/quickstart/report.html"
+	@echo "make demo         the quickstart's student in a browser: search its boards by paragraphs; PICTURES=DIR for a folder of yours"
 	@echo "make test         install, then the tests"
+	@echo "make test-web     the photo search's page in headless Chromium, compared with scripts/search_photos.py"
 	@echo "make soak         install, then the battery of faults, up to two hours; ROW=NAME runs one row; docs/reliability.md"
 	@echo "make compat       all tests at the lowest and the newest versions of packages and Python; PART=lowest for one part"
 	@echo "make loaders      what transformers.js and sentence-transformers read of an export; MODEL=DIR for a folder of yours"
@@ -18,8 +20,16 @@ help:
 quickstart: $(VENV)/.installed
 	$(BIN)/python scripts/quickstart.py
 
+# needs node and npm, and installs 230 MB below scripts/photo_search/web
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/photo_demo.py $(if $(PICTURES),--pictures "$(PICTURES)")
+
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# needs node, npm and Debian's chromium
+test-web: $(VENV)/.installed
+	$(BIN)/python tests/browser/run.py
 
 soak: $(VENV)/.installed
 	PYTHONPATH=.:scripts:tests OMP_NUM_THREADS=1 $(BIN)/python -m faults.soak --page docs/reliability.md $(if $(ROW),"$(ROW)")
@@ -43,7 +53,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .compat *.egg-info
+	rm -rf $(VENV) .compat *.egg-info scripts/photo_search/web/node_modules scripts/photo_search/web/dist
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
