@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
 from longclip_teacher.activation import Activation
 from longclip_teacher.errors import InputError
+from longclip_teacher.open_clip_parts import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from longclip_teacher.text import CONTEXT_LENGTH, VOCAB_SIZE
 
 __all__ = ["TEACHERS", "ImageTowerConfig", "TeacherConfig", "TextTowerConfig"]

@@ -17,8 +17,6 @@ from itertools import groupby
 
 import torch
 from jaxtyping import Bool, Float, Int
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer, VisionTransformer
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +24,14 @@ from torch.nn import functional as F
 from longclip_teacher.ancestry import NOT_RECORDED, Ancestry
 from longclip_teacher.config import TEACHERS, ImageTowerConfig, TeacherConfig
 from longclip_teacher.errors import InputError
+from longclip_teacher.open_clip_parts import (
+    PreprocessCfg,
+    QuickGELU,
+    ResidualAttentionBlock,
+    TextTransformer,
+    VisionTransformer,
+    image_transform_v2,
+)
 from longclip_teacher.text import CaptionTokenizer, caption_lengths, length_buckets, trim, truncate
 from longclip_teacher.trace import Trace
 from longclip_teacher.transfer import sent

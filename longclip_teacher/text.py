@@ -21,10 +21,10 @@ import torch
 from ftfy.badness import is_bad
 from ftfy.fixes import unescape_html
 from jaxtyping import Int
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from longclip_teacher.errors import InputError
+from longclip_teacher.open_clip_parts import SimpleTokenizer
 
 __all__ = [
     "CONTEXT_LENGTH",

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from longclip_teacher.errors import InputError
+from longclip_teacher.open_clip_parts import ResidualAttentionBlock
 from longclip_teacher.packages import ONNX, missing_packages
 from mobileclip_student.image_encoder import ImageEncoder
 from mobileclip_student.model import MobileCLIP

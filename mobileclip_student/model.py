@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from longclip_teacher.ancestry import NOT_RECORDED, Ancestry
 from longclip_teacher.errors import InputError
+from longclip_teacher.open_clip_parts import PreprocessCfg, image_transform_v2
 from longclip_teacher.text import CONTEXT_LENGTH, CaptionTokenizer
 from mobileclip_student.image_encoder import FIXED_SIZE_TOWERS, VIT, ImageConfig, ImageEncoder
 from mobileclip_student.text_encoder import TextConfig, TextTransformer

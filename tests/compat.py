@@ -29,6 +29,7 @@ for name in ("longclip_teacher", "mobileclip_student", "eval", "training"):
     for module in pkgutil.walk_packages(importlib.import_module(name).__path__, name + "."):
         importlib.import_module(module.name)
 """
+_OPEN_CLIP_TESTS = ("tests/longclip_teacher", "tests/mobileclip_student", "tests/eval/towers", "tests/training/data")
 _CLASSIFIER = re.compile(r'"Programming Language :: Python :: (3\.\d+)"')
 
 
@@ -42,6 +43,8 @@ class Part:
     extras: str = "dev,export,s3"
     tests: tuple[str, ...] = ()
     """Folders of tests, all by default."""
+    needs_checkout: bool = False
+    """Whether open_clip is installed from the source checkout in the folder that OPEN_CLIP names."""
 
 
 @dataclass
@@ -74,6 +77,7 @@ def parts(project: str) -> dict[str, Part]:
         "lowest-export": Part(pythons[0], "lowest-direct", tests=("tests/mobileclip_student", "tests/scripts")),
         "newest": Part(pythons[-1], "highest"),
         "oldest-python": Part(pythons[0], "highest"),
+        "open-clip-main": Part(pythons[-1], "highest", tests=_OPEN_CLIP_TESTS, needs_checkout=True),
     }
 
 
@@ -119,7 +123,10 @@ def must(done: subprocess.CompletedProcess[str]) -> str:
 
 def made(part: Part, folder: Path, project: str) -> dict[str, str]:
     """Make the environment of a part unless it is there, and return the installed versions."""
-    made_for = hashlib.sha256(f"{part} {project}".encode()).hexdigest()
+    checkout = os.environ.get("OPEN_CLIP", "")
+    if part.needs_checkout and not checkout:
+        raise Unavailable("OPEN_CLIP=DIR names no source checkout of open_clip")
+    made_for = hashlib.sha256(f"{part} {project} {checkout if part.needs_checkout else ''}".encode()).hexdigest()
     mark, python = folder / "made_for", folder / "env" / "bin" / "python"
     if not mark.is_file() or mark.read_text(encoding="utf-8") != made_for:
         shutil.rmtree(folder, ignore_errors=True)
@@ -133,6 +140,8 @@ def made(part: Part, folder: Path, project: str) -> dict[str, str]:
         must(subprocess.run([python, "-c", _IMPORTS], cwd=folder, capture_output=True, text=True))  # needs no extra
         must(uv(*install, "--upgrade", "--resolution", part.resolution, "--editable", f".[{part.extras}]"))
         must(uv(*install, "--no-deps", "clip-benchmark==1.6.2"))
+        if part.needs_checkout:
+            must(uv(*install, "--no-deps", checkout))
         mark.write_text(made_for, encoding="utf-8")
     listed = json.loads(must(uv("pip", "list", "--quiet", "--format", "json", "--python", str(python))))
     version = must(subprocess.run([python, "--version"], capture_output=True, text=True)).split()[1]

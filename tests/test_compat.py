@@ -27,8 +27,14 @@ def test_floors_and_parts_are_read() -> None:
     found = {name: (part.python, part.resolution) for name, part in compat.parts(PROJECT).items()}
     assert found == {
         "lowest": ("3.9", "lowest-direct"), "lowest-export": ("3.9", "lowest-direct"),
-        "newest": ("3.10", "highest"), "oldest-python": ("3.9", "highest"),
+        "newest": ("3.10", "highest"), "oldest-python": ("3.9", "highest"), "open-clip-main": ("3.10", "highest"),
     }  # fmt: skip
+
+
+def test_a_part_that_needs_a_checkout_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPEN_CLIP", raising=False)
+    with pytest.raises(compat.Unavailable, match="OPEN_CLIP=DIR"):
+        compat.made(compat.parts(PROJECT)["open-clip-main"], tmp_path, PROJECT)
 
 
 def test_pyproject_promises_the_python_that_is_tested() -> None:

@@ -19,12 +19,11 @@ from typing import Any
 import open_clip
 import torch
 from jaxtyping import Float, Int
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from longclip_teacher.errors import InputError
+from longclip_teacher.open_clip_parts import HFTokenizer, PreprocessCfg, SimpleTokenizer, image_transform_v2
 from longclip_teacher.text import CaptionTokenizer
 from longclip_teacher.weights_file import read_weights
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from jaxtyping import Float, Int
-from open_clip.transform import PreprocessCfg
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from longclip_teacher import LongCLIP
 from longclip_teacher.config import TeacherConfig
 from longclip_teacher.errors import InputError
+from longclip_teacher.open_clip_parts import PreprocessCfg
 from longclip_teacher.text import CaptionTokenizer
 from mobileclip_student import MobileCLIP
 from mobileclip_student.model import StudentConfig

@@ -15,12 +15,12 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import TextTransformer as OpenClipText
 from torch import Tensor, nn
 
 from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
 from longclip_teacher import LongCLIP, create_teacher
+from longclip_teacher.open_clip_parts import SimpleTokenizer
+from longclip_teacher.open_clip_parts import TextTransformer as OpenClipText
 from longclip_teacher.text import CONTEXT_LENGTH, EOT, SOT, CaptionTokenizer, caption_lengths
 from mobileclip_student import create_student
 

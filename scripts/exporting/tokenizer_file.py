@@ -11,8 +11,7 @@ from html.entities import name2codepoint
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
-from open_clip.tokenizer import SimpleTokenizer
-
+from longclip_teacher.open_clip_parts import SimpleTokenizer
 from longclip_teacher.text import EOT, SOT
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import open_clip
 import torch
-from open_clip.loss import DistillClipLoss
+from open_clip import DistillClipLoss
 from open_clip_train.train import train_one_epoch
 from torch import Tensor
 
