@@ -25,6 +25,7 @@ BENCHES = {  # module of benches/ and function in it, imported when the bench is
     "image": ("image", "bench_image"),
     "memory": ("memory", "bench_memory"),
     "recall": ("recall", "bench_recall"),
+    "open-clip": ("open_clip_step", "bench_open_clip"),
     "start-up": ("start_up", "bench_start_up"),
 }
 
@@ -48,6 +49,7 @@ class Options:
     image         student's image tower for inference, against its training form in eager mode
     memory        peak memory of a step of 8192 pairs in chunks, and what dominates it
     recall        ranks both ways, against a bare blockwise matmul of the same size that discards its results
+    open-clip     step of MobileCLIP-S1 from ViT-B/16, against open_clip's own training code: seconds, then memory
     start-up      --help and a refused option of every command, against bare python and against importing torch
 
     Each case runs in its own process, so its peak memory is its own. Times are medians of rounds that alternate between

@@ -8,6 +8,7 @@ import torch
 from benches import memory
 from benches.measure import BenchOptions
 from benches.memory import ChunkedDistiller, bench_memory, step_peak
+from benches.open_clip_step import OpenClipSide, captions_of, our_side, same_weights
 from benches.step import Side, random_batch, step_case
 from longclip_teacher.text import caption_lengths
 from mobileclip_student import create_student
@@ -23,6 +24,15 @@ def test_both_sides_of_a_step_have_the_same_loss() -> None:
     row = step_case("tiny", "tiny", 12, OPTIONS, torch.get_num_threads())
     assert row.case.startswith("tiny from tiny, batch 12,") and row.ratio == pytest.approx(row.baseline / row.ours)
     assert row.max_abs_diff is not None and row.max_abs_diff < 1e-3  # features stored in fp16
+
+
+def test_open_clips_step_and_ours_from_the_same_weights_have_the_same_loss() -> None:
+    batch = captions_of(random_batch(4, 64, 64), 12)
+    models = same_weights(64, torch.device("cpu"))
+    ours = our_side(models, batch, "fp32", pad_mask=False, stored=False)  # reads the weights before theirs move
+    theirs = OpenClipSide(models, batch, "fp32")
+    assert theirs.entropy > 1  # of four pictures, at most log 4
+    assert float(ours.step()) == pytest.approx(theirs.step(), abs=1e-4)
 
 
 def test_captions_have_the_stated_lengths() -> None:
