@@ -1,8 +1,9 @@
-"""One process at a time writes a folder. A lock file names the one that does: host, process and start of the process.
+"""One process at a time writes a folder, or one file of a folder that several processes fill together.
 
-The lock is flock's. The operating system releases it when its holder ends, however that happens, so the file of a
-killed process holds nobody up. On a file system without flock the file itself is the lock; one left by a dead process
-of this host is recognised.
+A lock file names the one that does: host, process and start of the process. The lock is flock's. The operating system
+releases it when its holder ends, however that happens, so the file of a killed process holds nobody up. On a file
+system without flock the lock file of a folder is itself the lock; one left by a dead process of this host is
+recognised.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from longclip_teacher.errors import InputError
 from longclip_teacher.temporaries import remove_leftovers, try_lock
 
-__all__ = ["LOCK_NAME", "check_folder", "folder_lock"]
+__all__ = ["LOCK_NAME", "check_folder", "file_claim", "folder_lock", "remove_claims"]
 
 LOCK_NAME = ".compact-longclip.lock"
 _POLL = 0.5  # seconds between two tries of a process that waits
@@ -99,7 +100,7 @@ def folder_lock(folder: Path, *, beside: bool = False, wait: bool = False) -> It
     one do not hold the lock. What killed writers left in the folder and in the folders directly in it is removed.
     """
     place = folder.absolute()
-    path = place.with_name(f".{place.name}{LOCK_NAME}") if beside else place / LOCK_NAME
+    path = _beside(place) if beside else place / LOCK_NAME
     made = [parent for parent in path.parents if not _is_there(parent)]
     is_told, glances = False, 0
     while (descriptor := _take(path, folder)) is None:
@@ -117,20 +118,65 @@ def folder_lock(folder: Path, *, beside: bool = False, wait: bool = False) -> It
             print(f"waiting: {message}", file=sys.stderr, flush=True)
             is_told = True
         time.sleep(_POLL)
-    held = _Held(place, path, os.fstat(descriptor), os.getpid())
-    _held.append(held)
-    _descriptors.add(descriptor)
-    try:
+    with _holding(_Held(place, path, os.fstat(descriptor), os.getpid()), descriptor, made):
         if beside:
             remove_leftovers(place.parent, escape(place.name))
         else:
             for part in (place, *place.glob("*/")):
                 remove_leftovers(part)
         yield
+
+
+@contextmanager
+def file_claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Yield whether this process alone may write the file `path` while the block runs; False if another process may.
+
+    With `wait` the other one's end is waited for, so True is yielded, and stderr says so once. The folder is made if
+    need be, and what killed writers of this file left is removed. On a file system without flock nobody would know that
+    the process of another host has died, so every process gets True there: the file must be written atomically, with
+    the same contents by all.
+
+    Raises InputError if the folder cannot be made or written. Processes forked by this one do not hold the claim.
+    """
+    place = path.absolute()
+    lock = _beside(place)
+    made = [parent for parent in lock.parents if not _is_there(parent)]
+    is_told = False
+    while (descriptor := _take(lock, path.parent, is_shared=True)) is None:
+        if not wait:
+            yield False
+            return
+        if not is_told and (holder := _read_holder(lock)):
+            print(f"waiting: {path} is being written by {holder}", file=sys.stderr, flush=True)
+            is_told = True
+        time.sleep(_POLL)
+    with _holding(_Held(place.parent, lock, os.fstat(descriptor), os.getpid()), descriptor, made):
+        remove_leftovers(place.parent, escape(place.name), is_shared=try_lock(descriptor) is None)
+        yield True
+
+
+def remove_claims(folder: Path) -> None:
+    """Remove what killed processes left in a folder that several processes fill: files, and claims of files."""
+    remove_leftovers(folder, is_shared=True)
+    for lock in folder.glob(f".*{LOCK_NAME}"):
+        with file_claim(lock.with_name(lock.name.removeprefix(".").removesuffix(LOCK_NAME))):
+            pass
+
+
+@contextmanager
+def _holding(held: _Held, descriptor: int, made: Sequence[Path]) -> Iterator[None]:
+    _held.append(held)
+    _descriptors.add(descriptor)
+    try:
+        yield
     finally:
         if held.pid == os.getpid():
             _held.remove(held)
             _release(held, descriptor, made)
+
+
+def _beside(place: Path) -> Path:
+    return place.with_name(f".{place.name}{LOCK_NAME}")
 
 
 def check_folder(path: Path) -> None:
@@ -143,8 +189,11 @@ def check_folder(path: Path) -> None:
             )
 
 
-def _take(path: Path, folder: Path) -> int | None:
-    """The open lock file, now this process's; None if another process holds it."""
+def _take(path: Path, folder: Path, *, is_shared: bool = False) -> int | None:
+    """The open lock file, now this process's; None if another process holds it.
+
+    On a file system without flock, the file is the lock; if it `is_shared`, it is none, and every process gets it.
+    """
     try:
         for _ in range(_MOST_TRIES):
             try:
@@ -155,9 +204,9 @@ def _take(path: Path, folder: Path) -> int | None:
             locked, is_mine = None, False
             try:
                 locked = try_lock(descriptor)
-                if locked is False or (locked is None and not is_new and not _set_aside(path)):
+                if locked is False or not (locked or is_new or is_shared or _set_aside(path)):
                     return None
-                if (locked or is_new) and _is_at(path, os.fstat(descriptor)):
+                if (locked or is_new or is_shared) and _is_at(path, os.fstat(descriptor)):
                     _write_name(descriptor, path)
                     is_mine = True
                     return descriptor

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,13 +33,18 @@ class Options:
 
     torchrun --nproc_per_node 8 scripts/cache_teacher.py ...  # divides the shards, on one or more nodes
 
-    python scripts/cache_teacher.py --out data/train/teacher_cache --verify  # check for damage
+    python scripts/cache_teacher.py ... --array 3/100  # does one part of 100; for Slurm: --array slurm
+
+    python scripts/cache_teacher.py --shards data/train --status  # what is done, missing or damaged
+
+    python scripts/cache_teacher.py --out data/train/teacher_cache --verify  # name damaged samples
 
     python training/main.py PRESET --teacher.cache data/train/teacher_cache  # train from it
 
     The command writes one sidecar NAME.safetensors per shard NAME.tar, and its settings to teacher_cache.json. When
-    started again, it keeps finished sidecars. A training run must use the same --augment options, and the same
-    --captions options if they change what short captions say.
+    started again, it keeps finished sidecars. Any number of processes may fill one folder at the same time: each shard
+    is done once, and what a killed process has not finished is done by the others or by the next start. A training run
+    must use the same --augment options, and the same --captions options if they change what short captions say.
     """
 
     shards: tuple[str, ...] = ()
@@ -73,6 +78,11 @@ class Options:
     """The teacher's activation if its file does not specify it: quickgelu for OpenAI's, gelu for most others."""
     fast_decode: bool = True
     """Decode JPEGs with libjpeg-turbo through torchvision, as training does by default, instead of with PIL."""
+    array: str | None = None
+    """I/N does part I, from 0, of the shards dealt into N parts. slurm takes both from the job's array."""
+    status: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Create nothing. Count the shards that are done, missing, damaged or changed since, checksums included, and name
+    some. Exit code 0 if all are done, 1 otherwise."""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Create nothing. Read the cache in --out, check all checksums and name what is damaged."""
 
@@ -84,8 +94,9 @@ class Options:
             if self.out is None:
                 raise InputError("--verify reads the cache in --out: give --out FOLDER")
             return
-        if not self.shards or self.teacher is None:
+        if not self.shards or (self.teacher is None and not self.status):
             raise InputError("give --shards PATTERN and --teacher FILE_OR_NAME (or --out FOLDER --verify)")
+        self.part()
         if self.views and self.augment.centre:
             raise InputError(f"--views {self.views}: with --augment.centre there is one crop; give --views 0")
         if self.caption_views < 1 or (self.caption_views > 1 and self.captions.short != "sampled"):
@@ -93,41 +104,60 @@ class Options:
                 f"--caption-views {self.caption_views}: 1 or more, and 1 unless --captions.short sampled is given"
             )
 
+    def part(self) -> tuple[int, int]:
+        """Return I and N of --array, 0 and 1 without one. Raise InputError for anything else."""
+        if self.array is None:
+            return 0, 1
+        if self.array == "slurm":
+            number, first, step, count = (
+                os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "STEP", "COUNT")
+            )
+            if not (number.isdecimal() and first.isdecimal() and count.isdecimal()):
+                raise InputError(
+                    "--array slurm: this is no task of a Slurm array; give sbatch --array=0-99, or I/N here"
+                )
+            part, num_parts = (int(number) - int(first)) // int(step or 1), int(count)
+        else:
+            texts = self.array.split("/")
+            if len(texts) != 2 or not all(text.isascii() and text.isdecimal() for text in texts):
+                raise InputError(f"--array {self.array}: give I/N, such as 0/4 to 3/4, or slurm")
+            part, num_parts = int(texts[0]), int(texts[1])
+        if part >= num_parts:
+            raise InputError(
+                f"--array {self.array}: part {part} of {num_parts}, but the parts of N are 0 to N - 1"
+                + ("; a job of some tasks of an array needs --array I/N" if self.array == "slurm" else "")
+            )
+        return part, num_parts
+
 
 if __name__ == "__main__":
     answer_early(Options)  # --help and refused options end here: the imports below take seconds
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from eval.base.freed_memory import keep_freed_memory
-from eval.base.processes import Runtime, agreed, all_results, job_lock, on_main, start
+from eval.base.processes import Runtime, agreed, all_results, on_main, start
 from eval.towers.models import load_model
 from longclip_teacher import LongCLIP
-from longclip_teacher.ancestry import merged
-from longclip_teacher.weights_file import file_sha256
-from training.cache.freshness import is_stale
 from training.cache.manifest import (
-    CACHE_MANIFEST,
-    CacheSettings,
     ShardIdentity,
     SidecarRecord,
-    changes,
     read_cache,
+    read_record,
     read_records,
     refuse_same_names,
     shard_identities,
     sidecar_path,
-    teacher_hashes,
-    write_cache_manifest,
-    write_record,
 )
-from training.cache.sidecar import Sidecar
+from training.cache.status import STATES, damage_of, state_of
+from training.cache.teacher_pass import begin_cache, finish_cache, fits, make_sidecars
 from training.cache.writer import SidecarWriter, cache_settings
 from training.data.index import ShardIndex, expand_patterns, is_remote
 
 _STDERR = plain_console(stderr=True)
-_MAY_DIFFER = ("teacher", "libraries", "ancestry")  # settings in which the sidecars of a cache may differ
+_MOST_NAMED = 5  # shards of a state
 
 
 @dataclass(frozen=True)
@@ -136,28 +166,48 @@ class Work:
 
     writer: SidecarWriter
     identities: list[ShardIdentity]
-    records: list[SidecarRecord | None]
-    """Of the shards that an earlier run finished; None for the others."""
+    known: Mapping[str, SidecarRecord]
+    """The records in the cache's manifest."""
+
+    def record(self, identity: ShardIdentity) -> SidecarRecord | None:
+        """Return the record of a shard, if it has one."""
+        return read_record(self.writer.folder, identity.shard) or self.known.get(identity.shard)
 
 
-def cache_folder(options: Options) -> Path:
-    """Return the folder of the sidecars. Raise InputError for shards that cannot have any."""
+@dataclass(frozen=True)
+class Place:
+    """Which shards are read, and where their sidecars lie."""
+
+    all_shards: list[str]
+    shards: list[str]
+    """Those of this part of the array."""
+    folder: Path
+
+
+def find_place(options: Options) -> Place:
+    """Find the shards and the folder of the sidecars. Raise InputError for shards that cannot have any."""
     found = expand_patterns(options.shards)
     if is_remote(found[0]):
         raise InputError(f"{found[0]}: sidecars belong to local shards; copy them to a disk first")
-    if options.out is not None:
-        return options.out
+    part, num_parts = options.part()
+    if part >= len(found):
+        raise InputError(f"--array {options.array}: there are only {len(found)} shards: use no more parts")
     parents = {Path(shard).parent for shard in found}
-    if len(parents) > 1:
+    if options.out is None and len(parents) > 1:
         raise InputError(f"the shards are in {len(parents)} folders: give --out for their sidecars")
-    return parents.pop() / "teacher_cache"
+    refuse_same_names([Path(shard) for shard in found])
+    return Place(found, found[part::num_parts], options.out or parents.pop() / "teacher_cache")
 
 
-def prepare(options: Options, folder: Path, device: torch.device) -> Work:
-    """Load the index, the teacher and the settings, and find the shards that an earlier run finished."""
+def read_index(place: Place) -> ShardIndex:
+    """Return where the samples lie."""
+    return ShardIndex(place.shards, show_progress=_STDERR.is_terminal)
+
+
+def prepare(options: Options, place: Place, device: torch.device) -> Work:
+    """Load the index, the teacher and the settings, and begin the cache."""
     assert options.teacher is not None  # check() ensures it
-    index = ShardIndex(expand_patterns(options.shards), show_progress=_STDERR.is_terminal)
-    refuse_same_names(index.paths)
+    index = read_index(place)
     model = load_model(options.teacher, activation=options.activation, device=str(device))
     if not isinstance(model, LongCLIP):
         raise InputError(f"--teacher {options.teacher} is not a Long-CLIP or CLIP of longclip_teacher: give one")
@@ -172,51 +222,9 @@ def prepare(options: Options, folder: Path, device: torch.device) -> Work:
         captions=options.captions,
         caption_views=options.caption_views,
     )
-    if (folder / CACHE_MANIFEST).is_file():
-        before = _refuse_other_settings(folder, settings)
-        settings = replace(settings, ancestry=merged(before.ancestry, settings.ancestry))
-    identities = shard_identities(index)
-    records = read_records(folder)
-    finished = [_finished(folder, shard, records.get(shard.shard)) for shard in identities]
-    return Work(
-        SidecarWriter(model, settings, index, folder, options.batch_size, options.num_workers), identities, finished
-    )
-
-
-def _refuse_other_settings(folder: Path, settings: CacheSettings) -> CacheSettings:
-    """The settings of the cache in `folder`. Raise InputError if they are others. Only warn about other library
-    versions."""
-    before, _ = read_cache(folder)
-    if before.teacher_sha256 in teacher_hashes(settings.teacher):
-        settings = replace(settings, teacher_sha256=before.teacher_sha256)
-    for item in fields(CacheSettings):
-        old, new = getattr(before, item.name), getattr(settings, item.name)
-        if old == new or item.name in _MAY_DIFFER:
-            continue
-        if isinstance(old, AugmentConfig | CaptionOptions):
-            part = next(f.name for f in fields(old) if getattr(old, f.name) != getattr(new, f.name))
-            raise _other(folder, f"{item.name}.{part}", getattr(old, part), getattr(new, part))
-        raise _other(folder, item.name, old, new)
-    if before.libraries != settings.libraries:
-        other = [
-            f"{name} {version}" for name, version in before.libraries.items() if settings.libraries[name] != version
-        ]
-        print(f"warning: the sidecars in {folder} were made with {', '.join(other)}", file=sys.stderr)
-    return before
-
-
-def _other(folder: Path, name: str, old: object, new: object) -> InputError:
-    return InputError(
-        f"{folder} holds a cache with other settings: {name} is {old} there and {new} now; "
-        "give another --out, or the same options"
-    )
-
-
-def _finished(folder: Path, identity: ShardIdentity, record: SidecarRecord | None) -> SidecarRecord | None:
-    path = sidecar_path(folder, identity.shard)
-    if record is None or changes(record, identity) or not path.is_file() or path.stat().st_size != record.num_bytes:
-        return None
-    return record
+    settings, known = begin_cache(place.folder, settings)
+    writer = SidecarWriter(model, settings, index, place.folder, options.batch_size, options.num_workers)
+    return Work(writer, shard_identities(index), known)
 
 
 @contextmanager
@@ -244,33 +252,13 @@ def samples_bar(runtime: Runtime, total: int) -> Iterator[Any]:
         yield advance
 
 
-def find_stale(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Tensor]:
-    """Return a mask of this process's share of the finished shards that were changed since.
-
-    Those whose file has another time are read; whose contents are the same get the new time into their record.
-    """
-    mask = torch.zeros(len(is_done), dtype=torch.bool)
-    folder, settings = work.writer.folder, work.writer.settings
-    for place in range(runtime.rank, len(is_done), runtime.world_size):
-        record = work.records[place]
-        if not is_done[place] or not record or record.shard_changed_ns == work.identities[place].shard_changed_ns:
-            continue
-        path, is_upright = sidecar_path(folder, record.shard), record.shard_changed_ns != 0
-        mask[place] = is_stale(path, work.writer.index, place, settings, is_upright=is_upright)
-        if mask[place]:
-            print(f"{record.shard} was changed since {path.name} was made: made again", file=sys.stderr)
-        else:
-            write_record(folder, replace(record, shard_changed_ns=work.identities[place].shard_changed_ns))
-    return {"stale": mask}
-
-
 def make(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Tensor]:
     """Cache this process's share of the remaining shards and return its counts."""
     left = [(place, identity) for place, identity in enumerate(work.identities) if not is_done[place]]
     mine = left[runtime.rank :: runtime.world_size]
     counts = torch.zeros(2, dtype=torch.int64)  # samples, shards
     with samples_bar(runtime, sum(identity.num_samples for _, identity in mine)) as advance:
-        for number, record in enumerate(work.writer.write(mine, advance), start=1):
+        for number, record in enumerate(make_sidecars(work.writer, mine, work.known, advance), start=1):
             counts += torch.tensor([record.num_samples, 1])
             if not _STDERR.is_terminal:
                 where = f"rank {runtime.rank}: " if runtime.world_size > 1 else ""
@@ -279,32 +267,33 @@ def make(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Ten
 
 
 def cache(options: Options, runtime: Runtime) -> None:
-    """Hold the cache's folder, create what is missing on all processes, and report what the cache now holds."""
-    folder = agreed(lambda: cache_folder(options))
-    with job_lock(folder):
-        fill(options, folder, runtime)
+    """Create what is missing, on all processes, and report what the cache now holds of these shards."""
+    place = agreed(lambda: find_place(options))
+    work = agreed(lambda: prepare(options, place, runtime.device))
 
-
-def fill(options: Options, folder: Path, runtime: Runtime) -> None:
-    """Create what is missing in `folder`, on all processes, and report what it now holds."""
-    work = agreed(lambda: prepare(options, folder, runtime.device))
-
-    def begin() -> dict[str, Tensor]:
-        write_cache_manifest(folder, work.writer.settings)
-        return {"is_done": torch.tensor([record is not None for record in work.records])}
+    def look() -> dict[str, Tensor]:
+        found = [(identity, work.record(identity)) for identity in work.identities]
+        return {"is_done": torch.tensor([
+            fits(place.folder, identity, record) and record is not None
+            and record.shard_changed_ns == identity.shard_changed_ns
+            for identity, record in found
+        ])}  # fmt: skip
 
     # rank 0's view decides for all: a process that starts late finds more shards done and would deal out others
-    is_done = on_main(begin)["is_done"].tolist()
+    is_done = on_main(look)["is_done"].tolist()
     started = time.monotonic()
-    stale = torch.stack([part["stale"] for part in all_results(lambda: find_stale(work, is_done, runtime))]).any(dim=0)
-    is_done = [done and not was_changed for done, was_changed in zip(is_done, stale.tolist(), strict=True)]
     counts = torch.stack([part["counts"] for part in all_results(lambda: make(work, is_done, runtime))]).sum(dim=0)
-    seconds = time.monotonic() - started
-    if not runtime.is_main:
-        return
-    records = write_cache_manifest(folder, work.writer.settings)
-    own = [records[identity.shard] for identity in work.identities]
-    num_samples, num_shards = counts.tolist()
+    if runtime.is_main:
+        finish_cache(place.folder, [Path(shard).name for shard in place.all_shards])
+        report(work, counts, time.monotonic() - started)
+
+
+def report(work: Work, counts: Tensor, seconds: float) -> None:
+    """Print what the cache holds of this part's shards, and how fast it was made."""
+    own = [record for record in map(work.record, work.identities) if record is not None]
+    folder, (num_samples, num_shards) = work.writer.folder, counts.tolist()
+    if len(own) < len(work.identities):
+        raise InputError(f"{folder}: sidecars were deleted while the pass ran: run it again")
     num_unreadable = sum(record.num_unreadable for record in own)
     print(
         f"{folder}: {sum(record.num_samples for record in own)} samples in {len(own)} sidecars "
@@ -313,6 +302,35 @@ def fill(options: Options, folder: Path, runtime: Runtime) -> None:
         f"{num_samples / max(seconds, 1e-9):.1f} samples/s"
         + (f"; {num_unreadable} unreadable samples, which training counts and replaces" if num_unreadable else "")
     )
+
+
+def show_status(options: Options, runtime: Runtime) -> bool:
+    """Print how many of the shards are done, and which are not. Return whether all are. Create nothing."""
+    place = agreed(lambda: find_place(options))
+    settings, known = read_cache(place.folder)
+    index = read_index(place)
+    work, states = shard_identities(index), torch.zeros(len(index.paths), dtype=torch.int64)
+
+    def look() -> dict[str, Tensor]:
+        for number in range(runtime.rank, len(work), runtime.world_size):
+            record = read_record(place.folder, work[number].shard) or known.get(work[number].shard)
+            states[number] = STATES.index(state_of(place.folder, settings, index, number, work[number], record))
+        return {"states": states}
+
+    found = torch.stack([part["states"] for part in all_results(look)]).sum(dim=0).tolist()
+    if runtime.is_main:
+        table = Table(title=str(place.folder), title_justify="left")
+        for heading in ("", "shards", "samples", ""):
+            table.add_column(heading, justify="right" if heading else "left")
+        for code, state in enumerate(STATES):
+            those = [identity for identity, other in zip(work, found, strict=True) if other == code]
+            named = [] if state == STATES[0] else [identity.shard for identity in those]
+            names = ", ".join(named[:_MOST_NAMED]) + (", ..." if len(named) > _MOST_NAMED else "")
+            table.add_row(state, f"{len(those):,}", f"{sum(one.num_samples for one in those):,}", names)
+        plain_console().print(table)
+        if STATES.index("damaged") in found:
+            print("delete the sidecars of damaged shards and run the command again; --verify names the samples")
+    return not any(found)
 
 
 def verify(folder: Path, runtime: Runtime) -> None:
@@ -324,7 +342,7 @@ def verify(folder: Path, runtime: Runtime) -> None:
     def compare() -> dict[str, Tensor]:
         problems = 0
         for shard in shards[runtime.rank :: runtime.world_size]:
-            damage = _damage(sidecar_path(folder, shard), records[shard].sha256)
+            damage = damage_of(sidecar_path(folder, shard), records[shard].sha256)
             for line in damage:
                 print(line)
             problems += bool(damage)
@@ -339,25 +357,17 @@ def verify(folder: Path, runtime: Runtime) -> None:
         print(f"{folder}: {len(shards)} sidecars are intact")
 
 
-def _damage(path: Path, sha256: str) -> list[str]:
-    """Return one line for each damaged sample of a sidecar, or one for the file."""
-    try:
-        sidecar = Sidecar(path)
-        if file_sha256(path) == sha256:
-            return []
-    except InputError as error:
-        return [str(error)]
-    return [f"{path} is damaged: {what}" for what in sidecar.damage()] or [f"{path} is damaged outside its samples"]
-
-
 def main() -> None:
-    """Parse the command line; make a cache, or verify one."""
+    """Parse the command line; make a cache, or look at one."""
     options = read_options(Options)
     keep_freed_memory()
     with start(options.device) as runtime:
         if options.verify:
             assert options.out is not None
             verify(options.out, runtime)
+        elif options.status:
+            if not show_status(options, runtime):
+                raise SystemExit(1)
         else:
             cache(options, runtime)
 

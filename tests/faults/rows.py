@@ -13,6 +13,7 @@ from faults import (
     not_finite,
     runs,
     stored,
+    teacher_pass,
     transfers,
 )
 
@@ -23,6 +24,7 @@ ROWS = [
     *checkpoints.ROWS,
     *not_finite.ROWS,
     *stored.ROWS,
+    *teacher_pass.ROWS,
     *mutations.ROWS,
     *code.ROWS,
     *transfers.ROWS,

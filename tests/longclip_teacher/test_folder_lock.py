@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,12 +22,12 @@ import pytest
 from longclip_teacher import folder_lock as module
 from longclip_teacher.atomic_files import write_text
 from longclip_teacher.errors import InputError
-from longclip_teacher.folder_lock import LOCK_NAME, folder_lock
+from longclip_teacher.folder_lock import LOCK_NAME, file_claim, folder_lock, remove_claims
 
 HEAD = """
 import os, sys, time
 from pathlib import Path
-from longclip_teacher.folder_lock import folder_lock
+from longclip_teacher.folder_lock import file_claim, folder_lock
 folder = Path(sys.argv[1])
 """
 HOLD = "with folder_lock(folder):\n    print('held', flush=True)\n    sys.stdin.read()\n"
@@ -142,6 +143,36 @@ def test_a_process_that_waits_says_so_and_comes_next(start: Start, tmp_path: Pat
     assert second.communicate("") == ("", "")
 
 
+def test_a_claimed_file_is_left_to_its_writer_until_that_one_ends(start: Start, tmp_path: Path) -> None:
+    claim = HOLD.replace("folder_lock(folder)", "file_claim(folder / 'a')")
+    holder = start(claim, tmp_path)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with file_claim(tmp_path / "a") as is_mine, file_claim(tmp_path / "b") as is_other_mine:
+        assert (is_mine, is_other_mine) == (False, True)
+    waiting = start(claim.replace("'a'", "'a', wait=True"), tmp_path)
+    assert waiting.stderr is not None and waiting.stdout is not None
+    assert waiting.stderr.readline().startswith(f"waiting: {tmp_path}/a is being written by process {holder.pid} on ")
+    holder.kill()
+    assert waiting.stdout.readline() == "held\n"
+    (tmp_path / ".a.0123456789abcdef.part").mkdir()
+    remove_claims(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f".a{LOCK_NAME}"], "that of the living process stays"
+    waiting.kill()
+    waiting.wait()
+    remove_claims(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_a_folder_that_was_deleted_is_not_written(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with file_claim(folder / "a"):
+        write_text(folder / "a", "a")
+        shutil.rmtree(folder)
+        with pytest.raises(InputError, match=f"{folder} was deleted or replaced"):
+            write_text(folder / "a", "a")
+    assert not folder.exists()
+
+
 def test_many_processes_take_turns(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "counter").write_text("0")
     program = "import longclip_teacher.folder_lock as module\nmodule._POLL = 0.001\n" + COUNT
@@ -245,6 +276,13 @@ def test_without_flock_the_file_is_the_lock(no_flock: None, tmp_path: Path) -> N
     lock = folder_lock(tmp_path)
     with folder_lock(tmp_path), pytest.raises(InputError, match=rf"in use by process {os.getpid()} on"), lock:
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_flock_everybody_gets_the_claim_of_a_file(no_flock: None, tmp_path: Path) -> None:
+    stale(tmp_path / f".a{LOCK_NAME}", host="another")
+    with file_claim(tmp_path / "a") as is_mine, file_claim(tmp_path / "a") as is_its_too:
+        assert is_mine and is_its_too
     assert not list(tmp_path.iterdir())
 
 

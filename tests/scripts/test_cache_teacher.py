@@ -136,6 +136,9 @@ def test_a_killed_run_goes_on_where_it_was(
     for path in out.glob("*.safetensors"):
         assert not list(Sidecar(path).damage())  # complete, whatever the moment of the kill
     stamps = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in done.values()}
+    assert run("--shards", shards, "--out", out, "--status") == 1
+    found = counts(capsys.readouterr().out)
+    assert (found["done"][0], found["missing"][0]) == (len(done), 8 - len(done))
     assert run(*command) == 0
     assert f"480 samples in 8 sidecars ({len(done)} kept)" in capsys.readouterr().out
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in stamps} == stamps
@@ -223,6 +226,63 @@ def test_another_teacher_in_the_same_folder_is_refused(
     assert "with other settings: teacher_sha256 is" in capsys.readouterr().err
 
 
+def counts(printed: str) -> dict[str, tuple[int, int]]:
+    """Shards and samples of each state, of the table that --status prints."""
+    rows = [[cell.strip() for cell in line.split("│")] for line in printed.splitlines()]
+    return {row[1]: (int(row[2]), int(row[3])) for row in rows if len(row) > 4 and row[1]}
+
+
+def test_status_counts_what_is_done_missing_damaged_and_changed(
+    run: Run, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, out = write_shards(tmp_path / "shards", 6, 4), tmp_path / "cache"
+    assert run(*arguments(shards, teacher, out)) == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    command = ["--shards", shards, "--out", out, "--status"]
+    os.utime(shards / "s-5.tar")
+    assert run(*command) == 0
+    assert counts(capsys.readouterr().out.split("samples/s")[1]) == {
+        "done": (6, 24), "missing": (0, 0), "damaged": (0, 0), "changed": (0, 0)
+    }  # fmt: skip
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (out / "s-1.safetensors").unlink()
+    (out / "s-2.safetensors").write_bytes(before[out / "s-2.safetensors"][:-1] + b"?")
+    with (shards / "s-3.tar").open("r+b") as file:
+        file.seek((shards / "s-3.tar").read_bytes().index(b"Board 13"))
+        file.write(b"Court")
+    with (shards / "s-4.tar").open("ab") as file:
+        file.write(bytes(512))
+    (shards / "manifest.json").unlink()
+    assert run(*command) == 1
+    printed = capsys.readouterr().out
+    assert counts(printed) == {"done": (2, 8), "missing": (1, 4), "damaged": (1, 4), "changed": (2, 8)}
+    assert "s-1.tar" in printed and "s-2.tar" in printed and "s-3.tar, s-4.tar" in printed and "s-0.tar" not in printed
+    assert "delete the sidecars of damaged shards" in printed
+    (out / "s-2.safetensors").unlink()
+    assert run(*arguments(shards, teacher, out)) == 0
+    assert run(*command) == 0
+
+
+def test_the_parts_of_an_array_make_what_one_process_makes(
+    run: Run, shards: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run(*arguments(shards, teacher, tmp_path / "one")) == 0
+    for name, value in {"MIN": 3, "STEP": 2, "COUNT": 2, "ID": 5}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    out = tmp_path / "parts"
+    assert run(*arguments(shards, teacher, out, "--array", "slurm")) == 0
+    printed = capsys.readouterr()
+    assert f"{out}: 9 samples in 1 sidecars (0 kept)" in printed.out and "1 of 1: s-1.safetensors" in printed.err
+    assert json.loads((out / "teacher_cache.json").read_text())["shards"] == []
+    store = ["--shards", shards, "--out", out, "--status"]
+    assert run(*store) == 1 and run(*store, "--array", "1/2") == 0
+    assert run(*arguments(shards, teacher, out, "--array", "0/2")) == 0
+    assert "18 samples in 2 sidecars (0 kept)" in capsys.readouterr().out
+    one = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == one
+
+
 def test_verify_names_what_is_damaged(
     run: Run, shards: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,6 +332,14 @@ def test_bad_input_ends_in_one_line(
         ([*arguments(f"{shards}/s-0.tar", teacher, out), "--shards", shards, second], "would share one sidecar"),
         (["--teacher", teacher, "--device", "cpu", "--shards", shards, second], "give --out for"),
         ([*arguments(shards, teacher, out), "--device", "cuda:77"], "cuda"),
+        ([*arguments(shards, teacher, out), "--array", "3/3"], "part 3 of 3, but the parts of N are 0 to N - 1"),
+        ([*arguments(shards, teacher, out), "--array", "1/0"], "part 1 of 0"),
+        ([*arguments(shards, teacher, out), "--array", "-1/3"], "give I/N, such as 0/4"),
+        ([*arguments(shards, teacher, out), "--array", "1"], "give I/N, such as 0/4"),
+        ([*arguments(shards, teacher, out), "--array", "7/8"], "there are only 3 shards"),
+        ([*arguments(shards, teacher, out), "--array", "slurm"], "this is no task of a Slurm array"),
+        (["--status", "--shards", shards], "no teacher cache in"),
+        (["--status", "--out", out], "give --shards PATTERN"),
     ]
     for command, message in cases:
         assert run(*command) == 2, command

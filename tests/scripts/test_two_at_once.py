@@ -78,19 +78,33 @@ def test_two_at_once_write_what_one_writes(inputs: Path, tmp_path: Path, kind: s
         "shards": (make_shards.main, shards_command(inputs, tmp_path / "out")),
         "cache": (cache_teacher.main, cache_command(inputs, tmp_path / "out")),
     }[kind]
-    check_ends(at_once(main, command, command), tmp_path / "out")
+    ends = at_once(main, command, command)
+    if kind == "cache":  # its writers share the work
+        assert [code for code, _ in ends] == [0, 0], ends
+        lines = [line for _, printed in ends for line in printed.splitlines() if line.endswith(".safetensors")]
+        assert len({line.split()[-1] for line in lines}) == len(lines) == len(list((tmp_path / "out").glob("*.safe*")))
+    else:
+        check_ends(ends, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(inputs / kind)
     assert ShardIndex(sorted((inputs / "shards").glob("*.tar"))).num_samples
 
 
-@pytest.mark.parametrize("name", ["make_shards", "cache_teacher", "export_datacompdr", "compare", "quickstart"])
+def test_writers_of_other_settings_do_not_mix_their_sidecars(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ends = at_once(cache_teacher.main, *([*cache_command(inputs, out), "--seed", str(seed)] for seed in (0, 1)))
+    assert sorted(code for code, _ in ends) == [0, 2], ends
+    assert f"error: {out} holds a cache with other settings: seed is" in "".join(printed for _, printed in ends)
+    if ends[0][0] == 0:
+        assert contents(out) == contents(inputs / "cache")
+
+
+@pytest.mark.parametrize("name", ["make_shards", "export_datacompdr", "compare", "quickstart"])
 def test_a_folder_in_use_is_refused_in_one_line_and_left_as_it_is(
     inputs: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, teacher = tmp_path / "out", f"{inputs}/teacher.safetensors"
     main, command = {
         "make_shards": (make_shards.main, shards_command(inputs, out)),
-        "cache_teacher": (cache_teacher.main, cache_command(inputs, out)),
         "export_datacompdr": (
             export_datacompdr.main,
             ["", "--shards", f"{inputs}/shards", "--cache", f"{inputs}/cache", "--out", str(out)],

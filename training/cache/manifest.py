@@ -1,9 +1,8 @@
 """The manifest of a folder of sidecars: how they were made, a record of each finished one, and their shards.
 
 A cache is a folder with one sidecar per shard (sidecar.py). Beside each sidecar lies a small record NAME.teacher.json,
-which is written last. teacher_cache.json says how the cache was made and holds all records. At worst, a process that
-dies, or another node, leaves a record out of the manifest; readers and later runs of scripts/cache_teacher.py then find
-it beside its sidecar.
+which is written last. teacher_cache.json says how the cache was made; it gets all records once every shard has one.
+Until then, readers and later runs of scripts/cache_teacher.py find them beside the sidecars.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +40,7 @@ __all__ = [
     "cache_sha256",
     "changes",
     "decoder_name",
+    "has_all_records",
     "library_versions",
     "read_cache",
     "read_record",
@@ -210,6 +210,12 @@ def read_records(folder: Path) -> dict[str, SidecarRecord]:
         if record is not None:
             records[record.shard] = record
     return dict(sorted(records.items()))
+
+
+def has_all_records(folder: Path, shards: Iterable[str], known: Mapping[str, SidecarRecord]) -> bool:
+    """Return whether each of `shards` has a record: beside its sidecar, or in `known`. Only the folder is listed."""
+    beside = {path.name for path in folder.glob(f"*{_RECORD}")}
+    return all(shard in known or _record_path(folder, shard).name in beside for shard in shards)
 
 
 def write_cache_manifest(folder: Path, settings: CacheSettings) -> dict[str, SidecarRecord]:

@@ -10,7 +10,7 @@ Shapes: N samples of a shard, V views, M samples of a piece, U distinct captions
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -102,6 +102,14 @@ class _ReadSample(NamedTuple):
     short: list[str]
 
 
+class _Rows(NamedTuple):
+    """Consecutive rows of a shard, which one worker reads at a time."""
+
+    shard: int
+    start: int
+    stop: int
+
+
 class _Piece(NamedTuple):
     """Consecutive samples of a shard. `images` are all views of the readable ones."""
 
@@ -113,18 +121,13 @@ class _Piece(NamedTuple):
 
 @dataclass
 class _Pieces(Dataset):
-    """Pieces by number, in the order of the shards. An InputError is returned, not raised, because workers would wrap
-    it."""
+    """Pieces by their rows. An InputError is returned, not raised, because workers would wrap it."""
 
     index: ShardIndex
     settings: CacheSettings
-    pieces: list[tuple[int, int, int]]  # shard, first row, last row + 1
 
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def __getitem__(self, number: int) -> _Piece | InputError:
-        shard, start, stop = self.pieces[number]
+    def __getitem__(self, rows: _Rows) -> _Piece | InputError:
+        shard, start, stop = rows
         first = int(self.index.shard_sizes[:shard].sum())
         samples: list[_ReadSample] = []
         views: list[Tensor] = []
@@ -169,23 +172,27 @@ class SidecarWriter:
     num_workers: int
 
     def write(
-        self, shards: Sequence[tuple[int, ShardIdentity]], progress: Callable[[int], None] = lambda num_samples: None
+        self, shards: Iterable[tuple[int, ShardIdentity]], progress: Callable[[int], None] = lambda num_samples: None
     ) -> Iterator[SidecarRecord]:
         """Write the sidecars of `shards`, given by their place in the index. Yield each record once it is on disk.
 
+        The next shard is asked for when its first samples are to be read, which workers do ahead of the encoding.
         `progress` counts samples as they are encoded. Raise InputError for an unreadable shard.
         """
-        identities = dict(shards)
+        identities: dict[int, ShardIdentity] = {}
         step = max(1, self.batch_size // self.settings.num_stored_views)
-        pieces = [
-            (shard, start, min(start + step, identities[shard].num_samples))
-            for shard in identities
-            for start in range(0, identities[shard].num_samples, step)
-        ]
+
+        def pieces() -> Iterator[_Rows]:
+            for shard, identity in shards:
+                identities[shard] = identity
+                for start in range(0, identity.num_samples, step):
+                    yield _Rows(shard, start, min(start + step, identity.num_samples))
+
         samples: list[_ReadSample] = []
         features: list[Tensor] = []
         for piece in DataLoader(
-            _Pieces(self.index, self.settings, pieces),
+            _Pieces(self.index, self.settings),
+            sampler=pieces(),
             batch_size=None,
             collate_fn=share_tensors,
             pin_memory=model_device(self.model).type == "cuda",
@@ -197,7 +204,7 @@ class SidecarWriter:
             features += self._encode_images(piece.images)
             progress(len(piece.samples))
             if piece.is_last:
-                yield self._finish(identities[piece.shard], self.index.paths[piece.shard], samples, features)
+                yield self._finish(identities.pop(piece.shard), self.index.paths[piece.shard], samples, features)
                 samples, features = [], []
 
     def _finish(
