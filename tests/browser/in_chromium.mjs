@@ -18,7 +18,7 @@ const context = await playwright.chromium.launchPersistentContext(path.join(work
   args: ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
   serviceWorkers: "allow", viewport: { width: 390, height: 844 },
 });
-context.setDefaultTimeout(60_000);
+context.setDefaultTimeout(60_000); // a page that never answers fails
 context.on("request", (request) => {
   const { protocol, host } = new URL(request.url());
   const isOurs = ["blob:", "data:"].includes(protocol) || host === new URL(task.address).host;
@@ -100,7 +100,7 @@ await choose("folder", task.photos);
 await message("changed");
 await searchAll("changed");
 
-await page.evaluate(() => navigator.serviceWorker.ready);
+await page.waitForFunction(async () => !!(await navigator.serviceWorker.getRegistration())?.active);
 await ask("stop the server");
 isOffline = true;
 await page.reload();

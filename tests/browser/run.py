@@ -31,6 +31,7 @@ from photo_search.web.serve import page_server  # noqa: E402
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 TOLERANCE = 1e-3
 TOP = 10
+MOST_FAULTS = 20  # that are printed
 PICTURES = 200
 FILLER = "we stood there for a while and looked at it all without a word between us " * 5
 LONG = [f"{FILLER} and there was a {word}" for word in ("river", "window")]
@@ -55,8 +56,10 @@ def main() -> None:
         task = prepare(work, chromium)
         found = browse(work, task, page_server(built, work / "model", work / "all/beside"))
         faults += found["faults"] + compare(found, work)
-    for fault in faults:
+    for fault in faults[:MOST_FAULTS]:
         print(f"FAILED: {fault}")
+    if len(faults) > MOST_FAULTS:
+        print(f"FAILED: {len(faults) - MOST_FAULTS} more")
     sys.exit(1 if faults else 0)
 
 
