@@ -24,7 +24,7 @@ from PIL import Image  # noqa: E402
 
 from browser.material import WORDS, write_model, write_other_formats, write_pictures  # noqa: E402
 from browser.rules import differences  # noqa: E402
-from longclip_teacher.errors import InputError, run_command  # noqa: E402
+from photo_search.errors import InputError, run  # noqa: E402
 from photo_search.web.build import WEB, built_page  # noqa: E402
 from photo_search.web.serve import page_server  # noqa: E402
 
@@ -196,4 +196,4 @@ def call(*arguments: object) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run(main)
