@@ -100,7 +100,10 @@ await choose("folder", task.photos);
 await message("changed");
 await searchAll("changed");
 
-await page.waitForFunction(async () => !!(await navigator.serviceWorker.getRegistration())?.active);
+await page.evaluate(() => new Promise((resolve, reject) => {
+  navigator.serviceWorker.ready.then(() => resolve());
+  setTimeout(() => reject(new Error("the page has no service worker")), 30_000);
+}));
 await ask("stop the server");
 isOffline = true;
 await page.reload();

@@ -166,7 +166,10 @@ def compare_answers(name: str, answers: Answers, queries: list[str], indexed: Pa
         if len(hits) != TOP or not all(hit["isShown"] for hit in hits):
             faults.append(f"{name}: {len(hits)} hits, {sum(hit['isShown'] for hit in hits)} of them with a picture")
         for hit, wanted in zip(hits, expected, strict=False):
-            ours = by_name[hit["name"]]
+            ours = by_name.get(hit["name"])
+            if ours is None:
+                faults.append(f"{name}: {hit['name']} is found, and is not in the index of Python")
+                continue
             swapped += hit["name"] != wanted["name"]
             largest = max(largest, abs(hit["score"] - ours["score"]))
             if abs(ours["score"] - wanted["score"]) >= TOLERANCE or abs(hit["score"] - ours["score"]) >= TOLERANCE:
