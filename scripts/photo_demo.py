@@ -9,14 +9,14 @@ from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
 
 RUN = Path("runs/quickstart/distilled")
-MODEL = RUN.with_name("exported")
+MODEL = RUN.with_name("distilled_export")
 
 
 @dataclass
 class Options:
     """Serve the photo search as a page on this machine, with the quickstart's student and a folder of pictures.
 
-    The student is exported to runs/quickstart/exported if it is not there yet, or was trained again since. The page is
+    The student is exported to runs/quickstart/distilled_export if it is not there yet, or was trained again since. The page is
     built with Node.js 20.19 or later and npm. Nobody else can reach it: it is served on 127.0.0.1, until Ctrl-C.
     """
 

@@ -117,7 +117,7 @@ await drop(task.otherModel);
 await message("other model");
 found.messages.emptied = await text("pictures");
 await ask("index with the other model");
-await choose("folder", task.photos);
+await drop(task.photos);
 await message("embedded again");
 await searchAll("other model");
 await choose("files", task.files);

@@ -61,8 +61,8 @@ export interface Progress {
 
 /** The calls that the worker answers. */
 export interface Calls {
-  /** Read what this browser holds, and the model and pictures beside the page, if any. */
-  open(page: string): Promise<State>;
+  /** Read what this browser holds, and the model and pictures beside the page, if any: the update of the latter. */
+  open(page: string): Promise<Update | null>;
   useModel(files: Named[]): Promise<State>;
   /** Bring the index up to date. With `folder`, pictures below it that are not among `files` leave the index. */
   addPictures(files: Named[], folder: string | null): Promise<Update>;
@@ -80,7 +80,7 @@ export type Request = {
 export type Reply =
   | { id: number; value: unknown }
   | { id: number; error: string; expected: boolean }
-  | { progress: Progress };
+  | { progress: Progress; state: State };
 
 /** Bad input. The message says in one line what is wrong and what to do. */
 export class InputError extends Error {}

@@ -13,6 +13,8 @@ self.addEventListener("install", (event) => {
   event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll([...files].map((name) => new Request(name, { cache: "reload" })))));
 });
 
+void self.skipWaiting(); // the next load of the page is the new one
+
 self.addEventListener("activate", (event) => {
   event.waitUntil(removeOlder().then(() => self.clients.claim()));
 });

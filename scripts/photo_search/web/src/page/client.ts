@@ -1,6 +1,6 @@
 /** The worker's calls as functions of the page. */
 
-import { InputError, type Calls, type Progress, type Reply } from "../protocol";
+import { InputError, type Calls, type Progress, type Reply, type State } from "../protocol";
 
 interface Waiting {
   resolve: (value: never) => void;
@@ -8,14 +8,14 @@ interface Waiting {
 }
 
 /** Start the worker. `report` is told how far long calls are; `failed`, what the worker cannot answer to a call. */
-export function connect(report: (progress: Progress) => void, failed: (error: Error) => void): Calls {
+export function connect(report: (progress: Progress, state: State) => void, failed: (error: Error) => void): Calls {
   const worker = new Worker(new URL("../worker/worker.ts", import.meta.url), { type: "module" });
   const waiting = new Map<number, Waiting>();
   let last = 0;
 
   worker.onmessage = ({ data }: MessageEvent<Reply>): void => {
     if ("progress" in data) {
-      report(data.progress);
+      report(data.progress, data.state);
       return;
     }
     const { resolve, reject } = waiting.get(data.id)!;

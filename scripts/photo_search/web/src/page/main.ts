@@ -23,14 +23,15 @@ async function busy(work: () => Promise<void>): Promise<void> {
   showMessage("");
   try {
     await work();
-    showState(await worker.state());
   } catch (error) {
     showError(error);
   } finally {
     hideProgress();
-    document.body.removeAttribute("aria-busy");
     buttons.forEach((button) => (button.disabled = false));
   }
+  const state = await worker.state().catch(showError);
+  document.body.removeAttribute("aria-busy");
+  if (state) showState(state);
 }
 
 async function take(choices: Chosen[]): Promise<void> {
@@ -124,7 +125,8 @@ async function start(): Promise<void> {
     throw new InputError("this page needs https, or a server on this machine (127.0.0.1 or localhost)");
   }
   await navigator.serviceWorker.register(new URL("service_worker.js", document.baseURI));
-  await worker.open(document.baseURI);
+  const done = await worker.open(document.baseURI);
+  if (done?.stopped) showMessage(describeUpdate(done));
 }
 
 listenToSearch();

@@ -18,6 +18,7 @@ export function showAnswer(text: string, { hits, pictures, tokens, read }: Answe
   document.body.dataset["answered"] = text; // whoever drives the page from outside waits for it
 }
 
+/** Show none. */
 export function clearResults(): void {
   byId("hits").replaceChildren();
   byId("summary").textContent = byId("length").textContent = "";
@@ -35,7 +36,11 @@ function card(hit: Hit, number: number, pictures: number): HTMLLIElement {
   const head = element("div", "head", element("div", "names", title, path), score);
   const rows = hit.sentences.map((one) => row(one, pictures));
   const item = element("li", "", thumbnail(hit, name), head);
-  if (rows.length) item.append(element("table", "", element("tbody", "", ...rows)));
+  if (rows.length) {
+    const table = element("table", "", element("tbody", "", ...rows));
+    table.ariaLabel = "sentences";
+    item.append(table);
+  }
   item.dataset["name"] = hit.name;
   item.dataset["score"] = String(hit.score);
   return item;

@@ -5,6 +5,7 @@ import { byId, counted, element } from "./elements";
 
 const MOST_PROBLEMS = 200; // that are listed
 
+/** Show which model and how many pictures there are, and what to do next. */
 export function showState(state: State): void {
   const { model, pictures, problems, threads } = state;
   byId("model").textContent = model ? `${model.name}, reads ${model.contextLength} tokens` : "None yet. scripts/export.py writes one.";
@@ -16,7 +17,7 @@ export function showState(state: State): void {
   const lines = problems.slice(0, MOST_PROBLEMS).map(([name, reason]) => element("li", "", `${name}: ${reason}`));
   if (problems.length > lines.length) lines.push(element("li", "", `and ${problems.length - lines.length} more`));
   list.querySelector("ul")!.replaceChildren(...lines);
-  if (!byId("hits").childElementCount) byId("summary").textContent = nextStep(state);
+  if (!byId("hits").childElementCount && !document.body.ariaBusy) byId("summary").textContent = nextStep(state);
 }
 
 function nextStep({ model, pictures }: State): string {
@@ -24,7 +25,9 @@ function nextStep({ model, pictures }: State): string {
   return pictures ? "Describe a picture, and the best of yours come first." : "Choose the pictures to search.";
 }
 
-export function showProgress({ what, done, total }: Progress): void {
+/** Show how far a call is, and what is there meanwhile. */
+export function showProgress({ what, done, total }: Progress, state?: State): void {
+  if (state) showState(state);
   const bar = byId<HTMLProgressElement>("bar");
   byId("progress").hidden = false;
   byId("progress-text").textContent = total > 1 ? `${what}: ${done.toLocaleString("en")} of ${total.toLocaleString("en")}` : what;
@@ -33,10 +36,12 @@ export function showProgress({ what, done, total }: Progress): void {
   else bar.removeAttribute("value");
 }
 
+/** Hide the bar. */
 export function hideProgress(): void {
   byId("progress").hidden = true;
 }
 
+/** Show one line; none if `text` is empty. */
 export function showMessage(text: string): void {
   const message = byId("message");
   message.hidden = !text;
@@ -51,8 +56,9 @@ export function showError(error: unknown): void {
   byId("message").className = "error";
 }
 
+/** What an update did, as one line. */
 export function describeUpdate({ embedded, known, unchanged, removed, stopped }: Update): string {
   const parts = [`${counted(embedded, "picture")} read`, `${known} known by their contents`, `${unchanged} unchanged`];
   if (removed) parts.push(`${removed} removed`);
-  return `${parts.join(", ")}.${stopped ? " Stopped: choose the pictures again to go on." : ""}`;
+  return `${parts.join(", ")}.${stopped ? " Stopped: choose the pictures again, or load the page again, to go on." : ""}`;
 }

@@ -6,6 +6,7 @@ import { withoutExif } from "./upright";
 
 /** The same bound as Pillow's, which photo_search/images.py has. */
 const MOST_PIXELS = 89_478_485;
+const TOO_LARGE = "too large for this browser";
 const THUMBNAIL = 360; // pixels of the longer side
 /** What turns a decoded picture of [width, height] upright, by EXIF orientation: a canvas transform. */
 const TURNS: Record<number, (width: number, height: number) => [number, number, number, number, number, number]> = {
@@ -27,10 +28,15 @@ export interface Decoded {
 /** Decode the bytes of a file, which are changed. Raises InputError with the reason if they cannot be used. */
 export async function decode(bytes: Uint8Array<ArrayBuffer>, side: number): Promise<Decoded> {
   if (!bytes.length) throw new InputError("empty file");
-  const canvas = await upright(bytes, side);
-  const { width, height } = canvas;
-  const data = context(canvas).getImageData(0, 0, width, height).data;
-  return { pixels: { width, height, channels: 4, data }, thumbnail: await small(canvas) };
+  try {
+    const canvas = await upright(bytes, side);
+    const { width, height } = canvas;
+    const data = context(canvas).getImageData(0, 0, width, height).data;
+    return { pixels: { width, height, channels: 4, data }, thumbnail: await small(canvas) };
+  } catch (error) {
+    if (error instanceof DOMException || error instanceof RangeError) throw new InputError(TOO_LARGE);
+    throw error;
+  }
 }
 
 /** Raises InputError if this browser alters the pixels that a page reads, as some do against fingerprinting. */
@@ -91,6 +97,6 @@ function sides(canvas: OffscreenCanvas, scale: number): [number, number] {
 
 function context(canvas: OffscreenCanvas): OffscreenCanvasRenderingContext2D {
   const found = canvas.getContext("2d", { willReadFrequently: true, colorSpace: "srgb" });
-  if (!found) throw new InputError("too large for this browser");
+  if (!found) throw new InputError(TOO_LARGE);
   return found;
 }

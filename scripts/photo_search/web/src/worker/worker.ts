@@ -1,6 +1,6 @@
 /** The worker: it holds model and index, and answers the page's calls. */
 
-import { InputError, type Answer, type Calls, type Named, type Reply, type Request, type State, type Update } from "../protocol";
+import { InputError, type Answer, type Calls, type Named, type Progress, type Reply, type Request, type State, type Update } from "../protocol";
 import { fetchModel, picturesBeside, readStart } from "./beside";
 import { checkExactPixels } from "./images";
 import { update } from "./indexing";
@@ -9,6 +9,7 @@ import { Model, modelIn, THREADS, type ModelFiles } from "./model";
 import { search } from "./searching";
 
 const LOCK = "photo-search-index"; // one page at a time writes the index
+const NO_ROOM = "this browser has no room left: free some of the disk, or choose fewer pictures";
 const CHOOSE_A_MODEL = "choose a model first: a folder that scripts/export.py wrote";
 
 class Service implements Calls {
@@ -25,18 +26,18 @@ class Service implements Calls {
     return new Service(await IndexStore.open());
   }
 
-  async open(page: string): Promise<State> {
+  async open(page: string): Promise<Update | null> {
     const [kept, start] = [await this.store.model(), await readStart(page)];
     if (kept) this.model = await Model.open(kept);
     this.contents = await this.store.contents();
     const isNewer = start.model && (!kept || (kept.isBeside && kept.fingerprint !== start.model.fingerprint));
     if (isNewer) {
-      send({ progress: { what: "Fetching the model", done: 0, total: 1 } });
+      this.report({ what: "Fetching the model", done: 0, total: 1 });
       const model = await modelIn(await fetchModel(page, start.model!), true);
       if (model) await this.take(model);
     }
-    if (start.pictures && this.model) await this.addPictures(picturesBeside(page, start.pictures), start.pictures.folder);
-    return this.state();
+    if (!start.pictures?.files.length || !this.model) return null;
+    return this.addPictures(picturesBeside(page, start.pictures), start.pictures.folder);
   }
 
   async useModel(files: Named[]): Promise<State> {
@@ -49,14 +50,14 @@ class Service implements Calls {
   }
 
   async addPictures(files: Named[], folder: string | null): Promise<Update> {
+    for (const named of files) this.chosen.set(named.path, named);
     const model = this.ready();
     return alone(async () => {
       this.isStopped = false;
       this.contents = await this.store.contents(); // another page may have written it
       const index = { store: this.store, contents: this.contents, model };
-      const done = await update(index, files, folder, (progress) => send({ progress }), () => this.isStopped);
-      for (const named of files) this.chosen.set(named.path, named);
-      return done;
+      this.report({ what: "Looking at the files", done: 0, total: 1 });
+      return update(index, files, folder, (progress) => this.report(progress), () => this.isStopped);
     });
   }
 
@@ -65,14 +66,7 @@ class Service implements Calls {
   }
 
   async state(): Promise<State> {
-    const { pictures, features } = this.contents;
-    const all = [...pictures.values()];
-    return {
-      model: this.model && { name: this.model.source.name, contextLength: this.model.contextLength },
-      pictures: all.filter(({ sha256 }) => features.has(sha256)).length,
-      problems: all.flatMap(({ name, problem }): [string, string][] => (problem === null ? [] : [[name, problem]])).sort(),
-      threads: THREADS,
-    };
+    return this.held();
   }
 
   async stop(): Promise<void> {
@@ -84,18 +78,33 @@ class Service implements Calls {
     this.model = null;
     this.contents = await this.store.contents();
     this.chosen.clear();
-    return this.state();
+    return this.held();
+  }
+
+  private held(): State {
+    const { pictures, features } = this.contents;
+    const all = [...pictures.values()];
+    return {
+      model: this.model && { name: this.model.source.name, contextLength: this.model.contextLength },
+      pictures: all.filter(({ sha256 }) => features.has(sha256)).length,
+      problems: all.flatMap(({ name, problem }): [string, string][] => (problem === null ? [] : [[name, problem]])).sort(),
+      threads: THREADS,
+    };
   }
 
   /** Try a model, and keep it if it works: a model that cannot be used changes nothing. */
   private async take(files: ModelFiles): Promise<void> {
-    send({ progress: { what: "Loading the model", done: 0, total: 1 } });
+    this.report({ what: "Loading the model", done: 0, total: 1 });
     const model = await Model.open(files);
     await model.encodeText("a test");
     await model.encodeImages([new Uint8Array(3 * model.side ** 2)]);
     await alone(() => this.store.setModel(files));
     this.model = model;
     this.contents = await this.store.contents();
+  }
+
+  private report(progress: Progress): void {
+    send({ progress, state: this.held() });
   }
 
   private ready(): Model {
@@ -114,6 +123,11 @@ async function alone<Value>(work: () => Promise<Value>): Promise<Value> {
   return done[0]!.value;
 }
 
+function asTold(error: unknown): Error {
+  if (!(error instanceof Error)) return new Error(String(error));
+  return error.name === "QuotaExceededError" ? new InputError(NO_ROOM) : error;
+}
+
 function send(reply: Reply): void {
   self.postMessage(reply);
 }
@@ -125,7 +139,7 @@ self.onmessage = async ({ data: { id, call, given } }: MessageEvent<Request>): P
     const method = (await service)[call] as (...given: unknown[]) => Promise<unknown>;
     send({ id, value: await method.apply(await service, given) });
   } catch (error) {
-    const told = error instanceof Error ? error.message : String(error);
-    send({ id, error: told.split("\n")[0]!, expected: error instanceof InputError });
+    const told = asTold(error);
+    send({ id, error: told.message.split("\n")[0]!, expected: told instanceof InputError });
   }
 };
