@@ -16,8 +16,8 @@ MODEL = RUN.with_name("distilled_export")
 class Options:
     """Serve the photo search as a page on this machine, with the quickstart's student and a folder of pictures.
 
-    The student is exported to runs/quickstart/distilled_export if it is not there yet, or was trained again since. The page is
-    built with Node.js 20.19 or later and npm. Nobody else can reach it: it is served on 127.0.0.1, until Ctrl-C.
+    The student is exported to runs/quickstart/distilled_export if it is not there yet, or was trained again since. The
+    page is built with npm and Node.js 20.19 or later. It is served on 127.0.0.1, for this machine alone, until Ctrl-C.
     """
 
     pictures: Path = Path("data/digit_scenes/random/image")
