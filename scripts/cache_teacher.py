@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,6 +35,8 @@ class Options:
     torchrun --nproc_per_node 8 scripts/cache_teacher.py ...  # divides the shards, on one or more nodes
 
     python scripts/cache_teacher.py ... --array 3/100  # does one part of 100; for Slurm: --array slurm
+
+    python scripts/cache_teacher.py ... --engine ray  # on this machine, or on the cluster of RAY_ADDRESS
 
     python scripts/cache_teacher.py --shards data/train --status  # what is done, missing or damaged
 
@@ -80,6 +83,9 @@ class Options:
     """Decode JPEGs with libjpeg-turbo through torchvision, as training does by default, instead of with PIL."""
     array: str | None = None
     """I/N does part I, from 0, of the shards dealt into N parts. slurm takes both from the job's array."""
+    engine: Literal["ray"] | None = None
+    """ray encodes in Ray's actors, one per GPU, or per --num-workers CPUs without GPUs (pip install
+    'compact-longclip[ray]')."""
     status: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Create nothing. Count the shards that are done, missing, damaged or changed since, checksums included, and name
     some. Exit code 0 if all are done, 1 otherwise."""
@@ -97,6 +103,8 @@ class Options:
         if not self.shards or (self.teacher is None and not self.status):
             raise InputError("give --shards PATTERN and --teacher FILE_OR_NAME (or --out FOLDER --verify)")
         self.part()
+        if self.engine == "ray" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("--engine ray starts its own processes: start the command without torchrun")
         if self.views and self.augment.centre:
             raise InputError(f"--views {self.views}: with --augment.centre there is one crop; give --views 0")
         if self.caption_views < 1 or (self.caption_views > 1 and self.captions.short != "sampled"):
@@ -151,8 +159,9 @@ from training.cache.manifest import (
     shard_identities,
     sidecar_path,
 )
+from training.cache.ray_pass import make_on_ray, refuse_without_ray
 from training.cache.status import STATES, damage_of, state_of
-from training.cache.teacher_pass import begin_cache, finish_cache, fits, make_sidecars
+from training.cache.teacher_pass import Records, begin_cache, finish_cache, fits, make_sidecars
 from training.cache.writer import SidecarWriter, cache_settings
 from training.data.index import ShardIndex, expand_patterns, is_remote
 
@@ -166,8 +175,10 @@ class Work:
 
     writer: SidecarWriter
     identities: list[ShardIdentity]
-    known: Mapping[str, SidecarRecord]
+    known: Records
     """The records in the cache's manifest."""
+    make: Callable[..., Iterator[SidecarRecord]]
+    """`make_sidecars`, here or on Ray, of shards and `progress`."""
 
     def record(self, identity: ShardIdentity) -> SidecarRecord | None:
         """Return the record of a shard, if it has one."""
@@ -196,7 +207,10 @@ def find_place(options: Options) -> Place:
     if options.out is None and len(parents) > 1:
         raise InputError(f"the shards are in {len(parents)} folders: give --out for their sidecars")
     refuse_same_names([Path(shard) for shard in found])
-    return Place(found, found[part::num_parts], options.out or parents.pop() / "teacher_cache")
+    folder, shards = options.out or parents.pop() / "teacher_cache", found[part::num_parts]
+    if options.engine == "ray":  # whose processes may be in other folders
+        folder, shards = folder.absolute(), [str(Path(shard).absolute()) for shard in shards]
+    return Place(found, shards, folder)
 
 
 def read_index(place: Place) -> ShardIndex:
@@ -207,6 +221,8 @@ def read_index(place: Place) -> ShardIndex:
 def prepare(options: Options, place: Place, device: torch.device) -> Work:
     """Load the index, the teacher and the settings, and begin the cache."""
     assert options.teacher is not None  # check() ensures it
+    if options.engine == "ray":
+        refuse_without_ray()
     index = read_index(place)
     model = load_model(options.teacher, activation=options.activation, device=str(device))
     if not isinstance(model, LongCLIP):
@@ -224,7 +240,13 @@ def prepare(options: Options, place: Place, device: torch.device) -> Work:
     )
     settings, known = begin_cache(place.folder, settings)
     writer = SidecarWriter(model, settings, index, place.folder, options.batch_size, options.num_workers)
-    return Work(writer, shard_identities(index), known)
+    make = partial(make_sidecars, writer, known=known)
+    if options.engine == "ray":
+        named = Path(options.teacher)
+        teacher = str(named.absolute()) if named.exists() else options.teacher
+        loaded = {"teacher": teacher, "activation": options.activation, "device": options.device}
+        make = partial(make_on_ray, writer, known=known, **loaded)
+    return Work(writer, shard_identities(index), known, make)
 
 
 @contextmanager
@@ -258,7 +280,7 @@ def make(work: Work, is_done: Sequence[bool], runtime: Runtime) -> dict[str, Ten
     mine = left[runtime.rank :: runtime.world_size]
     counts = torch.zeros(2, dtype=torch.int64)  # samples, shards
     with samples_bar(runtime, sum(identity.num_samples for _, identity in mine)) as advance:
-        for number, record in enumerate(make_sidecars(work.writer, mine, work.known, advance), start=1):
+        for number, record in enumerate(work.make(mine, progress=advance), start=1):
             counts += torch.tensor([record.num_samples, 1])
             if not _STDERR.is_terminal:
                 where = f"rank {runtime.rank}: " if runtime.world_size > 1 else ""
@@ -361,7 +383,7 @@ def main() -> None:
     """Parse the command line; make a cache, or look at one."""
     options = read_options(Options)
     keep_freed_memory()
-    with start(options.device) as runtime:
+    with start("cpu" if options.engine == "ray" else options.device) as runtime:
         if options.verify:
             assert options.out is not None
             verify(options.out, runtime)

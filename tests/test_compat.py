@@ -15,6 +15,7 @@ requires = ["setuptools>=77.0.1"]
 requires-python = ">=3.10"
 classifiers = ["Programming Language :: Python :: 3.9", "Programming Language :: Python :: 3.10"]
 dependencies = ["torch>=2.6", "open_clip_torch>=3.2", "fsspec[http]>=2024.6", "tomli>=2.0; python_version < '3.11'"]
+ray = ["ray>=2.60"]
 export = ["torch>=2.7"]
 """
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from longclip_teacher.ancestry import merged
 from longclip_teacher.errors import InputError
@@ -35,10 +36,11 @@ from training.cache.writer import SidecarWriter
 from training.settings.augment import AugmentConfig
 from training.settings.captions import CaptionOptions
 
-__all__ = ["begin_cache", "finish_cache", "fits", "make_sidecars"]
+__all__ = ["Records", "begin_cache", "finish_cache", "fits", "make_sidecars"]
 
 _MAY_DIFFER = ("teacher", "libraries", "ancestry")  # settings in which the sidecars of a cache may differ
-Records = Mapping[str, SidecarRecord]
+Records: TypeAlias = Mapping[str, SidecarRecord]
+"""Records by the name of their shard."""
 
 
 def begin_cache(folder: Path, settings: CacheSettings) -> tuple[CacheSettings, Records]:
