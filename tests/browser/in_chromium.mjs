@@ -30,7 +30,7 @@ context.on("console", (message) => {
   if (message.type() === "error" && !isUnreachable) found.faults.push(`console: ${message.text()} (${message.location().url})`);
 });
 
-const page = context.pages()[0];
+let page = context.pages()[0];
 const text = (id) => page.locator(`#${id}`).textContent();
 const idle = () => page.locator("body:not([aria-busy])").waitFor();
 
@@ -123,12 +123,21 @@ await searchAll("other model");
 await choose("files", task.files);
 await message("files");
 
+
+const firstPage = page;
+page = await context.newPage();
+await page.goto(task.address);
+await idle();
+found.messages.second = await text("pictures");
 await page.locator("footer summary").click();
 await page.locator("#forget").click();
 await page.locator("#confirm button[value=delete]").click();
 await page.waitForFunction(() => document.querySelector("#pictures").textContent.startsWith("None"));
 await idle();
 found.messages.forgotten = [await text("model"), await text("pictures"), await page.locator("#hits li").count()].join("; ");
+page = firstPage;
+await choose("files", task.files);
+await message("other tab");
 
 await context.close();
 fs.writeFileSync(path.join(work, "found.json"), JSON.stringify(found));

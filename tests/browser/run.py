@@ -146,6 +146,8 @@ def compare(found: dict[str, Any], work: Path) -> list[str]:
         "emptied": "None yet.",
         "embedded again": f"{photos - 1} pictures read, 0 known by their contents, 0 unchanged.",
         "files": "0 pictures read, 2 known by their contents, 0 unchanged.",
+        "second": f"{photos + 1} pictures to search",
+        "other tab": "another tab has changed or deleted the model: load this page again",
         "forgotten": "None yet. scripts/export.py writes one.; None yet.; 0",
     }.items():  # fmt: skip
         if messages[name] != wanted:

@@ -1,6 +1,6 @@
 /** What lies beside the page: start.json names a model's folder and pictures, with which the page starts. */
 
-import type { Named } from "../protocol";
+import { InputError, type Named } from "../protocol";
 import { MODEL_FILES } from "./model";
 
 /** start.json. Addresses are relative to the page. */
@@ -56,7 +56,7 @@ export function picturesBeside(page: string, { folder, files }: NonNullable<Star
 }
 
 async function fetchFile(address: URL): Promise<Blob> {
-  const response = await fetch(address);
-  if (!response.ok) throw new DOMException(`${address.pathname}: ${response.status}`, "NotFoundError");
+  const response = await fetch(address).catch(() => null);
+  if (!response?.ok) throw new InputError(`the server of this page does not give ${address.pathname}`);
   return response.blob();
 }

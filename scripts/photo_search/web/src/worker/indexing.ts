@@ -41,10 +41,15 @@ export async function update(
     report({ what: `Reading pictures, ${timeLeft(seconds)}`, done: read, total: changed.length });
   }
   done.stopped = isStopped();
-  const gone = folder === null ? [] : [...known.keys()].filter((name) => name.startsWith(`${folder}/`) && !named.has(name));
+  const gone = folder === null ? [] : [...known.keys()].filter(isBelow(folder)).filter((name) => !named.has(name));
   done.removed = gone.length;
   await remove(index, gone);
   return done;
+}
+
+/** Tells of paths whether they are below a folder. */
+export function isBelow(folder: string): (path: string) => boolean {
+  return (path) => path.startsWith(`${folder}/`);
 }
 
 async function addBatch(index: Index, batch: [string, File][], done: Update): Promise<void> {

@@ -3,13 +3,14 @@
 import { InputError, type Answer, type Calls, type Named, type Progress, type Reply, type Request, type State, type Update } from "../protocol";
 import { fetchModel, picturesBeside, readStart } from "./beside";
 import { checkExactPixels } from "./images";
-import { update } from "./indexing";
+import { isBelow, update } from "./indexing";
 import { IndexStore, type Contents } from "./index_store";
 import { Model, modelIn, THREADS, type ModelFiles } from "./model";
 import { search } from "./searching";
 
 const LOCK = "photo-search-index"; // one page at a time writes the index
 const NO_ROOM = "this browser has no room left: free some of the disk, or choose fewer pictures";
+const OTHER_MODEL = "another tab has changed or deleted the model: load this page again";
 const CHOOSE_A_MODEL = "choose a model first: a folder that scripts/export.py wrote";
 
 class Service implements Calls {
@@ -50,9 +51,11 @@ class Service implements Calls {
   }
 
   async addPictures(files: Named[], folder: string | null): Promise<Update> {
+    if (folder !== null) [...this.chosen.keys()].filter(isBelow(folder)).forEach((path) => this.chosen.delete(path));
     for (const named of files) this.chosen.set(named.path, named);
     const model = this.ready();
     return alone(async () => {
+      if ((await this.store.model())?.fingerprint !== model.source.fingerprint) throw new InputError(OTHER_MODEL);
       this.isStopped = false;
       this.contents = await this.store.contents(); // another page may have written it
       const index = { store: this.store, contents: this.contents, model };
