@@ -16,7 +16,8 @@ let isOffline = false;
 const context = await playwright.chromium.launchPersistentContext(path.join(work, "profile"), {
   executablePath: task.chromium,
   args: ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
-  serviceWorkers: "allow", viewport: { width: 390, height: 844 },
+  serviceWorkers: "allow",
+  viewport: { width: 390, height: 844 },
 });
 context.setDefaultTimeout(60_000); // a page that never answers fails
 context.on("request", (request) => {
@@ -27,7 +28,8 @@ context.on("request", (request) => {
 context.on("weberror", (error) => found.faults.push(`page error: ${error.error()}`));
 context.on("console", (message) => {
   const isUnreachable = isOffline && message.text().startsWith("Failed to load resource");
-  if (message.type() === "error" && !isUnreachable) found.faults.push(`console: ${message.text()} (${message.location().url})`);
+  if (message.type() === "error" && !isUnreachable)
+    found.faults.push(`console: ${message.text()} (${message.location().url})`);
 });
 
 let page = context.pages()[0];
@@ -51,14 +53,18 @@ async function search(query) {
   await page.locator("#text").press("Control+Enter");
   await page.waitForFunction((asked) => document.body.dataset.answered === asked, query);
   await page.waitForFunction(() => [...document.querySelectorAll("#hits img")].every((image) => image.complete));
-  return page.locator("#hits li").evaluateAll((items) => items.map((item) => ({
-    name: item.dataset.name, score: Number(item.dataset.score),
-    sentences: [...item.querySelectorAll("tr")].map((row) => ({
-      text: row.cells[1].textContent, rank: Number(row.cells[0].textContent.split(" of ")[0]),
-      score: Number(row.cells[0].title.split(" ")[1]),
+  return page.locator("#hits li").evaluateAll((items) =>
+    items.map((item) => ({
+      name: item.dataset.name,
+      score: Number(item.dataset.score),
+      sentences: [...item.querySelectorAll("tr")].map((row) => ({
+        text: row.cells[1].textContent,
+        rank: Number(row.cells[0].textContent.split(" of ")[0]),
+        score: Number(row.cells[0].title.split(" ")[1]),
+      })),
+      isShown: (item.querySelector("img")?.naturalWidth ?? 0) > 0,
     })),
-    isShown: (item.querySelector("img")?.naturalWidth ?? 0) > 0,
-  })));
+  );
 }
 
 async function searchAll(name) {
@@ -100,10 +106,13 @@ await choose("folder", task.photos);
 await message("changed");
 await searchAll("changed");
 
-await page.evaluate(() => new Promise((resolve, reject) => {
-  navigator.serviceWorker.ready.then(() => resolve());
-  setTimeout(() => reject(new Error("the page has no service worker")), 30_000);
-}));
+await page.evaluate(
+  () =>
+    new Promise((resolve, reject) => {
+      navigator.serviceWorker.ready.then(() => resolve());
+      setTimeout(() => reject(new Error("the page has no service worker")), 30_000);
+    }),
+);
 await ask("stop the server");
 isOffline = true;
 await page.reload();
@@ -123,7 +132,6 @@ await searchAll("other model");
 await choose("files", task.files);
 await message("files");
 
-
 const firstPage = page;
 page = await context.newPage();
 await page.goto(task.address);
@@ -134,7 +142,9 @@ await page.locator("#forget").click();
 await page.locator("#confirm button[value=delete]").click();
 await page.waitForFunction(() => document.querySelector("#pictures").textContent.startsWith("None"));
 await idle();
-found.messages.forgotten = [await text("model"), await text("pictures"), await page.locator("#hits li").count()].join("; ");
+found.messages.forgotten = [await text("model"), await text("pictures"), await page.locator("#hits li").count()].join(
+  "; ",
+);
 page = firstPage;
 await choose("files", task.files);
 await message("other tab");

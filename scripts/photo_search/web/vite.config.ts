@@ -9,14 +9,18 @@ function listOfFiles(): Plugin {
     generateBundle(_, bundle) {
       const worker = bundle["service_worker.js"];
       if (worker?.type !== "chunk") throw new Error("no service_worker.js was built");
-      const names = Object.keys(bundle).filter((name) => name !== worker.fileName).sort();
+      const names = Object.keys(bundle)
+        .filter((name) => name !== worker.fileName)
+        .sort();
       const digest = createHash("sha256").update(worker.code);
       for (const name of names) {
         const file = bundle[name]!;
         digest.update(name).update(file.type === "chunk" ? file.code : file.source);
       }
       const files = JSON.stringify(["./", "icon.svg", ...names.filter((name) => name !== "index.html")]);
-      worker.code = worker.code.replace("__FILES__", () => files).replace("__VERSION__", () => JSON.stringify(digest.digest("hex")));
+      worker.code = worker.code
+        .replace("__FILES__", () => files)
+        .replace("__VERSION__", () => JSON.stringify(digest.digest("hex")));
     },
   };
 }
@@ -32,7 +36,9 @@ export default defineConfig({
     modulePreload: false,
     rollupOptions: {
       input: { index: "index.html", service_worker: "src/service_worker.ts" },
-      output: { entryFileNames: (chunk) => (chunk.name === "service_worker" ? "[name].js" : "assets/[name]-[hash].js") },
+      output: {
+        entryFileNames: (chunk) => (chunk.name === "service_worker" ? "[name].js" : "assets/[name]-[hash].js"),
+      },
     },
   },
   plugins: [listOfFiles()],

@@ -10,7 +10,9 @@ const CACHE = `photo-search-${__VERSION__}`;
 const files = new Set(__FILES__.map((name) => new URL(name, self.registration.scope).href));
 
 self.addEventListener("install", (event) => {
-  event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll([...files].map((name) => new Request(name, { cache: "reload" })))));
+  event.waitUntil(
+    caches.open(CACHE).then((cache) => cache.addAll([...files].map((name) => new Request(name, { cache: "reload" })))),
+  );
 });
 
 void self.skipWaiting(); // the next load of the page is the new one

@@ -9,8 +9,10 @@ export function byId<Kind extends HTMLElement = HTMLElement>(id: string): Kind {
 
 /** A new element with classes and content. */
 export function element<Name extends keyof HTMLElementTagNameMap>(
-  name: Name, className: string, ...content: (Node | string)[]
-): HTMLElementTagNameMap[Name] { // prettier-ignore
+  name: Name,
+  className: string,
+  ...content: (Node | string)[]
+): HTMLElementTagNameMap[Name] {
   const made = document.createElement(name);
   if (className) made.className = className;
   made.append(...content);

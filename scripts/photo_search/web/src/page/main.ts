@@ -45,7 +45,9 @@ async function take(choices: Chosen[]): Promise<void> {
 async function useModel({ files }: Chosen): Promise<void> {
   const state = await worker.useModel(files);
   clearResults();
-  showMessage(state.pictures ? "" : "The model is ready. Choose the pictures to search: those of another model are not kept.");
+  showMessage(
+    state.pictures ? "" : "The model is ready. Choose the pictures to search: those of another model are not kept.",
+  );
 }
 
 async function addPictures({ files, folder }: Chosen): Promise<void> {

@@ -8,7 +8,9 @@ const MOST_PROBLEMS = 200; // that are listed
 /** Show which model and how many pictures there are, and what to do next. */
 export function showState(state: State): void {
   const { model, pictures, problems, threads } = state;
-  byId("model").textContent = model ? `${model.name}, reads ${model.contextLength} tokens` : "None yet. scripts/export.py writes one.";
+  byId("model").textContent = model
+    ? `${model.name}, reads ${model.contextLength} tokens`
+    : "None yet. scripts/export.py writes one.";
   byId("pictures").textContent = pictures ? `${counted(pictures, "picture")} to search` : "None yet.";
   byId("runtime").textContent = `ONNX Runtime as WebAssembly, ${counted(threads, "thread")}.`;
   const list = byId<HTMLDetailsElement>("problems");
@@ -30,7 +32,8 @@ export function showProgress({ what, done, total }: Progress, state?: State): vo
   if (state) showState(state);
   const bar = byId<HTMLProgressElement>("bar");
   byId("progress").hidden = false;
-  byId("progress-text").textContent = total > 1 ? `${what}: ${done.toLocaleString("en")} of ${total.toLocaleString("en")}` : what;
+  byId("progress-text").textContent =
+    total > 1 ? `${what}: ${done.toLocaleString("en")} of ${total.toLocaleString("en")}` : what;
   byId("stop").hidden = total <= 1;
   if (total > 1) [bar.max, bar.value] = [total, done];
   else bar.removeAttribute("value");

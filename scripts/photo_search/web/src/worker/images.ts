@@ -48,7 +48,9 @@ export function checkExactPixels(): void {
   drawn.putImageData(wanted, 0, 0);
   const found = drawn.getImageData(0, 0, 16, 16).data;
   if (found.some((value, place) => value !== wanted.data[place])) {
-    throw new InputError("this browser alters the pixels that pages read: allow canvas data for this page and reload it");
+    throw new InputError(
+      "this browser alters the pixels that pages read: allow canvas data for this page and reload it",
+    );
   }
 }
 

@@ -108,7 +108,10 @@ export class IndexStore {
 
   private tables<Name extends Table>(mode: IDBTransactionMode, ...names: Name[]): Record<Name, IDBObjectStore> {
     const transaction = this.database.transaction(names, mode);
-    return Object.fromEntries(names.map((name) => [name, transaction.objectStore(name)])) as Record<Name, IDBObjectStore>;
+    return Object.fromEntries(names.map((name) => [name, transaction.objectStore(name)])) as Record<
+      Name,
+      IDBObjectStore
+    >;
   }
 }
 

@@ -26,10 +26,15 @@ export interface Index {
 
 /** Read what is new among `files`. With `folder`, what is below it in the index and not among them is removed. */
 export async function update(
-  index: Index, files: Named[], folder: string | null, report: (progress: Progress) => void, isStopped: () => boolean,
-): Promise<Update> { // prettier-ignore
+  index: Index,
+  files: Named[],
+  folder: string | null,
+  report: (progress: Progress) => void,
+  isStopped: () => boolean,
+): Promise<Update> {
   const named = new Map(files.filter(({ path }) => isPicture(path)).map(({ path, file }) => [path, file]));
-  if (!named.size) throw new InputError("no pictures there (JPEG, PNG, WebP, BMP, GIF; HEIC and TIFF if the browser reads them)");
+  if (!named.size)
+    throw new InputError("no pictures there (JPEG, PNG, WebP, BMP, GIF; HEIC and TIFF if the browser reads them)");
   const known = index.contents.pictures;
   const changed = [...named].filter(([name, file]) => !isKnown(known.get(name), file)).sort(byName);
   const done: Update = { embedded: 0, known: 0, unchanged: named.size - changed.length, removed: 0, stopped: false };
@@ -63,7 +68,9 @@ async function addBatch(index: Index, batch: [string, File][], done: Update): Pr
   const fresh = new Map(readings.filter(({ pixels }) => pixels).map((reading) => [reading.picture.sha256, reading]));
   const features = fresh.size ? await index.model.encodeImages([...fresh.values()].map(({ pixels }) => pixels!)) : [];
   const embedded = new Map<string, Embedded>();
-  [...fresh].forEach(([key, { thumbnail }], place) => embedded.set(key, { feature: features[place]!, thumbnail: thumbnail! }));
+  [...fresh].forEach(([key, { thumbnail }], place) =>
+    embedded.set(key, { feature: features[place]!, thumbnail: thumbnail! }),
+  );
   const pictures = readings.map(({ picture }) => picture);
   await index.store.add(pictures, embedded);
   for (const picture of pictures) index.contents.pictures.set(picture.name, picture);

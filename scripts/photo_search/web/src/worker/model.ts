@@ -25,7 +25,10 @@ const EXPORT_AGAIN = "export the model again with scripts/export.py";
 /** Threads need shared memory, which pages have if their server sends the headers of cross-origin isolation. */
 export const THREADS = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
 ort.env.wasm.numThreads = THREADS;
-ort.env.wasm.wasmPaths = { mjs: new URL(runtime, self.location.href).href, wasm: new URL(binary, self.location.href).href };
+ort.env.wasm.wasmPaths = {
+  mjs: new URL(runtime, self.location.href).href,
+  wasm: new URL(binary, self.location.href).href,
+};
 ort.env.logLevel = "error";
 
 /** A model's files as this browser keeps them. */
@@ -72,7 +75,8 @@ async function checkedHashes(name: string, files: Record<string, Blob>): Promise
   return Promise.all(
     USED.map(async (file) => {
       const found = await sha256(await files[file]!.arrayBuffer());
-      if (found !== manifest[file]) throw new InputError(`${name}/${file} is not the file that was exported: ${EXPORT_AGAIN}`);
+      if (found !== manifest[file])
+        throw new InputError(`${name}/${file} is not the file that was exported: ${EXPORT_AGAIN}`);
       return found;
     }),
   );
@@ -92,7 +96,12 @@ export class Model {
   static async open(source: ModelFiles): Promise<Model> {
     const settings = await json<Settings>(source.files, SETTINGS);
     const { size, crop_size: crop, resample } = settings;
-    if (!size || crop?.height !== size.shortest_edge || crop.width !== size.shortest_edge || ![2, 3].includes(resample)) {
+    if (
+      !size ||
+      crop?.height !== size.shortest_edge ||
+      crop.width !== size.shortest_edge ||
+      ![2, 3].includes(resample)
+    ) {
       throw new InputError(`${source.name}/${SETTINGS} resizes in another way: ${EXPORT_AGAIN}`);
     }
     const tokenizer = await json<ConstructorParameters<typeof Reader>[0]>(source.files, TOKENIZER);
@@ -181,7 +190,9 @@ export class Model {
     try {
       return await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
     } catch (error) {
-      throw new InputError(`${this.source.name}/${graph} cannot be loaded (${String(error).split("\n")[0]}): ${EXPORT_AGAIN}`);
+      throw new InputError(
+        `${this.source.name}/${graph} cannot be loaded (${String(error).split("\n")[0]}): ${EXPORT_AGAIN}`,
+      );
     }
   }
 }

@@ -82,7 +82,10 @@ function bicubic(signed: number): number {
 
 /** The input places that are read: the first one, and the one behind the last. */
 function extent(all: Weighted[]): [number, number] {
-  return [Math.min(...all.map(({ first }) => first)), Math.max(...all.map(({ first, factors }) => first + factors.length))];
+  return [
+    Math.min(...all.map(({ first }) => first)),
+    Math.max(...all.map(({ first, factors }) => first + factors.length)),
+  ];
 }
 
 /** Weights for a picture that begins at the input place `start`. */
@@ -119,9 +122,7 @@ function alongColumns({ width, channels, data }: Pixels, rows: Weighted[], start
 const HALF = 1 << (PRECISION - 1);
 
 /** Write one pixel: the weighted sum of those at `place`, `place + step`, ... */
-function sum(
-  data: Bytes, place: number, step: number, factors: Int32Array, result: Uint8Array, out: number,
-): void { // prettier-ignore
+function sum(data: Bytes, place: number, step: number, factors: Int32Array, result: Uint8Array, out: number): void {
   let red = HALF;
   let green = HALF;
   let blue = HALF;

@@ -11,8 +11,12 @@ import { splitSentences } from "./sentences";
 
 /** The `top` pictures of the highest cosines, the best first; equal scores are in the order of their names. */
 export async function search(
-  store: IndexStore, { pictures, features }: Contents, model: Model, text: string, top: number,
-): Promise<Answer> { // prettier-ignore
+  store: IndexStore,
+  { pictures, features }: Contents,
+  model: Model,
+  text: string,
+  top: number,
+): Promise<Answer> {
   if (!text.trim()) throw new InputError("nothing to look for: describe a picture");
   const found = [...pictures.values()].filter(({ sha256 }) => features.has(sha256));
   if (!found.length) throw new InputError("no pictures to search: choose a folder of photos first");
@@ -24,17 +28,19 @@ export async function search(
   const bySentence: Float32Array[] = [];
   for (const sentence of sentences) bySentence.push(cosines(vectors, await model.encodeText(sentence)));
   const order = found.map((_, row) => row).sort((one, other) => scores[other]! - scores[one]!); // stable
-  const hits = order.slice(0, top).map(
-    async (row): Promise<Hit> => ({
-      name: found[row]!.name,
-      score: scores[row]!,
-      sentences: sentences.map((sentence, place) => {
-        const all = bySentence[place]!;
-        return { text: sentence, score: all[row]!, rank: 1 + all.reduce((count, one) => count + Number(one > all[row]!), 0) };
-      }),
-      thumbnail: await store.thumbnail(found[row]!.sha256),
+  const hits = order.slice(0, top).map(async (row): Promise<Hit> => ({
+    name: found[row]!.name,
+    score: scores[row]!,
+    sentences: sentences.map((sentence, place) => {
+      const all = bySentence[place]!;
+      return {
+        text: sentence,
+        score: all[row]!,
+        rank: 1 + all.reduce((count, one) => count + Number(one > all[row]!), 0),
+      };
     }),
-  );
+    thumbnail: await store.thumbnail(found[row]!.sha256),
+  }));
   const { tokens, ids } = model.read(text);
   return { hits: await Promise.all(hits), pictures: found.length, tokens, read: ids.length };
 }

@@ -14,10 +14,13 @@ export interface Oriented {
 
 /** Damaged EXIF data count as 1. The bytes are changed in place. */
 export function withoutExif(bytes: Uint8Array<ArrayBuffer>): Oriented {
-  const parts = startsWith(bytes, 0, "\xff\xd8") ? partsOfJpeg(bytes)
-    : startsWith(bytes, 1, "PNG") ? partsOfPng(bytes)
-    : startsWith(bytes, 0, "RIFF") && startsWith(bytes, 8, "WEBP") ? partsOfWebp(bytes)
-    : { exif: [], xmp: null }; // prettier-ignore
+  const parts = startsWith(bytes, 0, "\xff\xd8")
+    ? partsOfJpeg(bytes)
+    : startsWith(bytes, 1, "PNG")
+      ? partsOfPng(bytes)
+      : startsWith(bytes, 0, "RIFF") && startsWith(bytes, 8, "WEBP")
+        ? partsOfWebp(bytes)
+        : { exif: [], xmp: null };
   const data = joined(parts.exif.map(({ start, end }) => bytes.subarray(start, end)));
   let found: number | null | undefined;
   try {
@@ -42,7 +45,8 @@ function partsOfJpeg(bytes: Uint8Array): Parts {
   while (place + 4 <= bytes.length) {
     if (bytes[place] !== 0xff) place += 1;
     else if (bytes[place + 1] === 0xff) place += 1;
-    else if (bytes[place + 1] === 0xda || bytes[place + 1] === 0xd9) break; // the picture itself, or the end
+    else if (bytes[place + 1] === 0xda || bytes[place + 1] === 0xd9)
+      break; // the picture itself, or the end
     else if (bytes[place + 1] === 0 || bytes[place + 1] === 1 || (bytes[place + 1]! & 0xf8) === 0xd0) place += 2;
     else {
       const [start, end] = [place + 4, place + 2 + ((bytes[place + 2]! << 8) | bytes[place + 3]!)];

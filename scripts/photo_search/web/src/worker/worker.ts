@@ -1,6 +1,16 @@
 /** The worker: it holds model and index, and answers the page's calls. */
 
-import { InputError, type Answer, type Calls, type Named, type Progress, type Reply, type Request, type State, type Update } from "../protocol";
+import {
+  InputError,
+  type Answer,
+  type Calls,
+  type Named,
+  type Progress,
+  type Reply,
+  type Request,
+  type State,
+  type Update,
+} from "../protocol";
 import { fetchModel, picturesBeside, readStart } from "./beside";
 import { checkExactPixels } from "./images";
 import { isBelow, update } from "./indexing";
@@ -60,7 +70,13 @@ class Service implements Calls {
       this.contents = await this.store.contents(); // another page may have written it
       const index = { store: this.store, contents: this.contents, model };
       this.report({ what: "Looking at the files", done: 0, total: 1 });
-      return update(index, files, folder, (progress) => this.report(progress), () => this.isStopped);
+      return update(
+        index,
+        files,
+        folder,
+        (progress) => this.report(progress),
+        () => this.isStopped,
+      );
     });
   }
 
@@ -90,7 +106,9 @@ class Service implements Calls {
     return {
       model: this.model && { name: this.model.source.name, contextLength: this.model.contextLength },
       pictures: all.filter(({ sha256 }) => features.has(sha256)).length,
-      problems: all.flatMap(({ name, problem }): [string, string][] => (problem === null ? [] : [[name, problem]])).sort(),
+      problems: all
+        .flatMap(({ name, problem }): [string, string][] => (problem === null ? [] : [[name, problem]]))
+        .sort(),
       threads: THREADS,
     };
   }
