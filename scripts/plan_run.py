@@ -19,6 +19,7 @@ class Options:
     """Estimate what a teacher cache and the run that uses it cost, before you start either.
 
     python scripts/plan_run.py --teacher b16 --student s0 --views 1 --epochs 30 --gpus 8
+    python scripts/plan_run.py --samples 1.28e9
     python scripts/plan_run.py --teacher l14 --samples 12000000 --views 5 --epochs 10 --json plan.json \\
         --teacher-images-per-second 2100 --teacher-captions-per-second text.json:'mean 56' \\
         --student-samples-per-second step.json:L/14
@@ -29,15 +30,16 @@ class Options:
 
     The table shows the size of the cache (and of DataCompDR's, which keeps 30 views and two teachers), GPU-hours of the
     teacher's pass and of the training, with the cache and with the teacher online, and the number of epochs at which
-    both cost the same. Further runs from the same cache pay nothing for their teacher.
+    both cost the same. Further runs from the same cache pay nothing for their teacher. A second table shows the hours
+    of the teacher's pass on GPUs of several kinds, unless a rate of the teacher is given.
     """
 
     teacher: str = "b16"
     """tiny, small, b16 or l14."""
     student: str = "s0"
     """s0, s1, s2, b, mobileclip2_s0/s2/s3/s4/b/l14, small or tiny."""
-    samples: int | None = None
-    """Samples in the data set. Default: 1.2 million, 12 million and 1.28 billion."""
+    samples: float | None = None
+    """Samples in the data set, such as 1.28e9. Default: 1.2 million, 12 million and 1.28 billion."""
     views: int = 1
     """A, the crops stored per picture; 0 is the centre crop."""
     epochs: float = 10.0
@@ -82,6 +84,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value}: give a positive number")
+        if self.samples is not None and self.samples % 1:
+            raise InputError(f"--samples {self.samples}: give a whole number")
         if not (0 < self.teacher_utilisation <= 1 and 0 < self.student_utilisation <= 1):
             raise InputError("--teacher-utilisation and --student-utilisation are shares, above 0 and up to 1")
         from longclip_teacher.config import TEACHERS
@@ -112,6 +116,8 @@ from mobileclip_student import create_student
 
 _SAMPLES = (1_200_000, 12_000_000, 1_280_000_000)  # ShareGPT4V, DataCompDR-12M, DataCompDR-1B
 _DATACOMPDR_BYTES = (30 + 1 + 5) * 1536 * 2  # 30 views, 1 + 5 captions, two teachers of 768, bfloat16
+_GPUS = {"T4": 65, "L4": 121, "RTX 4090": 165, "L40S": 362, "A100": 312, "H100, H200": 989}
+"""Peaks in 1e12 operations per second by the makers' data sheets: bfloat16, float16 on a T4, without sparsity."""
 _KEY_BYTES = 12  # length of a sample's key
 _DRAWN_CAPTIONS = 2  # captions of a sample in one step: a long and a short one
 _BACKWARD = 3  # cost of forward and backward relative to forward alone
@@ -198,6 +204,16 @@ def plan(options: Options, rates: Rates, samples: int) -> Plan:
         days_cache=(teacher_cache + training) / options.gpus / 24,
         days_online=(teacher_online + training) / options.gpus / 24,
     )
+
+
+def hours_by_gpu(options: Options, plans: list[Plan]) -> dict[str, list[float]]:
+    """Return the hours of the teacher's pass on one GPU of each kind, for each plan. Empty if a rate was given, which
+    holds for one kind alone."""
+    if options.teacher_images_per_second is not None or options.teacher_captions_per_second is not None:
+        return {}
+    return {
+        kind: [one.teacher_hours_cache * options.gpu_tflops / tflops for one in plans] for kind, tflops in _GPUS.items()
+    }
 
 
 def _cache_seconds(options: Options, rates: Rates) -> float:
@@ -301,6 +317,17 @@ def print_plans(options: Options, rates: Rates, plans: list[Plan]) -> None:
     for label, cell in cells:
         table.add_row(label, *(cell(one) for one in plans))
     console.print(table)
+    by_gpu = hours_by_gpu(options, plans)
+    if by_gpu:
+        title = f"teacher pass, hours of one GPU at {options.teacher_utilisation:.0%} of its peak (assumed)"
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        for one in plans:
+            table.add_column(_count_text(one.samples), justify="right")
+        for kind, hours in by_gpu.items():
+            table.add_row(f"{kind} ({_GPUS[kind]} TFLOP/s)", *map(_hours_text, hours))
+        table.add_row("bytes written", *(_bytes_text(one.cache_bytes) for one in plans))
+        console.print(table)
     for line in (
         f"cache and online cost the same at {break_even_epochs(options, rates):.2f} epochs",
         *_basis(options, rates),
@@ -346,7 +373,7 @@ def main() -> None:
     """Run the command."""
     options = read_options(Options)
     rates = find_rates(options)
-    plans = [plan(options, rates, samples) for samples in ((options.samples,) if options.samples else _SAMPLES)]
+    plans = [plan(options, rates, samples) for samples in ((int(options.samples),) if options.samples else _SAMPLES)]
     if options.json is not None:
         figures = {
             "options": {name: value for name, value in asdict(options).items() if name != "json"},
@@ -356,6 +383,7 @@ def main() -> None:
             "break_even_epochs": break_even_epochs(options, rates),
             "assumptions": _basis(options, rates),
             "plans": [asdict(one) for one in plans],
+            "pass_hours_by_gpu": hours_by_gpu(options, plans),
         }
         write_json(options.json, figures)
     print_plans(options, rates, plans)

@@ -94,6 +94,16 @@ def test_rates_without_a_measurement_come_from_flops_and_say_so() -> None:
     assert faster.student_samples.per_second == pytest.approx(2 * rates.student_samples.per_second)
 
 
+def test_the_pass_is_priced_for_several_kinds_of_gpu() -> None:
+    options = Options(teacher="tiny", student="tiny", samples=3600.0)
+    by_gpu = plan_run.hours_by_gpu(options, [plan(options, find_rates(options), 3600)])
+    for kind, tflops in {"A100": 312.0, "L4": 121.0}.items():
+        alone = dataclasses.replace(options, gpu_tflops=tflops)
+        assert by_gpu[kind] == pytest.approx([plan(alone, find_rates(alone), 3600).teacher_hours_cache])
+    given = dataclasses.replace(options, teacher_images_per_second="7")
+    assert plan_run.hours_by_gpu(given, [plan(given, RATES, 3600)]) == {}
+
+
 def write_bench(path: Path, **changes: object) -> Path:
     rows = [
         {"case": "mean 12 tokens", "unit": "captions/s", "ours": 900.0},
@@ -149,6 +159,7 @@ def test_a_rate_that_cannot_be_read_is_one_line(tmp_path: Path, value: str, mess
         ({"caption_views": -1}, "--caption-views"),
         ({"caption_views": 3, "captions": 1.0}, "--caption-views 3 takes the place of a short caption"),
         ({"samples": 0}, "--samples 0"),
+        ({"samples": 10.5}, "--samples 10.5: give a whole number"),
         ({"epochs": float("nan")}, "--epochs nan"),
         ({"gpu_tflops": 0.0}, "--gpu-tflops"),
         ({"mean_caption_tokens": 500.0}, "--mean-caption-tokens"),
@@ -175,6 +186,6 @@ def test_the_command_prints_and_writes_the_plan(
     assert [one["samples"] for one in figures["plans"]] == [1_200_000, 12_000_000, 1_280_000_000]
     assert figures["break_even_epochs"] == pytest.approx((2 / 1000 + 2 / 4000) / (1 / 1000 + 2 / 4000))
     assert figures["rates"]["student_samples"] == {"per_second": 500.0, "origin": "given"}
-    monkeypatch.setattr("sys.argv", ["plan_run.py", *arguments.split(), "--samples", "1000"])
+    monkeypatch.setattr("sys.argv", ["plan_run.py", *arguments.split(), "--samples", "1e3"])
     plan_run.main()
     assert [one["samples"] for one in json.loads((tmp_path / "plan.json").read_text())["plans"]] == [1000]
