@@ -106,7 +106,9 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _claim_everything(patch: pytest.MonkeyPatch) -> None:
+def _look_at_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("cache_teacher.fits", lambda *_: False)
+    patch.setattr("training.cache.teacher_pass.fits", lambda *_: False)
     patch.setattr("training.cache.teacher_pass.file_claim", lambda path, wait=False: nullcontext(True))
 
 
@@ -119,9 +121,9 @@ ROWS = [
         trial,
         full=50,
         few=1,
-        off="every process gets the claim",
-        switch_off=_claim_everything,
-        num_off=3,
+        off="nobody looks at what others claim or have made",
+        switch_off=_look_at_nothing,
+        num_off=1,
         prepare=_material,
         seconds=300,
     ),
