@@ -74,7 +74,8 @@ def material_of_commands(material: Path) -> None:
 
 
 def trial(draws: random.Random, folder: Path, material: Path) -> str | None:
-    """Two of one kind start with a delay of up to 0.2 s. One of them may be killed, and then a third follows."""
+    """Two of one kind start with a delay of up to 0.2 s. One of them may be killed, and then a third follows, which may
+    find the work done."""
     kind, out, logs = draws.choice(KINDS), folder / "out", [folder / f"{number}.txt" for number in range(3)]
     main, line = command(kind, material, out)
     pids = [start(main, line, logs[0])]
@@ -92,12 +93,18 @@ def trial(draws: random.Random, folder: Path, material: Path) -> str | None:
             return f"{kind}: the command number {number} ended with {code}: {last_line(logs[number])}"
         if code == 2 and not re.search(_IN_USE, logs[number].read_text(), re.MULTILINE):
             return f"{kind}: {last_line(logs[number])}"
-    if 0 not in status and ended([start(main, line, logs[2])]) != [0]:
-        return f"{kind}: after a kill: {last_line(logs[2])}"
+    if killed is not None:  # its lock may be left, and must hold nobody up
+        (third,) = ended([start(main, line, logs[2])])
+        refused = 0 in status and third == 2 and not re.search(_IN_USE, logs[2].read_text(), re.MULTILINE)
+        if third != 0 and not refused:
+            return f"{kind}: after a kill: {last_line(logs[2])}"
     if kind == "runs":
         return _other_run(out, material / kind)
     written, expected = _contents(out), _contents(material / kind)
-    return None if written == expected else f"{kind}: {sorted(set(written.items()) ^ set(expected.items()))[0][0]}"
+    if written == expected:
+        return None
+    differs = sorted(set(written.items()) ^ set(expected.items()))[0][0]
+    return f"{kind}: {differs} differs, {'nobody' if killed is None else f'number {killed}'} was killed with {status}"
 
 
 def _one_is_refused(pids: Sequence[int], logs: Sequence[Path]) -> str | None:
