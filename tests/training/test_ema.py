@@ -152,7 +152,8 @@ def test_the_loop_mixes_scales_the_rates_and_evaluates_the_average(
     config = parse_config(
         "--run.max_steps 6 --run.eval_every 2 --run.save_every 2 --run.seed 7 --run.global_batch_size 5 "
         "--optim.ema 0.25 --optim.image_lr_share 0.5 --optim.text_lr_share 0.1 --optim.schedule constant "
-        f"--teacher.checkpoint None --optim.weight_decay 0 --mix.erase 1 --run.out_dir {tmp_path / 'run'}".split()
+        "--teacher.checkpoint None --data.val None --optim.weight_decay 0 --mix.erase 1 "
+        f"--run.out_dir {tmp_path / 'run'}".split()
     )
     torch.manual_seed(0)
     toy = Toy()
