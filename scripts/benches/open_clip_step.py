@@ -25,11 +25,12 @@ from benches.measure import BenchOptions, Row, in_own_process, medians, peak_mem
 from benches.step import Side, random_batch, with_stored_features
 from eval.base.freed_memory import keep_freed_memory
 from longclip_teacher import LongCLIP, load_teacher
+from longclip_teacher.open_clip_parts import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from longclip_teacher.text import EOT
 from mobileclip_student import MobileCLIP, load_student
+from training.data.decoding import normalized
 from training.data.samples import Batch
 from training.distillation import assemble
-from training.features import normalized_for
 from training.settings.losses import LossOptions
 from training.teachers import Teachers
 
@@ -165,7 +166,8 @@ class OpenClipSide:
     def __post_init__(self) -> None:
         device, student = self.batch.images.device, self.models.student
         tokens = F.pad(self.batch.long_tokens, (0, TOKENS - self.batch.long_tokens.shape[1]))
-        self._samples = normalized_for(self.models.ours(False)[1], self.batch.images), tokens
+        mean, std = (torch.tensor(value, device=device) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+        self._samples = normalized(self.batch.images, mean, std), tokens
         decayed = [parameter for parameter in student.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in student.parameters() if parameter.ndim <= 1]
         self._optimizer = torch.optim.AdamW(  # as open_clip_train.main builds it
