@@ -8,8 +8,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from PIL import Image, ImageCms
 from PIL.ExifTags import Base
 
@@ -17,6 +16,7 @@ from exporting.folder import write_manifest
 from exporting.tokenizer_file import clip_tokenizer
 from longclip_teacher.atomic_files import write_json
 from longclip_teacher.text import EOT, SOT, VOCAB_SIZE
+from photo_models import save_tower
 
 __all__ = ["WORDS", "write_model", "write_other_formats", "write_pictures"]
 
@@ -43,15 +43,16 @@ def write_model(folder: Path, seed: int, resample: int = 3) -> Path:
     for word in WORDS:
         words[tokenizer.encode(word).ids[1]] = rng.standard_normal(WIDTH, np.float32)
     parts = rng.standard_normal((3 * (SIDE // 4) ** 2, WIDTH), np.float32)
-    _save(folder / "onnx/text_model.onnx", "input_ids", TensorProto.INT64, ["B", "L"], "text_embeds", [
+    save_tower(folder / "onnx/text_model.onnx", "input_ids", TensorProto.INT64, ["B", "L"], "text_embeds", [
         helper.make_node("Gather", ["words", "input_ids"], ["read"]),
         helper.make_node("ReduceSum", ["read", "tokens"], ["summed"], keepdims=0),
-    ], {"words": words, "tokens": np.array([1])})  # fmt: skip
-    _save(folder / "onnx/vision_model.onnx", "pixel_values", TensorProto.FLOAT, ["B", 3, SIDE, SIDE], "image_embeds", [
+    ], {"words": words, "tokens": np.array([1])}, WIDTH)  # fmt: skip
+    shape: list[str | int] = ["B", 3, SIDE, SIDE]
+    save_tower(folder / "onnx/vision_model.onnx", "pixel_values", TensorProto.FLOAT, shape, "image_embeds", [
         helper.make_node("AveragePool", ["pixel_values"], ["pooled"], kernel_shape=[4, 4], strides=[4, 4]),
         helper.make_node("Flatten", ["pooled"], ["flat"]),
         helper.make_node("MatMul", ["flat", "parts"], ["summed"]),
-    ], {"parts": parts})  # fmt: skip
+    ], {"parts": parts}, WIDTH)  # fmt: skip
     write_manifest(folder)
     return folder
 
@@ -109,19 +110,3 @@ def _profile_that_swaps() -> bytes:
     """sRGB with the primaries of red and green exchanged."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     return profile.replace(b"rXYZ", b"#XYZ").replace(b"gXYZ", b"rXYZ").replace(b"#XYZ", b"gXYZ")
-
-
-def _save(
-    path: Path, given: str, kind: int, shape: list[str | int], result: str, nodes: list[onnx.NodeProto],
-    weights: dict[str, np.ndarray],
-) -> None:  # fmt: skip
-    nodes += [
-        helper.make_node("ReduceL2", ["summed"], ["norm"], axes=[1], keepdims=1),
-        helper.make_node("Div", ["summed", "norm"], [result]),
-    ]
-    graph = helper.make_graph(
-        nodes, "graph", [helper.make_tensor_value_info(given, kind, shape)],
-        [helper.make_tensor_value_info(result, TensorProto.FLOAT, ["B", WIDTH])],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )  # fmt: skip
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
