@@ -6,7 +6,7 @@ A grid names what all runs share and what sets each variant apart:
     baseline = "none"                   # the variant that the others are compared with
     seeds = [0, 1, 2]
     overrides.run.max_steps = 240       # as in a preset, or a list: ["--run.max_steps", "240"]
-    values.cache = "data/cache"         # {cache} in an override; --set cache=FOLDER gives another
+    values.cache = "data/cache"         # {cache} in an override; --set cache=FOLDER gives another; {seed} is the run's
 
     [[variant]]
     name = "crd"
@@ -302,6 +302,8 @@ def _job(grid: Grid, variant: Variant, seed: int, out: Path) -> Job:
         is_run, name = match.groups()
         if is_run and name in grid.stages(variant.name):
             return str(folder(name))
+        if not is_run and name == "seed":
+            return str(seed)
         if not is_run and name in grid.values:
             return grid.values[name]
         hint = f"name {name} in its `after`" if is_run else f"write values.{name} = ... in the grid"

@@ -148,7 +148,7 @@ def test_overrides_settings_and_placeholders(grid_of: Callable[..., Grid]) -> No
 name = "cached"
 preset = "small_student"
 overrides.data = { shards = ["a/{000..003}.tar", "{cache}/*.tar"], zeroshot_templates = "a {}." }
-overrides.teacher.checkpoint = "longclip-b"
+overrides.teacher.checkpoint = "teachers/seed_{seed}"
 overrides.speed.compile = true
 """
     )
@@ -157,6 +157,7 @@ overrides.speed.compile = true
     assert [key for key in jobs if key[1] == 1] == [(name, 1) for name in ("none", "first", "second", "cached")]
     cached = jobs["cached", 1].config
     assert cached.data.shards == ("a/{000..003}.tar", "x y/*.tar")
+    assert [jobs["cached", seed].config.teacher.checkpoint for seed in (0, 1)] == ["teachers/seed_0", "teachers/seed_1"]
     assert (cached.data.zeroshot_templates, cached.speed.compile, cached.student.variant) == ("a {}.", True, "small")
     assert (cached.optim.lr, cached.loss.crd_long, cached.run.max_steps) == (0.5, 2.0, 4)  # --set wins over the grid
     assert cached.data.tests == ("a b=folder:c", "d=folder:e")
