@@ -56,16 +56,9 @@ from training.cache.datacompdr import write_datacompdr_sample
 from training.cache.manifest import CacheSettings, read_cache, shard_identities, sidecar_path
 from training.cache.reader import cached_teacher_info, open_cache
 from training.cache.sidecar import Sidecar, StoredView
-from training.data.index import (
-    MANIFEST_NAME,
-    RawSample,
-    ShardIndex,
-    ShardRecord,
-    expand_patterns,
-    is_remote,
-    read_manifest,
-)
+from training.data.index import RawSample, ShardIndex, expand_patterns, is_remote
 from training.data.samples import BadSample, read_captions
+from training.data.shard_records import MANIFEST_NAME, ShardRecord, read_manifest
 from training.data.store import TeacherInfo
 from training.data.writer import write_manifest, write_shard
 

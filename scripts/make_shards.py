@@ -167,7 +167,8 @@ from eval.base.workers import START_METHOD
 from longclip_teacher.atomic_files import atomic_folder, write_text
 from longclip_teacher.folder_lock import folder_lock
 from packed_pictures import left_out, picture_bytes
-from training.data.index import ShardRecord, expand_patterns, read_manifest
+from training.data.index import expand_patterns
+from training.data.shard_records import ShardRecord, read_manifest
 from training.data.writer import caption_member, index_shard, write_manifest, write_shard
 
 _STDERR = plain_console(stderr=True)

@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from eval.benchmarks.protocols import load_retrieval_set
 from longclip_teacher.errors import InputError
 from training.cache.manifest import cache_sha256, teacher_sha256
-from training.data.index import Contents
 from training.data.loader import ShardLoader
+from training.data.shard_records import Contents
 from training.optim import learning_rate
 from training.settings.options import SpeedOptions
 from training.settings.tree import TrainConfig, without_removed

@@ -31,8 +31,9 @@ from longclip_teacher.weights_file import read_weights, torch_load
 from mobileclip_student import load_student
 from shard_files import jpeg
 from training.cache.datacompdr import DataCompDRStore
-from training.data.index import RawSample, read_manifest
+from training.data.index import RawSample
 from training.data.samples import BadSample, read_captions
+from training.data.shard_records import read_manifest
 from training.data.store import TeacherInfo
 from training.settings.tree import config_from_toml
 

@@ -26,8 +26,9 @@ from shard_files import jpeg, loader, sample
 from training.cache.datacompdr import DataCompDRStore
 from training.cache.manifest import read_cache, read_record
 from training.data.decoding import open_picture
-from training.data.index import RawSample, ShardIndex, read_manifest
+from training.data.index import RawSample, ShardIndex
 from training.data.samples import BadSample, read_captions
+from training.data.shard_records import read_manifest
 from training.data.store import TeacherInfo
 from training.generations import verified_file
 from training.record.run_log import read_metrics
@@ -89,7 +90,7 @@ def _plain_tarfile(patch: pytest.MonkeyPatch) -> None:
                 key, _, suffix = member.name.partition(".")
                 yield key, {suffix: TarMember(member.offset_data, member.size, None)}
 
-    patch.setattr("training.data.index.tar_samples", naive)
+    patch.setattr("training.data.shard_records.tar_samples", naive)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from mobileclip_student import create_student
 from mobileclip_student.model import override, variant_config
-from training.data.index import scan_tar
+from training.data.shard_records import scan_tar
 from training.data.writer import write_shard
 from training.main import main
 from training.optim import learning_rate

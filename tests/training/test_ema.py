@@ -17,9 +17,9 @@ from longclip_teacher.ancestry import NOT_RECORDED
 from mobileclip_student import create_student
 from training import loop
 from training.checkpointing import TrainState
-from training.data.index import Contents
 from training.data.mixing import mix
 from training.data.samples import Batch
+from training.data.shard_records import Contents
 from training.distill import Distiller
 from training.distillation import Distillation
 from training.ema import ModelEma

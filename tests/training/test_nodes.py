@@ -25,7 +25,7 @@ from longclip_teacher.errors import InputError
 from ranks import run_ranks, start_ranks, wait_until
 from training.agreement import check_agreement, resume
 from training.checkpointing import save_checkpoint
-from training.data.index import Contents
+from training.data.shard_records import Contents
 from training.record.run_log import read_metrics
 from training.settings.tree import TrainConfig, parse_config
 

@@ -26,7 +26,8 @@ from longclip_teacher.checkpoint import teacher_file
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from longclip_teacher.weights_file import file_sha256, read_weights
-from training.data.index import BAD_JSON, ShardIndex
+from training.data.index import ShardIndex
+from training.data.shard_records import BAD_JSON
 from training.data.transforms import Interpolation
 from training.settings.augment import AugmentConfig
 from training.settings.captions import NO_SAMPLING, CaptionOptions

@@ -32,7 +32,7 @@ from rich.progress import track
 from longclip_teacher.atomic_files import atomic_folder
 from longclip_teacher.errors import InputError
 from longclip_teacher.folder_lock import folder_lock
-from training.data.index import ShardRecord
+from training.data.shard_records import ShardRecord
 from training.data.writer import caption_member, write_manifest, write_shard
 
 __all__ = ["CLASSNAMES", "DIGIT_TEMPLATES", "Board", "Part", "Tile", "is_outdated", "layout_part", "write_digit_scenes"]

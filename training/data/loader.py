@@ -20,38 +20,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from eval.base.workers import share_tensors, worker_options
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
-from training.data.index import Contents, RawSample, ShardIndex, Stage, expand_patterns, is_remote
+from training.data.epoch_order import EpochOrder
+from training.data.index import RawSample, ShardIndex, Stage, expand_patterns, is_remote
 from training.data.loose_files import CaptionFiles, PictureFolder
 from training.data.randomness import sample_generator
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, Tokenization, collate
+from training.data.shard_records import Contents
 from training.data.store import TeacherStore
 from training.data.stream import ShardStream
 from training.data.transforms import ViewSpec
 from training.settings.augment import AugmentConfig
 from training.settings.captions import NO_SAMPLING, CaptionOptions
 
-__all__ = ["Batch", "LoaderSettings", "OpenStore", "SampleIndex", "ShardLoader", "build_loader", "epoch_order"]
+__all__ = ["Batch", "LoaderSettings", "OpenStore", "SampleIndex", "ShardLoader", "build_loader"]
 
 OpenStore: TypeAlias = Callable[[ShardIndex | None], TeacherStore]
 _MAX_ATTEMPTS = 20  # samples tried for one place in a batch
 _MIN_JUDGED = 1000  # the share of bad samples is computed as if at least this many had been read
-
-
-def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, shuffle_shards: int) -> np.ndarray:
-    """Return the order of an epoch: int64 [N], a permutation of all samples.
-
-    Shards are shuffled, then the samples of `shuffle_shards` shards at a time, so reads stay within that many files.
-    """
-    generator = sample_generator(seed, epoch)
-    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    shards = generator.permutation(len(shard_sizes))
-    windows = [shards[i : i + shuffle_shards] for i in range(0, len(shards), shuffle_shards)]
-    return np.concatenate(
-        [
-            generator.permutation(np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in window]))
-            for window in windows
-        ]
-    )
 
 
 class SampleIndex(Protocol):
@@ -85,17 +70,17 @@ class _IndexedBatches(Dataset):
 
     def __post_init__(self) -> None:
         self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, epoch_step: tuple[int, int]) -> Batch | InputError:
         epoch, step = epoch_step
         if epoch != self._epoch:
-            self._order = epoch_order(self.index.shard_sizes, self.decoder.seed, epoch, self.shuffle_shards)
+            self._order = EpochOrder(self.index.shard_sizes, self.decoder.seed, epoch, self.shuffle_shards)
             self._epoch = epoch
         start = (step * self.world_size + self.rank) * self.batch_size
         skipped: Counter[str] = Counter()
         try:
-            samples = [self._sample(epoch, int(i), skipped) for i in self._order[start : start + self.batch_size]]
+            numbers = self._order.samples(start, start + self.batch_size)
+            samples = [self._sample(epoch, int(number), skipped) for number in numbers]
         except InputError as error:
             return error
         return collate(samples, self.tokenization, dict(skipped))

@@ -23,7 +23,8 @@ from eval.benchmarks.annotation_files import one_line, read_json
 from eval.benchmarks.conversations import conversation_rows, held_out_rows
 from eval.benchmarks.table_columns import is_header, read_header
 from longclip_teacher.errors import InputError
-from training.data.index import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Contents, OpenFiles, RawSample
+from training.data.index import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, OpenFiles, RawSample
+from training.data.shard_records import Contents
 
 __all__ = ["CaptionFiles", "PictureFolder"]
 

@@ -25,16 +25,10 @@ from eval.base.tar_samples import streamed_tar_samples
 from longclip_teacher.errors import InputError
 from training.data.download import Download, TriesExhausted
 from training.data.http_answer import Patience, shown_url
-from training.data.index import (
-    EXTRA_MEMBERS,
-    MAX_EXTRA_BYTES,
-    MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    RawSample,
-    Stage,
-)
+from training.data.index import MAX_EXTRA_BYTES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, RawSample, Stage
 from training.data.randomness import sample_generator
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, Tokenization, collate
+from training.data.shard_records import EXTRA_MEMBERS
 
 __all__ = ["ShardStream", "read_remote_shard"]
 

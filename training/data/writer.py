@@ -13,7 +13,7 @@ from typing import Any
 from longclip_teacher.atomic_files import atomic_file, write_text
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import file_sha256
-from training.data.index import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, ShardRecord, scan_tar
+from training.data.shard_records import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, ShardRecord, scan_tar
 
 __all__ = ["caption_member", "index_shard", "write_manifest", "write_shard"]
 

@@ -14,7 +14,8 @@ import pytest
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import file_sha256
 from shard_files import NUM_SAMPLES, jpeg, keys_of, loader, sample, write_folder
-from training.data.index import RawSample, ShardIndex, expand_patterns, scan_tar
+from training.data.index import RawSample, ShardIndex, expand_patterns
+from training.data.shard_records import scan_tar
 from training.data.writer import index_shard, write_manifest, write_shard
 
 

@@ -21,7 +21,6 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.text import caption_lengths
 from shard_files import TOKENIZER, jpeg, keys_of, loader, sample, write_folder
 from training.data.index import RawSample, ShardIndex, Stage
-from training.data.loader import epoch_order
 from training.data.samples import BadSample, SampleDecoder, read_captions
 from training.data.stream import ShardStream, read_remote_shard
 from training.data.transforms import ViewSpec
@@ -35,23 +34,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shuffle_shards", [1, 2, 3, 64])
-def test_an_epoch_is_a_permutation_keyed_by_seed_and_epoch(shuffle_shards: int) -> None:
-    sizes = [5, 1, 8, 3]
-    order = epoch_order(sizes, 0, 0, shuffle_shards)
-    assert sorted(order) == list(range(17))
-    assert (order == epoch_order(sizes, 0, 0, shuffle_shards)).all()
-    for other in [(1, 0), (0, 1)]:
-        assert (order != epoch_order(sizes, *other, shuffle_shards)).any()
-
-
-def test_samples_are_mixed_within_a_window_of_shards_only() -> None:
-    order = epoch_order([10] * 6, 0, 0, shuffle_shards=2)
-    windows = [set(order[start : start + 20] // 10) for start in range(0, 60, 20)]
-    assert [len(window) for window in windows] == [2, 2, 2]
-    assert len(set(np.abs(np.diff(order[:20])))) > 3  # mixed, not in sequence
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (4, 0)])
