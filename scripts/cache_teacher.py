@@ -64,9 +64,10 @@ class Options:
     caption_views: int = 1
     """Sampled captions stored per long caption, with --captions.short sampled. Training uses them in turn, one per
     epoch, so as many as epochs avoid repeats."""
+    sentences: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Store single sentences of the long captions too, for --loss.icl_sub and --loss.vrd_sub."""
     captions: CaptionOptions = field(default_factory=CaptionOptions)
-    """What short captions say, as in the training run. Long captions are always stored in full; shifts are not
-    stored."""
+    """What short captions say, as in the training run. Long captions are stored in full, and shifts are not stored."""
     seed: int = 0
     """Seed of the crops and of the sampled captions."""
     batch_size: int = 256
@@ -237,6 +238,7 @@ def prepare(options: Options, place: Place, device: torch.device) -> Work:
         fast_decode=options.fast_decode,
         captions=options.captions,
         caption_views=options.caption_views,
+        sentences=options.sentences,
     )
     settings, known = begin_cache(place.folder, settings)
     writer = SidecarWriter(model, settings, index, place.folder, options.batch_size, options.num_workers)

@@ -114,6 +114,7 @@ MIXES = {
     ),
     "clip_sub + crd_short, short teacher": Case({"clip_sub": 1.0, "crd_short": 1.0}, False, short_teacher=True),
     "clip_sub + crd_long, stored": Case({"clip_sub": 1.0, "crd_long": 1.0}, stored=True),
+    "clip + icl_sub + vrd_sub, stored": Case({**_CLIP, "icl_sub": 1.0, "vrd_sub": 1.0}, False, stored=True),
     "vrd + clip, stored": Case({**_CLIP, "vrd_short": 1.0}, False, stored=True),
     "fd_text + masked_fd + crd, stored": Case({"fd_text": 1.0, "masked_fd": 1.0, "crd_long": 1.0}, stored=True),
     "clip, both frozen": Case(_CLIP, frozen=("image", "text")),

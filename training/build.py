@@ -306,6 +306,7 @@ def _store_opener(config: TrainConfig, teacher_info: TeacherInfo | None) -> Open
         # the short captions are those of the cache, unless no loss reads the features of their own texts
         captions = None if _short_is_full(config) or not config.needs.reads_short else config.captions
         fast_decode = config.speed.savings.fast_decode
-        return open_cache(Path(cache), index, config.augment, teacher.checkpoint, fast_decode, captions)
+        sub_captions = config.captions.sub_captions if config.needs.distils_sub and teacher.stored_features else 0
+        return open_cache(Path(cache), index, config.augment, teacher.checkpoint, fast_decode, captions, sub_captions)
 
     return open_store

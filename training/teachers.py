@@ -77,7 +77,7 @@ class Teachers:
         lengths = ("long",) if self.short_is_full else needs.lengths
         if batch.teacher is not None:
             widths = self.info["long"].widths
-            names = ("image", *lengths)
+            names = ("image", *lengths, *(["sub"] if needs.distils_sub else []))
             stored = Features.of({name: _unit_parts(batch.teacher[name], widths) for name in names})
             return TeacherOutputs(self._with_short(stored))
         traces: dict[Tower, Trace] = {}

@@ -48,8 +48,9 @@ def cache(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache_of_samples(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with three sampled captions in place of the short one."""
-    return make_cache(checkout, tmp_path_factory.mktemp("cache") / "sampled", *SAMPLED, "--caption-views", "3")
+    """The same with three sampled captions in place of the short one, and with single sentences."""
+    more = *SAMPLED, "--caption-views", "3", "--sentences"
+    return make_cache(checkout, tmp_path_factory.mktemp("cache") / "sampled", *more)
 
 
 def make_cache(checkout: Path, folder: Path, *more: str) -> Path:
@@ -85,11 +86,13 @@ class TestStoredFeatures:
         sentences are drawn from the same captions."""
         folder = cache_of_samples if target == "sampled" else cache
         arguments = ["--teacher.cache", str(folder), *SAMPLED, "--captions.target", target, "--captions.max_shift", "9"]
-        arguments += ["--loss.clip_sub", "1"]
+        losses = ["clip_sub", "icl_sub", "vrd_sub"] if target == "sampled" else ["clip_sub"]  # that the cache allows
+        for name in losses:
+            arguments += [f"--loss.{name}", "1"]
         stored = train(tmp_path / "stored", *arguments)
         online = train(tmp_path / "online", *arguments, "--teacher.stored_features", "False")
         assert largest_difference(stored, online) < 1e-3
-        assert all(abs(a["clip_sub"] - b["clip_sub"]) < 1e-3 for a, b in zip(stored, online, strict=True))
+        assert all(abs(a[name] - b[name]) < 1e-3 for a, b in zip(stored, online, strict=True) for name in losses)
         given = train(tmp_path / "given", "--teacher.cache", str(cache))
         assert abs(stored[0]["vrd_short"] - given[0]["vrd_short"]) > 1e-2, "short captions say something else"
 

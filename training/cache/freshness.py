@@ -7,8 +7,9 @@ and for a whole shard where scripts/cache_teacher.py decides what to make again.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from training.data.index import RawSample, ShardIndex
 from training.data.randomness import sample_generator
 from training.data.samples import BadSample, read_captions
 
-__all__ = ["has_caption", "is_same_picture", "is_stale", "may_be_mirrored", "sample_captions"]
+__all__ = ["has_caption", "is_same_picture", "is_stale", "may_be_mirrored", "sample_captions", "stored_sentences"]
 
 
 _SAMPLED = 1  # random stream beside that of the crops, whose keys are shorter
@@ -54,6 +55,11 @@ def sample_captions(raw: RawSample, settings: CacheSettings, shard: str, row: in
             True,
         )
     return long, short or [first_sentence(caption) for caption in long], not short
+
+
+def stored_sentences(long: Sequence[str], settings: CacheSettings) -> list[list[str]]:
+    """Return the sentences of each long caption as a sidecar holds them; nothing if it holds none."""
+    return [split_sentences(caption) for caption in long] if settings.sentences else []
 
 
 def is_same_picture(stored: StoredView, raw: RawSample) -> bool:
@@ -86,7 +92,7 @@ def is_stale(path: Path, index: ShardIndex, shard: int, settings: CacheSettings,
     try:
         sidecar = Sidecar(path)
         return any(
-            _is_changed(sidecar, row, index.read(first + row), read, tokenizer, is_upright)
+            _is_changed(sidecar, row, index.read(first + row), settings, read, tokenizer, is_upright)
             for row in range(sidecar.num_samples)
         )
     except InputError:
@@ -97,6 +103,7 @@ def _is_changed(
     sidecar: Sidecar,
     row: int,
     raw: RawSample,
+    settings: CacheSettings,
     read: Callable[..., tuple[list[str], list[str], bool]],
     tokenizer: CaptionTokenizer,
     is_upright: bool,
@@ -113,8 +120,11 @@ def _is_changed(
         return True
     if (len(long), len(short), shorts_follow) != (len(stored.long), len(stored.short), stored.shorts_follow):
         return True
-    rows = [*stored.long.tolist(), *stored.short.tolist()]
+    sentences = stored_sentences(long, settings)
+    if list(map(len, sentences)) != list(map(len, stored.sentences)):
+        return True
+    rows = np.concatenate([stored.long, stored.short, *stored.sentences]).tolist()
     return not all(
         has_caption(sidecar, place, raw.key, caption, tokenizer)
-        for place, caption in zip(rows, [*long, *short], strict=True)
+        for place, caption in zip(rows, [*long, *short, *chain.from_iterable(sentences)], strict=True)
     )

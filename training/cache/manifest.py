@@ -96,6 +96,8 @@ class CacheSettings:
     them."""
     caption_views: int = 1
     """Sampled captions per long caption; 1 if none are sampled."""
+    sentences: bool = False
+    """Whether the sentences of each long caption are stored one by one too."""
     ancestry: Ancestry = ()
     """Where the teacher's weights come from."""
 
@@ -119,6 +121,7 @@ class CacheSettings:
             read[name] = tuple(float(value) for value in data[name])
         captions = {str(name): as_tuple(value) for name, value in data.get("captions", {}).items()}
         read |= {"captions": CaptionOptions(**captions), "caption_views": int(data.get("caption_views", 1))}
+        read["sentences"] = bool(data.get("sentences", False))
         not_told = unrecorded("the teacher of a cache without a record", read["teacher_sha256"])
         read["ancestry"] = ancestry_from_json(data["ancestry"]) if "ancestry" in data else not_told
         return cls(**read, logit_scale=float(data["logit_scale"]))
@@ -266,6 +269,8 @@ def cache_sha256(folder: Path, shards: Iterable[str]) -> str:
     left_out = {"teacher", "libraries", "ancestry"}
     if settings.captions == NO_SAMPLING:  # as in caches from before captions were sampled
         left_out |= {"captions", "caption_views"}
+    if not settings.sentences:  # as in caches from before they could be stored
+        left_out.add("sentences")
     made = {name: value for name, value in dataclasses.asdict(settings).items() if name not in left_out}
     found = [records.get(name) or read_record(folder, name) for name in shards]
     sidecars = [None if record is None else record.sha256 for record in found]

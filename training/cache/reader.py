@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.base.processes import is_main_process
+from eval.base.sentences import split_sentences
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from training.cache.freshness import has_caption, is_same_picture, may_be_mirrored, sample_captions
@@ -34,7 +37,14 @@ from training.cache.manifest import (
 from training.cache.sidecar import Sidecar, StoredView
 from training.data.index import RawSample, ShardIndex
 from training.data.samples import BadSample
-from training.data.store import StoredDraw, TeacherInfo, choose_captions, choose_variant, choose_view
+from training.data.store import (
+    StoredDraw,
+    TeacherInfo,
+    choose_captions,
+    choose_sentences,
+    choose_variant,
+    choose_view,
+)
 from training.settings.augment import AugmentConfig
 from training.settings.captions import NO_SAMPLING, CaptionOptions
 
@@ -60,12 +70,14 @@ def open_cache(
     teacher_checkpoint: str | None,
     fast_decode: bool = True,
     captions: CaptionOptions | None = NO_SAMPLING,
+    sub_captions: int = 0,
 ) -> TeacherCacheStore:
     """Open the cache in `folder` for a run over the shards of `index`.
 
     augment             the run's; must equal the cache's, or have centre=True for a cache of centre views
     teacher_checkpoint  the run's teacher, whose weights must be the cache's; None accepts any cached teacher
     captions            the run's; must make the cache's short captions. None: the run does not read those
+    sub_captions        how many single sentences of a long caption the run reads the features of
 
     Raise a one-line InputError, which names the field and both values, for a cache of another teacher, tokenizer,
     recipe or other shards. Only warn about other library versions or another decoder, which change pixels little.
@@ -81,9 +93,15 @@ def open_cache(
     _check_augment(folder, settings, augment)
     if captions is not None:
         _check_captions(folder, settings.captions, captions.of_short_texts)
+    if sub_captions and not settings.sentences:
+        raise InputError(
+            f"teacher cache {folder} has no features of single sentences, which the losses of sub-captions read: "
+            "make it with scripts/cache_teacher.py --sentences, in another folder"
+        )
     found = _check_shards(folder, records, index)
     _warn_of_versions(folder, settings, fast_decode)
-    return TeacherCacheStore(folder, settings, index, [bool(record.shard_changed_ns) for record in found])
+    is_upright = [bool(record.shard_changed_ns) for record in found]
+    return TeacherCacheStore(folder, settings, index, is_upright, sub_captions)
 
 
 def _check_augment(folder: Path, settings: CacheSettings, augment: AugmentConfig) -> None:
@@ -147,13 +165,22 @@ def _misfit(folder: Path, field: str, cached: object, wanted: object, note: str 
 class TeacherCacheStore:
     """Sidecars as a TeacherStore (store.py). Picklable; each process maps the files that it reads."""
 
-    def __init__(self, folder: Path, settings: CacheSettings, index: ShardIndex, is_upright: Sequence[bool]) -> None:
-        """`is_upright` says of each shard whether its pictures are known to have been stored upright."""
+    def __init__(
+        self,
+        folder: Path,
+        settings: CacheSettings,
+        index: ShardIndex,
+        is_upright: Sequence[bool],
+        sub_captions: int = 0,
+    ) -> None:
+        """`is_upright` says of each shard whether its pictures are known to have been stored upright. `sub_captions` is
+        the number of sentences that a draw has the features of."""
         self.folder = folder
         self.settings = settings
         self.index = index
         self.teacher_info = _teacher_info(settings)
         self._is_upright = is_upright
+        self._sub_captions = sub_captions
         self._tokenizer = CaptionTokenizer(settings.context_length)
         self._sidecars: OrderedDict[int, Sidecar] = OrderedDict()
 
@@ -177,13 +204,23 @@ class TeacherCacheStore:
         rows = int(stored.long[chosen_long]), int(stored.short[chosen_short])
         captions = self._captions(stored, raw, shard, row)
         texts = None if captions is None else (captions[0][chosen_long], captions[1][chosen_short])
-        if texts is None or not all(
-            has_caption(sidecar, place, raw.key, text, self._tokenizer) for place, text in zip(rows, texts, strict=True)
-        ):
+        if texts is None or not self._has_captions(sidecar, rows, raw.key, texts):
             raise self._stale(shard, f"the captions of {raw.key} are not those that the teacher cache was made from")
         (long, long_tokens), (short, short_tokens) = (sidecar.caption(place, raw.key) for place in rows)
+        sub = None
+        if self._sub_captions:
+            sentences, places = split_sentences(texts[0]), stored.sentences[chosen_long]
+            if not self._has_captions(sidecar, places, raw.key, sentences):
+                raise self._stale(shard, f"the sentences of {raw.key} are not those of the teacher cache")
+            chosen = choose_sentences(len(sentences), self._sub_captions, seed, key)
+            sub = np.stack([sidecar.caption(int(places[number]), raw.key)[0] for number in chosen])
         return StoredDraw(
-            stored.augmentation, long_tokens, short_tokens, stored.image, long, short, picture_size=stored.size
+            stored.augmentation, long_tokens, short_tokens, stored.image, long, short, picture_size=stored.size, sub=sub
+        )
+
+    def _has_captions(self, sidecar: Sidecar, rows: Sequence[int] | np.ndarray, key: str, texts: Sequence[str]) -> bool:
+        return len(rows) == len(texts) and all(
+            has_caption(sidecar, int(row), key, text, self._tokenizer) for row, text in zip(rows, texts, strict=True)
         )
 
     def _captions(self, stored: StoredView, raw: RawSample, shard: int, row: int) -> tuple[list[str], list[str]] | None:

@@ -1,6 +1,7 @@
 """The file beside a shard with the teacher's results for its samples: safetensors, read through a memory map.
 
-Shapes: N samples, V stored views (crops) per sample, K RandAugment operations per view, U distinct captions, D width.
+Shapes: N samples, V stored views (crops) per sample, K RandAugment operations per view, C long captions of all samples,
+U distinct captions, D width.
 
     image_features     float16 [N, V, D]  unit norm: normalised in float32, then rounded, so norms are 1 to within 5e-4;
                                           code that reads them in float32 normalises again
@@ -16,6 +17,8 @@ Shapes: N samples, V stored views (crops) per sample, K RandAugment operations p
     long_offsets, short_offsets  int64 [N + 1]
     shorts_follow      uint8 [N]          1 if the short captions are made from the long ones: the first sentence, or as
                                           many sampled captions of each, in order
+    sentence_rows  int32                  rows of the sentences of each long caption, split at
+    sentence_offsets  int64 [C + 1]       both are absent if no sentences are stored
     caption_features   float16 [U, D]     unit norm, as above
     tokens             uint16             from SOT to EOT, caption by caption, split at
     token_offsets      int64 [U + 1]
@@ -32,6 +35,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -46,8 +50,9 @@ __all__ = ["CaptionRows", "SampleEntry", "Sidecar", "StoredView", "write_sidecar
 _FORMAT = "compact-longclip sidecar, version "
 _METADATA = {"format": f"{_FORMAT}1"}  # a single entry, because safetensors writes several in any order
 _NO_OPERATION = 255
+_Layout: TypeAlias = dict[str, tuple[str, tuple[str | int | None, ...]]]
 # type and shape of each array; a name stands for a size that must be the same everywhere, None for any size
-_LAYOUT: dict[str, tuple[str, tuple[str | int | None, ...]]] = {
+_LAYOUT: _Layout = {
     "image_features": ("float16", ("N", "V", "D")),
     "boxes": ("int32", ("N", "V", 4)),
     "flips": ("uint8", ("N", "V")),
@@ -68,6 +73,10 @@ _LAYOUT: dict[str, tuple[str, tuple[str | int | None, ...]]] = {
     "view_crcs": ("uint32", ("N", "V")),
     "caption_crcs": ("uint32", ("U",)),
 }
+_SENTENCES: _Layout = {
+    "sentence_rows": ("int32", (None,)),
+    "sentence_offsets": ("int64", (None,)),
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,8 @@ class SampleEntry:
     """Rows of the short captions."""
     shorts_follow: bool = False
     """Whether the short captions are made from the long ones: as many of each, in order."""
+    sentences: list[list[int]] = field(default_factory=list)
+    """Rows of the sentences of each long caption; empty if none are stored."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,8 @@ class StoredView:
     long: np.ndarray  # int32, rows of the captions
     short: np.ndarray
     shorts_follow: bool
+    sentences: list[np.ndarray]
+    """Rows of the sentences of each long caption; empty if none are stored."""
 
 
 def write_sidecar(
@@ -162,6 +175,9 @@ def _arrays(
         "tokens": _flat(captions.tokens, np.uint16),
         "token_offsets": _offsets(captions.tokens),
     }
+    sentences = [rows for entry in entries for rows in entry.sentences]
+    if sentences:
+        arrays |= {"sentence_rows": _flat(sentences, np.int32), "sentence_offsets": _offsets(sentences)}
     view_crcs = [[_view_crc(arrays, row, view) for view in range(num_views)] for row in range(num_samples)]
     arrays["view_crcs"] = np.array(view_crcs, np.uint32)
     arrays["caption_crcs"] = np.array([_caption_crc(arrays, row) for row in range(len(captions.tokens))], np.uint32)
@@ -181,6 +197,15 @@ def _piece(arrays: dict[str, np.ndarray], values: str, offsets: str, row: int) -
     return arrays[values][max(start, 0) : max(stop, 0)]  # damaged offsets give arbitrary data, whose checksum differs
 
 
+def _sentences(arrays: dict[str, np.ndarray], row: int) -> list[np.ndarray]:
+    """Return the rows of the sentences of each long caption of a sample; nothing if none are stored."""
+    if "sentence_offsets" not in arrays:
+        return []
+    last = len(arrays["sentence_offsets"]) - 2
+    captions = range(*np.clip(arrays["long_offsets"][row : row + 2], 0, last + 1).tolist())
+    return [_piece(arrays, "sentence_rows", "sentence_offsets", caption) for caption in captions]
+
+
 def _view_crc(arrays: dict[str, np.ndarray], row: int, view: int) -> int:
     crc = 0
     for name in ("keys", "sizes"):
@@ -190,6 +215,8 @@ def _view_crc(arrays: dict[str, np.ndarray], row: int, view: int) -> int:
     for kind in ("long", "short"):
         crc = zlib.crc32(arrays[f"{kind}_offsets"][row : row + 2].data, crc)
         crc = zlib.crc32(_piece(arrays, f"{kind}_rows", f"{kind}_offsets", row).data, crc)
+    for rows in _sentences(arrays, row):
+        crc = zlib.crc32(rows.data, zlib.crc32(len(rows).to_bytes(4, "little"), crc))
     for name in ("boxes", "op_ids", "op_magnitudes", "image_features"):
         crc = zlib.crc32(arrays[name][row, view].data, crc)
     return zlib.crc32(arrays["flips"][row, view : view + 1].data, crc)
@@ -217,8 +244,10 @@ class Sidecar:
                     raise ValueError("it is not a sidecar of this project")
                 if found != _METADATA["format"]:
                     raise ValueError(f"it is of version {found.removeprefix(_FORMAT)}, but this code reads 1")
-                self._arrays = {name: file.get_tensor(name).numpy() for name in _LAYOUT}
-            sizes = _checked_sizes(self._arrays)
+                has_sentences = not _SENTENCES.keys().isdisjoint(file.keys())
+                layout = _LAYOUT | _SENTENCES if has_sentences else _LAYOUT
+                self._arrays = {name: file.get_tensor(name).numpy() for name in layout}
+            sizes = _checked_sizes(self._arrays, layout)
         except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, json.JSONDecodeError) as error:
             raise self._damaged(str(error).splitlines()[0]) from None
         self.num_samples, self.num_views = sizes["N"], sizes["V"]
@@ -248,6 +277,7 @@ class Sidecar:
             long=_piece(arrays, "long_rows", "long_offsets", row),
             short=_piece(arrays, "short_rows", "short_offsets", row),
             shorts_follow=bool(arrays["shorts_follow"][row]),
+            sentences=_sentences(arrays, row),
         )
 
     def caption(self, row: int, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -286,10 +316,10 @@ class Sidecar:
         return InputError(f"{self.path} is damaged ({what}): delete it and run scripts/cache_teacher.py again")
 
 
-def _checked_sizes(arrays: dict[str, np.ndarray]) -> dict[str, int]:
+def _checked_sizes(arrays: dict[str, np.ndarray], layout: _Layout) -> dict[str, int]:
     """Return the sizes N, V, K, U and D if the arrays agree on them. Raise ValueError otherwise."""
     sizes: dict[str, int] = {}
-    for name, (dtype, shape) in _LAYOUT.items():
+    for name, (dtype, shape) in layout.items():
         array = arrays[name]
         if array.dtype != dtype or array.ndim != len(shape):
             raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")

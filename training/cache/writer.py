@@ -28,7 +28,7 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.features import unit_features
 from longclip_teacher.text import caption_lengths
 from longclip_teacher.weights_file import file_sha256
-from training.cache.freshness import sample_captions
+from training.cache.freshness import sample_captions, stored_sentences
 from training.cache.manifest import (
     CacheSettings,
     ShardIdentity,
@@ -66,9 +66,11 @@ def cache_settings(
     fast_decode: bool = True,
     captions: CaptionOptions = NO_SAMPLING,
     caption_views: int = 1,
+    sentences: bool = False,
 ) -> CacheSettings:
     """Return the settings of a cache of `model`, loaded from `teacher`, with `views` crops per picture (0: centre) and,
-    if `captions` samples the short ones, `caption_views` of them per long caption."""
+    if `captions` samples the short ones, `caption_views` of them per long caption. `sentences` stores the sentences of
+    the long captions too."""
     preprocess = model.preprocess_cfg
     return CacheSettings(
         teacher=teacher,
@@ -90,6 +92,7 @@ def cache_settings(
         libraries=library_versions(),
         captions=captions.of_short_texts,
         caption_views=caption_views if captions.short == "sampled" else 1,
+        sentences=sentences,
         ancestry=model.ancestry,
     )
 
@@ -222,6 +225,10 @@ class SidecarWriter:
                 sample.entry,
                 long=[captions.setdefault(caption, len(captions)) for caption in sample.long],
                 short=[captions.setdefault(caption, len(captions)) for caption in sample.short],
+                sentences=[
+                    [captions.setdefault(sentence, len(captions)) for sentence in sentences]
+                    for sentences in stored_sentences(sample.long, settings)
+                ],
             )
             for sample in samples
         ]
@@ -234,7 +241,7 @@ class SidecarWriter:
             num_bytes=path.stat().st_size,
             sha256=file_sha256(path),
             num_unreadable=int((~is_valid).sum()),
-            num_captions=sum(len(entry.long) + len(entry.short) for entry in entries),
+            num_captions=sum(len(entry.long) + len(entry.short) + sum(map(len, entry.sentences)) for entry in entries),
             num_distinct_captions=len(captions),
         )
         write_record(self.folder, record)

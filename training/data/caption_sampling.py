@@ -16,7 +16,7 @@ from eval.base.sentences import split_sentences
 from longclip_teacher.text import caption_lengths
 from training.settings.captions import CaptionOptions
 
-__all__ = ["padded_in_front", "sample_caption", "sample_sentences", "shifts"]
+__all__ = ["padded_in_front", "sample_caption", "shifts"]
 
 
 def sample_caption(caption: str, options: CaptionOptions, generator: np.random.Generator) -> str:
@@ -37,13 +37,6 @@ def sample_caption(caption: str, options: CaptionOptions, generator: np.random.G
     if options.shuffle:
         kept = [index for index in order.tolist() if index in kept]
     return " ".join(sentences[index] for index in kept)
-
-
-def sample_sentences(caption: str, number: int, generator: np.random.Generator) -> list[str]:
-    """Return `number` sentences of `caption` in random order, each as often as the others, or once more."""
-    sentences = split_sentences(caption)
-    order = generator.permutation(len(sentences)).tolist()
-    return [sentences[order[place % len(order)]] for place in range(number)]
 
 
 def shifts(

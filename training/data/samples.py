@@ -19,18 +19,18 @@ from eval.base.foreign_text import HALVES, whole_characters
 from eval.base.sentences import split_sentences
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer, first_sentence, trim
-from training.data.caption_sampling import padded_in_front, sample_caption, sample_sentences, shifts
+from training.data.caption_sampling import padded_in_front, sample_caption, shifts
 from training.data.decoding import open_picture, picture_size
 from training.data.index import RawSample, Stage
 from training.data.randomness import sample_generator
-from training.data.store import StoredDraw, TeacherStore, choose_captions
+from training.data.store import StoredDraw, TeacherStore, choose_captions, choose_sentences
 from training.data.transforms import Augmentation, AugmentConfig, ViewSpec, draw_augmentation, render
 from training.settings.captions import NO_SAMPLING, CaptionOptions
 
 __all__ = ["BadSample", "Batch", "Sample", "SampleDecoder", "Tokenization", "collate", "read_captions"]
 
-# separate random streams, so that none of these draws depends on another (store.py has 1, 2 and 6)
-_CROP, _SHORT, _LONG, _SHIFT, _SUB = 0, 3, 4, 5, 7
+# separate random streams, so that none of these draws depends on another (store.py has 1, 2, 6 and 7)
+_CROP, _SHORT, _LONG, _SHIFT = 0, 3, 4, 5
 
 
 Caption: TypeAlias = str | np.ndarray
@@ -50,7 +50,7 @@ class Sample:
     pictures: list[Tensor]  # none in the text stage
     captions: tuple[Caption, Caption] | None  # long and short; None in the image stage
     shifts: tuple[float | None, float | None]  # numbers from 0 to 1 that decide the shifts of both; None: no shift
-    teacher: dict[str, np.ndarray] | None  # image, long and short, as far as the stage uses them: [D]
+    teacher: dict[str, np.ndarray] | None  # image, long, short [D] and sub [K, D], as far as the run uses them
     sub_captions: tuple[str, ...] = ()  # sentences of the long caption
 
 
@@ -71,7 +71,9 @@ class Batch:
     keys: list[str]
     draws: list[tuple[int, ...]]  # (epoch, index) or whatever else keys the random numbers of each sample
     skipped: dict[str, int]  # samples that could not be decoded and were replaced, by cause
-    teacher: dict[str, Tensor] | None = None  # stored features by name, as far as the stage uses them, [B, D]
+    teacher: dict[str, Tensor] | None = (
+        None  # stored features by name, as far as the run uses them: [B, D], sub [B, K, D]
+    )
     erased: Tensor | None = None  # uint8 [B, 3, S, S]: `images` with rectangles erased, for the trained model alone
     long_shift: Tensor | None = None  # int64 [B]: how far the student's positions of the long captions move
     short_shift: Tensor | None = None
@@ -191,7 +193,8 @@ class SampleDecoder:
             return ()
         long, short = read_captions(raw)
         caption = long[choose_captions(len(long), len(short), self.seed, key)[0]]
-        return tuple(sample_sentences(caption, self.sub_captions, sample_generator(self.seed, *key, _SUB)))
+        sentences = split_sentences(caption)
+        return tuple(sentences[i] for i in choose_sentences(len(sentences), self.sub_captions, self.seed, key))
 
     def _shifts(self, key: tuple[int, ...]) -> tuple[float | None, float | None]:
         if not self.captions.max_shift:
@@ -209,6 +212,8 @@ class SampleDecoder:
 
 def _features(draw: StoredDraw, stage: Stage) -> dict[str, np.ndarray]:
     image, texts = {"image": draw.image}, {"long": draw.long, "short": draw.short}
+    if draw.sub is not None:
+        texts["sub"] = draw.sub
     return image if stage == "image" else texts if stage == "text" else image | texts
 
 

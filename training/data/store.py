@@ -17,10 +17,18 @@ from training.data.index import RawSample
 from training.data.randomness import sample_generator
 from training.data.transforms import Augmentation
 
-__all__ = ["StoredDraw", "TeacherInfo", "TeacherStore", "choose_captions", "choose_variant", "choose_view"]
+__all__ = [
+    "StoredDraw",
+    "TeacherInfo",
+    "TeacherStore",
+    "choose_captions",
+    "choose_sentences",
+    "choose_variant",
+    "choose_view",
+]
 
 # random streams beside those of samples.py; captions are drawn as without a store
-_CAPTION, _VIEW, _VARIANT = 1, 2, 6
+_CAPTION, _VIEW, _VARIANT, _SENTENCES = 1, 2, 6, 7
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class StoredDraw:
     short: np.ndarray  # [D]
     picture_size: tuple[int, int] | None = None
     """Width and height of the picture that the crop belongs to, if the store knows them. The loader checks them."""
+    sub: np.ndarray | None = None
+    """[K, D]: features of the sentences of the long caption that `choose_sentences` draws, if the run reads them."""
 
 
 class TeacherStore(Protocol):
@@ -94,3 +104,10 @@ def choose_captions(num_long: int, num_short: int, seed: int, key: tuple[int, ..
         return 0, 0 if num_short else -1
     draws = sample_generator(seed, *key, _CAPTION).random(2)
     return int(draws[0] * num_long), int(draws[1] * num_short) if num_short else -1
+
+
+def choose_sentences(num_sentences: int, number: int, seed: int, key: tuple[int, ...]) -> list[int]:
+    """Return `number` of the sentences of a caption, from 0, in random order: each as often as the others, or once
+    more."""
+    order = sample_generator(seed, *key, _SENTENCES).permutation(num_sentences).tolist()
+    return [order[place % num_sentences] for place in range(number)]

@@ -112,13 +112,10 @@ def _check_captions(config: TrainConfig) -> None:
 
 
 def _check_sub_captions(config: TrainConfig) -> None:
-    """Refuse losses of sentences that no store has, and a number of sentences that no loss reads."""
+    """Refuse losses of sentences that DataCompDR does not have, and a number of sentences that no loss reads."""
     cache, needs = config.teacher.cache, config.needs
     if config.captions.sub_captions != NO_SAMPLING.sub_captions and not needs.reads_sub:
         raise InputError("--captions.sub_captions is read by no loss: give one a weight, such as --loss.clip_sub 1")
-    if needs.distils_sub and config.distils and not config.runs_teacher:
-        name = next(term.name for term in needs.terms if term.part == "sub" and term.loss.needs_teacher)
-        raise InputError(f"--loss.{name} needs a teacher that runs: stored features have no single sentences")
     if needs.reads_sub and config.distils and cache == DATACOMPDR:
         raise InputError("DataCompDR's shards hold captions of their own: leave the losses of sub-captions out")
 

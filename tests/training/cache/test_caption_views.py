@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from cache_teacher import Options, cache
 from eval.base.processes import Runtime
@@ -21,10 +23,12 @@ from longclip_teacher.text import CaptionTokenizer
 from shard_files import jpeg
 from training.cache.manifest import CACHE_MANIFEST, cache_sha256, read_cache
 from training.cache.reader import TeacherCacheStore, open_cache
+from training.cache.sidecar import Sidecar
 from training.data.caption_sampling import sample_caption
 from training.data.index import ShardIndex
 from training.data.randomness import sample_generator
-from training.data.samples import BadSample
+from training.data.samples import BadSample, SampleDecoder
+from training.data.transforms import ViewSpec
 from training.data.writer import caption_member, write_manifest, write_shard
 from training.settings.augment import AugmentConfig
 from training.settings.captions import NO_SAMPLING, CaptionOptions
@@ -50,9 +54,17 @@ def write_shards(folder: Path, captions: list[list[str]] = LONG) -> Path:
     return folder
 
 
-def make(shards: Path, teacher: Path, out: Path, captions: CaptionOptions = SAMPLED, views: int = VIEWS) -> Path:
+def make(
+    shards: Path,
+    teacher: Path,
+    out: Path,
+    captions: CaptionOptions = SAMPLED,
+    views: int = VIEWS,
+    *,
+    sentences: bool = False,
+) -> Path:
     wanted = Options((str(shards),), str(teacher), out, seed=SEED, num_workers=0, device="cpu")
-    wanted = replace(wanted, captions=captions, caption_views=views)
+    wanted = replace(wanted, captions=captions, caption_views=views, sentences=sentences)
     wanted.check()
     cache(wanted, Runtime(0, 1, torch.device("cpu")))
     return out
@@ -76,8 +88,11 @@ def made(tmp_path_factory: pytest.TempPathFactory, shards: Path, teacher: Path) 
     return make(shards, teacher, tmp_path_factory.mktemp("cache"))
 
 
-def opened(shards: Path, folder: Path, captions: CaptionOptions | None = SAMPLED) -> TeacherCacheStore:
-    return open_cache(folder, ShardIndex([shards / "a.tar"]), AUGMENT, None, captions=captions)
+def opened(
+    shards: Path, folder: Path, captions: CaptionOptions | None = SAMPLED, sub_captions: int = 0
+) -> TeacherCacheStore:
+    index = ShardIndex([shards / "a.tar"])
+    return open_cache(folder, index, AUGMENT, None, captions=captions, sub_captions=sub_captions)
 
 
 def stored_texts(number: int, long: int) -> list[str]:
@@ -150,6 +165,7 @@ def test_a_cache_from_before_is_as_valid_as_it_was(shards: Path, teacher: Path, 
     path = folder / CACHE_MANIFEST
     content = json.loads(path.read_text())
     assert content["settings"].pop("captions") and content["settings"].pop("caption_views") == 1
+    assert content["settings"].pop("sentences") is False
     path.write_text(json.dumps(content))
     opened(shards, folder, NO_SAMPLING).draw(ShardIndex([shards / "a.tar"]).read(0), 0, (0, 0))
     with pytest.raises(InputError, match=r"captions\.short is given there and sampled here"):
@@ -185,3 +201,63 @@ def test_a_caption_that_was_changed_is_named_and_its_sidecar_made_again(
     make(data, teacher, folder)
     assert (folder / "a.safetensors").read_bytes() != before
     opened(data, folder).draw(ShardIndex([data / "a.tar"]).read(0), 0, (0, 0))
+
+
+# --- single sentences ---
+
+
+@pytest.fixture(scope="module")
+def with_sentences(tmp_path_factory: pytest.TempPathFactory, shards: Path, teacher: Path) -> Path:
+    return make(shards, teacher, tmp_path_factory.mktemp("sentences"), sentences=True)
+
+
+def test_the_drawn_sentences_come_with_the_teachers_features(
+    shards: Path, with_sentences: Path, made: Path, teacher: Path
+) -> None:
+    store, model, plain = opened(shards, with_sentences, sub_captions=3), load_teacher(teacher), opened(shards, made)
+    decoder = SampleDecoder((ViewSpec(48, "bicubic"),), AUGMENT, 0, store=store, sub_captions=3, captions=SAMPLED)
+    longs = set()
+    for number in range(NO_CAPTION):
+        raw = store.index.read(number)
+        for epoch in range(3):
+            sample = decoder.decode(raw, epoch, number)
+            assert sample.teacher is not None and len(sample.sub_captions) == 3
+            with torch.no_grad():
+                expected = model.encode_text(CaptionTokenizer()(sample.sub_captions), normalize=True).numpy()
+            assert np.abs(expected - sample.teacher["sub"]).max() < 1e-3
+            long = next(i for i, text in enumerate(LONG[number]) if all(s in text for s in sample.sub_captions))
+            longs.add((number, long))
+            draw, without = store.draw(raw, 0, (epoch, number)), plain.draw(raw, 0, (epoch, number))
+            assert without.sub is None and np.array_equal(draw.long, without.long), "nothing else changes"
+            assert np.array_equal(draw.short, without.short)
+    assert len(longs) > NO_CAPTION, "sentences of first and of second captions"
+
+
+def test_a_cache_without_sentences_is_refused_and_not_mixed(shards: Path, made: Path, teacher: Path) -> None:
+    with pytest.raises(InputError, match=r"\Ateacher cache [^\n]* has no features of single sentences[^\n]*\Z"):
+        opened(shards, made, sub_captions=3)
+    with pytest.raises(InputError, match="sentences is False there and True now"):
+        make(shards, teacher, made, sentences=True)
+
+
+def test_sentences_that_were_changed_or_damaged_are_named(
+    shards: Path, with_sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(with_sentences, tmp_path / "cache"))
+    store = opened(shards, folder, sub_captions=3)
+    raw = store.index.read(0)
+    # another version of the code may split captions elsewhere
+    with monkeypatch.context() as patch:
+        patch.setattr("training.cache.reader.split_sentences", lambda text: [text])
+        with pytest.raises(InputError, match=r"the sentences of 000 are not .* which makes a\.safetensors anew"):
+            store.draw(raw, 0, (0, 0))
+    assert not list(Sidecar(folder / "a.safetensors").damage())
+    arrays = load_file(folder / "a.safetensors")
+    for name in ("sentence_rows", "sentence_offsets"):
+        damaged = {key: value.copy() for key, value in arrays.items()}
+        damaged[name][1] += 1
+        save_file(damaged, folder / "a.safetensors", {"format": "compact-longclip sidecar, version 1"})
+        assert list(Sidecar(folder / "a.safetensors").damage()), name
+        damaged[name] = damaged[name][:-9]
+        save_file(damaged, folder / "a.safetensors", {"format": "compact-longclip sidecar, version 1"})
+        assert list(Sidecar(folder / "a.safetensors").damage()), name

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from longclip_teacher.text import EOT, SOT, caption_lengths
 from shard_files import TOKENIZER, loader
-from training.data.caption_sampling import padded_in_front, sample_caption, sample_sentences, shifts
+from training.data.caption_sampling import padded_in_front, sample_caption, shifts
 from training.data.randomness import sample_generator
+from training.data.store import choose_sentences
 from training.data.writer import caption_member, write_manifest, write_shard
 from training.settings.captions import NO_SAMPLING, CaptionOptions
 
@@ -75,13 +76,13 @@ def test_a_caption_of_one_sentence_stays() -> None:
 
 
 def test_single_sentences_are_drawn_alike_and_repeated_if_there_are_too_few() -> None:
-    drawn = [sample_sentences(CAPTION, 4, sample_generator(draw)) for draw in range(300)]
+    drawn = [choose_sentences(len(NUMBERS), 4, 0, (draw,)) for draw in range(300)]
     assert all(len(set(sentences)) == 4 for sentences in drawn)
     counts = Counter(sentence for sentences in drawn for sentence in sentences)
-    assert set(counts) == {f"{word} here." for word in NUMBERS} and max(counts.values()) < 1.4 * min(counts.values())
-    three = sample_sentences("It is red. It is wet.", 3, sample_generator(0))
-    assert set(three) == {"It is red.", "It is wet."} and three[0] == three[2]
-    assert sample_sentences("A red board", 3, sample_generator(0)) == ["A red board"] * 3
+    assert set(counts) == set(range(len(NUMBERS))) and max(counts.values()) < 1.4 * min(counts.values())
+    three = choose_sentences(2, 3, 0, (0,))
+    assert set(three) == {0, 1} and three[0] == three[2]
+    assert choose_sentences(1, 3, 0, (0,)) == [0] * 3
 
 
 def test_shifts_are_uniform_and_keep_eot_inside(captions_of: list[Tensor]) -> None:

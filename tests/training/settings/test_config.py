@@ -170,7 +170,6 @@ def test_a_name_that_config_toml_cannot_hold_is_refused(option: list[str]) -> No
         (["--captions.long_from_epoch", "-1"], "counts from 0"),
         (["--captions.sub_captions", "0"], "must be at least 1"),
         (["--captions.sub_captions", "2"], "read by no loss"),
-        (["--loss.vrd_sub", "1", "--teacher.cache", "runs/cache"], "--loss.vrd_sub needs a teacher that runs"),
         (["--loss.clip_sub", "1", "--teacher.cache", "datacompdr"], "captions of their own"),
         (["--loss.clip_sub", "1", "--run.stage", "text"], "set --loss.clip_long 0"),
     ],
