@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -75,20 +75,11 @@ def _in_onnxruntime(tower: nn.Module, image_size: int, device: torch.device) -> 
         )
     if missing := missing_packages(ONNX):
         raise InputError(f"backend onnxruntime needs {', '.join(missing)}: pip install 'compact-longclip[export]'")
-    import onnxruntime
+    from mobileclip_student.onnx_graphs import image_graph, onnx_encoder
 
-    from mobileclip_student.onnx_graphs import image_graph
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
     graph = image_graph(tower, image_size).SerializeToString()
-    session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
-
-    def encode(images: Tensor) -> Tensor:
-        features: Any = session.run(None, {"pixel_values": images.detach().float().contiguous().numpy()})[0]
-        return torch.from_numpy(features)
-
-    return encode
+    encode = onnx_encoder(graph, torch.get_num_threads())
+    return lambda images: encode(images.detach().float().contiguous())
 
 
 def compile_towers(model: nn.Module, mode: str | None = None) -> None:

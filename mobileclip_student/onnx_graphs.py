@@ -1,4 +1,4 @@
-"""Towers as ONNX graphs: for any batch, and for captions of 2 tokens to the context length.
+"""Towers as ONNX graphs: for any batch, and for captions of 2 tokens to the context length; and graphs as functions.
 
 A graph holds weights and operations alone: names of the exporting machine's files and lines, which torch writes beside
 every operation, are removed.
@@ -8,15 +8,21 @@ Shapes: B images or captions, R image side, L tokens, D embedding.
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
 
-__all__ = ["image_graph", "text_graph"]
+__all__ = ["image_graph", "onnx_encoder", "text_graph"]
 
 _LARGEST_BATCH = 1 << 20
 
@@ -40,21 +46,34 @@ def text_graph(tower: nn.Module, context_length: int) -> ModelProto:
     return _graph(tower, example, {0: _batch(), 1: tokens}, ("input_ids", "text_embeds"))
 
 
+def onnx_encoder(graph: Path | bytes, threads: int) -> Callable[[Tensor], Tensor]:
+    """The function of a graph in a file or in memory, computed by ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    source = graph if isinstance(graph, bytes) else str(graph)
+    session = onnxruntime.InferenceSession(source, options, ["CPUExecutionProvider"])
+    (name,) = [value.name for value in session.get_inputs()]
+    return lambda batch: torch.from_numpy(np.asarray(session.run(None, {name: batch.numpy()})[0]))
+
+
 def _batch() -> torch.export.Dim:
     return torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
 
 
 @torch.no_grad()
 def _graph(tower: nn.Module, example: Tensor, free: dict[int, torch.export.Dim], names: tuple[str, str]) -> ModelProto:
-    program = torch.onnx.export(
-        tower,
-        (example,),
-        input_names=[names[0]],
-        output_names=[names[1]],
-        dynamo=True,
-        dynamic_shapes=(free,),
-        verbose=False,
-    )
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            tower,
+            (example,),
+            input_names=[names[0]],
+            output_names=[names[1]],
+            dynamo=True,
+            dynamic_shapes=(free,),
+            verbose=False,
+        )
     assert program is not None
     model: ModelProto = program.model_proto
     shapes = [value.type.tensor_type.shape.dim for value in (model.graph.input[0], model.graph.output[0])]
@@ -63,6 +82,18 @@ def _graph(tower: nn.Module, example: Tensor, free: dict[int, torch.export.Dim],
         raise RuntimeError(f"the graph of {type(tower).__name__} fixes {', '.join(frozen or ['batch'])}")
     _strip(model)
     return model
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's remarks on its own workings off stderr."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _strip(model: ModelProto) -> None:

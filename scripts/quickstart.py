@@ -8,18 +8,18 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any
+from typing import Annotated
 
 import joblib
 import tyro
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
+from longclip_teacher.packages import ONNX, missing_packages
 from training.settings.options import EMBEDDED_DATA, EMBEDDED_TEACHER
 from training.settings.tree import TrainConfig, parse_config
 
@@ -94,16 +94,19 @@ import torch
 
 from eval.base.consoles import plain_console
 from eval.base.launch import run_passing_signals
+from eval.benchmarks.protocols import RetrievalSet
 from eval.measures.costs import Cost, cost_conditions, measure_costs
-from eval.measures.figures import Column, best_models, figure_columns, figure_conditions, format_figure, model_figures
+from eval.measures.figures import figure_conditions, model_figures
 from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.behaviour_page import chart_of_cuts
 from eval.pages.report import Report, model_colours, write_report
-from eval.towers.models import load_model
-from longclip_teacher.atomic_files import write_json
+from eval.towers.exported_model import ExportedModel
+from eval.towers.models import ClipModel, load_model
+from longclip_teacher import LongCLIP
 from longclip_teacher.folder_lock import folder_lock
 from mobileclip_student import MobileCLIP, reparameterize, save_student
+from quickstart_results import Comparison, Figures, columns, explain, print_table, write_results
 from training.data.digit_scenes import is_outdated, write_digit_scenes
 from training.record.curves import run_provenance, training_curves
 from training.record.evaluate import evaluate_tests, test_sets
@@ -113,14 +116,11 @@ STUDENTS = {  # what distinguishes each student; data, steps, seed and optimiser
     "undistilled": ["--teacher.checkpoint", "None"],  # drops the losses that need a teacher
     "cut77": ["--student.context_length", "77"],
 }
+EXPORTED = {"teacher_onnx": "teacher", "distilled_onnx": "distilled"}
 WEIGHTS = "best.safetensors"
-TWINS_CEILING = (25.0, "the most that a model reading 77 tokens can reach (25%)")
-# results.json: the twin figures have no prefix
-JSON_NAMES = {"twins_i2t_r1": "i2t_r1", "twins_t2i_r1": "t2i_r1"}
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "training" / "main.py"
 
 console = plain_console(stderr=True, soft_wrap=True)
-Figures = dict[str, float]
 
 
 def main() -> None:
@@ -134,27 +134,21 @@ def run(options: Options) -> None:
     """Make what is missing, compare, report."""
     torch.set_num_threads(1)  # for these small tensors a second thread gains nothing and stalls on a busy machine
     started = time.monotonic()
+    with_exports = can_export()
     make_data(options.data)
     make_teacher(options)
     for seed in options.seeds:
         for student in STUDENTS:
             make_student(options, student, seed)
     say("comparing", "all models on both tests")
-    by_seed = {seed: evaluate_students(options, seed) for seed in options.seeds}
-    teacher_results = evaluate_tests(load_model(options.teacher), student_config(options))
-    costs, fused_costs = costs_of_models(options)
-    means, spreads = summarise(model_figures(teacher_results), by_seed)
-    models = {name: means[name] | costs[name] for name in means}
-    shown = {name: means[name] | fused_costs.get(name, costs[name]) for name in ("teacher", *STUDENTS)}
+    compared = compare(options, with_exports)
     seconds = time.monotonic() - started
-    notes = explain(options, models, seconds)
-    conditions = [
-        figure_conditions(teacher_results),
-        f"ms: {cost_conditions('cpu')}; students with branches merged (reparameterized), as they are used",
-    ]
-    write_results(options, models, spreads, by_seed, seconds)
-    report(options, shown, spreads, conditions, notes)
-    print_table(shown, spreads, conditions, notes)
+    sets = test_sets(student_config(options))
+    notes = explain(compared.models, {name: len(found.images) for name, found in sets.items()})
+    notes.append(f"The run took {seconds:.0f} seconds with {options.processes} training processes.")
+    write_results(options.out / "results.json", compared, seconds)
+    write_page(options, compared, sets, notes)
+    print_table(compared, notes)
     plain_console(soft_wrap=True).print(f"Report: {options.out / 'report.html'}")
 
 
@@ -224,18 +218,61 @@ def say(step: str, message: str) -> None:
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
-def evaluate_students(options: Options, seed: int) -> dict[str, Figures]:
+def can_export() -> bool:
+    """Whether the packages are installed that the exported models need; say so if they are not."""
+    if missing := missing_packages(ONNX):
+        needs = f"it needs {', '.join(missing)}: pip install 'compact-longclip[export]'"
+        say("exported models", f"left out of the table: {needs}")
+    return not missing
+
+
+@cache
+def exported(folder: Path) -> ExportedModel:
+    """Return the model of a run as it is after the export to ONNX."""
+    model = load_model(folder)
+    assert isinstance(model, LongCLIP | MobileCLIP)
+    return ExportedModel(model)
+
+
+def compare(options: Options, with_exports: bool) -> Comparison:
+    """Measure every model: percentages for each seed, costs for the first."""
+    by_seed = {seed: evaluate_students(options, seed, with_exports) for seed in options.seeds}
+    teachers: dict[str, ClipModel] = {"teacher": load_model(options.teacher)}
+    if with_exports:
+        teachers["teacher_onnx"] = exported(options.teacher)
+    results = {name: evaluate_tests(teacher, student_config(options)) for name, teacher in teachers.items()}
+    means, spreads = summarise({name: model_figures(result) for name, result in results.items()}, by_seed)
+    costs, fused_costs = costs_of_models(options, with_exports)
+    conditions = [
+        figure_conditions(results["teacher"]),
+        f"ms: {cost_conditions('cpu')}; students with branches merged (reparameterized), as they are used",
+    ]
+    if with_exports:
+        conditions.append("_onnx: exported, in ONNX Runtime, both files together; the others in PyTorch")
+    shown = ["teacher", *STUDENTS, *(name for name in EXPORTED if name in means)]
+    return Comparison(
+        models={name: means[name] | costs[name] for name in means},
+        shown={name: means[name] | fused_costs.get(name, costs[name]) for name in shown},
+        spreads=spreads,
+        by_seed=by_seed,
+        conditions=conditions,
+    )
+
+
+def evaluate_students(options: Options, seed: int, with_exports: bool) -> dict[str, Figures]:
     """Return the percentages of one seed's students. Save the reparameterized student beside the others."""
     distilled = load_model(options.run_dir("distilled", seed))
     assert isinstance(distilled, MobileCLIP)
     save_student(reparameterize(distilled), options.run_dir("reparameterized", seed) / WEIGHTS)
     models = {name: load_model(options.run_dir(name, seed)) for name in (*STUDENTS, "reparameterized")}
+    if with_exports:
+        models["distilled_onnx"] = exported(options.run_dir("distilled", seed))
     return {name: model_figures(evaluate_tests(model, student_config(options))) for name, model in models.items()}
 
 
-def costs_of_models(options: Options) -> tuple[dict[str, Cost], dict[str, Cost]]:
-    """Return parameters, bytes and milliseconds, which do not depend on the seed: of every model as it was saved, and
-    of the students with their branches merged, beside the size of the file that was trained."""
+def costs_of_models(options: Options, with_exports: bool) -> tuple[dict[str, Cost], dict[str, Cost]]:
+    """Return parameters, bytes and milliseconds, which do not depend on the seed: of every model as it was saved or
+    exported, and of the students with their branches merged, beside the size of the file that was trained."""
     folders = {"teacher": options.teacher}
     folders |= {name: options.run_dir(name, options.seeds[0]) for name in (*STUDENTS, "reparameterized")}
     models = {name: load_model(folder) for name, folder in folders.items()}
@@ -244,15 +281,19 @@ def costs_of_models(options: Options) -> tuple[dict[str, Cost], dict[str, Cost]]
         student = models[name]
         assert isinstance(student, MobileCLIP)
         models[f"{name}, merged"], files[f"{name}, merged"] = reparameterize(student), files[name]
-    costs = measure_costs(models, files)
-    return {name: costs[name] for name in folders}, {name: costs[f"{name}, merged"] for name in STUDENTS}
+    exports = {name: exported(folders[source]) for name, source in EXPORTED.items()} if with_exports else {}
+    costs = measure_costs({**models, **exports}, files)
+    for name, model in exports.items():
+        costs[name]["bytes"] = model.num_bytes
+    fused = {name: costs.pop(f"{name}, merged") for name in STUDENTS}
+    return costs, fused
 
 
 def summarise(
-    teacher: Figures, by_seed: Mapping[int, Mapping[str, Figures]]
+    teachers: Mapping[str, Figures], by_seed: Mapping[int, Mapping[str, Figures]]
 ) -> tuple[dict[str, Figures], dict[str, Figures]]:
     """Return the means over the seeds, and the standard deviations if there is more than one seed."""
-    means, spreads = {"teacher": teacher}, {}
+    means, spreads = dict(teachers), {}
     runs = list(by_seed.values())
     for name, figures in runs[0].items():
         values = {key: [run[name][key] for run in runs] for key in figures}
@@ -262,111 +303,9 @@ def summarise(
     return means, spreads
 
 
-# --- reporting -------------------------------------------------------------------------------------------------------
-
-
-def columns() -> list[Column]:
-    """Return the table's columns."""
-    return figure_columns(["twins", "random"], references={"twins": TWINS_CEILING})
-
-
-def explain(options: Options, models: Mapping[str, Figures], seconds: float) -> list[str]:
-    """Explain the tests and the results to someone who sees them for the first time."""
-
-    def both(name: str, test: str) -> str:
-        return " / ".join(format_figure(models[name][f"{test}_{way}_r1"], "%") for way in ("i2t", "t2i"))
-
-    gains = " / ".join(
-        f"{models['distilled'][key] - models['undistilled'][key]:+.1f}" for key in ("twins_i2t_r1", "twins_t2i_r1")
-    )
-    num_twins, num_random = (len(found.images) for found in test_sets(student_config(options)).values())
-    fused, plain = models["reparameterized"], models["distilled"]
-    return [
-        "Figures in % say how often the right answer ranks first among all. The first of two is from picture to "
-        "caption, the second from caption to picture.",
-        f"The twin test has {num_twins} pictures in families of four whose captions share their first 77 tokens. A "
-        "model that reads 77 tokens sees one caption four times, so by construction it cannot pass 25% there. The "
-        f"student cut at 77 tokens reaches {both('cut77', 'twins')}. To pass 25%, a model must read to the end.",
-        f"With the teacher, the student reaches {both('distilled', 'twins')} on the twin test. Without it, after the "
-        f"same number of steps, it reaches {both('undistilled', 'twins')}: a difference of {gains} points.",
-        f"The random test has {num_random} unrelated pictures, which the beginning of a caption usually tells apart. "
-        f"The student cut at 77 tokens reaches {both('cut77', 'random')} there, the one that reads everything "
-        f"{both('distilled', 'random')}.",
-        "A trained student is used with its parallel branches merged (reparameterized), which does not change its "
-        f"answers: the merged distilled student reaches {both('reparameterized', 'twins')} on the twin test, with "
-        f"{format_figure(fused['params'], 'count')} parameters instead of {format_figure(plain['params'], 'count')} "
-        f"and {format_figure(fused['image_ms'], 'ms')} ms per picture instead of "
-        f"{format_figure(plain['image_ms'], 'ms')}. The table shows the parameters and milliseconds of the merged "
-        "students, results.json those of both forms.",
-        f"The run took {seconds:.0f} seconds with {options.processes} training processes.",
-    ]
-
-
-def print_table(
-    models: Mapping[str, Figures], spreads: Mapping[str, Figures], conditions: list[str], notes: list[str]
-) -> None:
-    """Print the table, under it how its figures were measured, and the notes, on stdout."""
-    output = plain_console()
-    padding = 1 if output.width >= 92 else 0  # to fit a terminal of 80 columns
-    caption = Text("\n".join(["The best of each column is bold.", *conditions]))
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), pad_edge=False, caption=caption, caption_justify="left"
-    )
-    table.add_column("", no_wrap=True)
-    headings = {"twins_i2t_r1": "twins\nI→T %", "twins_t2i_r1": "twins\nT→I %", "random_i2t_r1": "random\nI→T %"}
-    headings |= {"random_t2i_r1": "random\nT→I %", "zeroshot_top1": "zero-\nshot %", "params": "param-\neters"}
-    headings |= {"bytes": "file", "image_ms": "image\nms", "text_ms": "text\nms"}
-    for column in columns():
-        table.add_column(headings[column.key], justify="right")
-    for name, figures in models.items():
-        cells = []
-        for column in columns():
-            text = format_figure(figures[column.key], column.unit)
-            spread = spreads.get(name, {}).get(column.key)
-            below = "" if spread is None else f"\n±{format_figure(spread, column.unit)}"
-            cells.append(Text.assemble((text, "bold" if name in best_models(column, models) else ""), below))
-        table.add_row(name, *cells)
-    output.print(table)
-    for note in notes:
-        output.print(note)
-
-
-def write_results(
-    options: Options,
-    models: Mapping[str, Figures],
-    spreads: Mapping[str, Figures],
-    by_seed: Mapping[int, Mapping[str, Figures]],
-    seconds: float,
-) -> None:
-    """Write results.json. With several seeds `models` are means; each seed's figures and the spreads stand beside
-    them.
-
-    The costs are those of the saved files: `distilled`, `undistilled` and `cut77` in the form that was trained,
-    `reparameterized` the distilled student as it is used.
-    """
-
-    def named(models: Mapping[str, Figures]) -> dict[str, Figures]:
-        return {
-            name: {JSON_NAMES.get(key, key): value for key, value in figures.items()}
-            for name, figures in models.items()
-        }
-
-    content: dict[str, Any] = {"seconds": round(seconds, 1), "models": named(models)}
-    if len(by_seed) > 1:
-        content["standard_deviations"] = named(spreads)
-        content["seeds"] = {str(seed): named(figures) for seed, figures in by_seed.items()}
-    write_json(options.out / "results.json", content)
-
-
-def report(
-    options: Options,
-    models: Mapping[str, Figures],
-    spreads: Mapping[str, Figures],
-    conditions: list[str],
-    notes: list[str],
-) -> None:
+def write_page(options: Options, compared: Comparison, sets: Mapping[str, RetrievalSet], notes: list[str]) -> None:
     """Write report.html."""
-    sets, colours = test_sets(student_config(options)), model_colours(models)
+    colours = model_colours(compared.shown)
     runs = {name: options.run_dir(name, options.seeds[0]) for name in STUDENTS}
     read = {name: load_model(folder) for name, folder in {"teacher": options.teacher, **runs}.items()}
     distilled, cuts = read["distilled"], chart_of_cuts(read, "twins", sets["twins"], colours)
@@ -382,9 +321,9 @@ def report(
                 *notes,
             ],
             columns=columns(),
-            models=models,
-            spreads=spreads,
-            conditions=conditions,
+            models=compared.shown,
+            spreads=compared.spreads,
+            conditions=compared.conditions,
             sections={"What is read of a caption": [cuts], "Training": training_curves(runs, colours)},
             examples={
                 f"The distilled student on the {name} test": retrieval_examples(encode_retrieval_set(distilled, found))

@@ -17,12 +17,14 @@ import training.main
 from eval.measures.figures import format_figure
 from eval.towers.models import load_model
 from longclip_teacher.errors import InputError
+from longclip_teacher.packages import ONNX, missing_packages
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "quickstart.py"
 FIGURES = {
     "i2t_r1", "t2i_r1", "random_i2t_r1", "random_t2i_r1", "zeroshot_top1", "params", "bytes", "image_ms", "text_ms",
 }  # fmt: skip
 MODELS = ["teacher", "distilled", "undistilled", "cut77", "reparameterized"]
+EXPORTED = [] if missing_packages(ONNX) else ["teacher_onnx", "distilled_onnx"]
 
 
 @pytest.fixture
@@ -66,13 +68,14 @@ def call(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: st
     quickstart.main()
 
 
-def test_two_seeds_from_data_to_report(
+def test_two_seeds_from_data_to_report_without_the_extra(
     quickstart: ModuleType,
     launched: list[list[str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(quickstart, "ONNX", ("torch", "no_such_package"))
     call(quickstart, monkeypatch, "--steps", "2", "--seeds", "0", "3", "--processes", "2")
     out = tmp_path / "runs" / "quickstart"
     results = json.loads((out / "results.json").read_text())
@@ -98,8 +101,9 @@ def test_two_seeds_from_data_to_report(
     assert all(
         command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] for command in launched
     )
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in MODELS)
+    printed, told = capsys.readouterr()
+    assert "left out of the table: it needs no_such_package: pip install 'compact-longclip[export]'" in told
+    assert "onnx" not in printed.lower() and all(name in printed for name in MODELS)
     words = " ".join(printed.split())
     assert "cannot pass 25%" in words
     lines = [line for line in printed.splitlines() if " M " in line]  # of the table
@@ -121,8 +125,12 @@ def test_two_seeds_from_data_to_report(
     assert "http://" not in page.replace("http://www.w3.org/", "")  # SVG's namespaces name no place to load from
 
 
-def test_a_second_call_trains_nothing_again(
-    quickstart: ModuleType, launched: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_second_call_trains_nothing_again_and_compares_the_exported_models_too(
+    quickstart: ModuleType,
+    launched: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     call(quickstart, monkeypatch, "--steps", "1", "--out", "first")
     weights = {name: Path("first", name, "best.safetensors").read_bytes() for name in quickstart.STUDENTS}
@@ -130,7 +138,7 @@ def test_a_second_call_trains_nothing_again(
     assert set(first) == {"seconds", "models"}
     call(quickstart, monkeypatch, "--steps", "1", "--out", "first")
     second = json.loads(Path("first/results.json").read_text())
-    for name in MODELS:
+    for name in MODELS + EXPORTED:
         for figure in FIGURES - {"image_ms", "text_ms"}:
             assert second["models"][name][figure] == first["models"][name][figure]
     for name, content in weights.items():
@@ -138,6 +146,20 @@ def test_a_second_call_trains_nothing_again(
     for name in quickstart.STUDENTS:
         steps = [json.loads(line) for line in Path("first", name, "metrics.jsonl").read_text().splitlines()]
         assert sum(row["group"] == "train" for row in steps) == 1
+    if EXPORTED:
+        check_exported_rows(first["models"], capsys.readouterr().out, Path("first/report.html").read_text())
+
+
+def check_exported_rows(models: dict[str, dict[str, float]], printed: str, page: str) -> None:
+    for exported, source in (("teacher_onnx", "teacher"), ("distilled_onnx", "reparameterized")):
+        assert set(models[exported]) == FIGURES and models[exported]["params"] == models[source]["params"]
+        assert 0.5 < models[exported]["bytes"] / models[source]["bytes"] < 1.1
+        assert sum(line.split()[:1] == [exported] for line in printed.splitlines()) == 2  # of two calls
+        assert f"{exported}</th>" in page
+    words = " ".join(printed.split())
+    assert "_onnx: exported, in ONNX Runtime, both files together; the others in PyTorch" in words
+    ratio = f"{models['teacher_onnx']['image_ms'] / models['distilled_onnx']['image_ms']:.1f}"
+    assert f"it encodes a picture {ratio} times as fast" in words
 
 
 def test_a_missing_teacher_is_trained_first(
