@@ -14,7 +14,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["own_folder", "remove_leftovers", "try_lock"]
+__all__ = ["own_folder", "remove_leftovers", "share_lock", "try_lock"]
 
 _NUM_BYTES = 8
 _RANDOM = "[0-9a-f]" * 2 * _NUM_BYTES  # the part of a name that differs
@@ -71,3 +71,15 @@ def try_lock(descriptor: int) -> bool | None:
             return None
         raise
     return True
+
+
+def share_lock(descriptor: int) -> None:
+    """Take a lock that other processes may share, and that keeps `try_lock` from getting one; nothing on a file system
+    without locks."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise

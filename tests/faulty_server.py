@@ -14,7 +14,7 @@ import struct
 import tarfile
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,13 +50,14 @@ class Fault:
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
-    """Serves `content` at every path. The first requests meet `faults`, one after the other."""
+    """Serves `content` at every path, or several contents by path. The first requests meet `faults`, one after the
+    other."""
 
     daemon_threads = True
 
     def __init__(
-        self, content: bytes, *faults: Fault, ranges: bool = True, validators: tuple[str, ...] = ("ETag",),
-        framing: str = "length", tls: ssl.SSLContext | None = None,
+        self, content: bytes | Mapping[str, bytes], *faults: Fault, ranges: bool = True,
+        validators: tuple[str, ...] = ("ETag",), framing: str = "length", tls: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
         """framing    length, chunked, or close: the end of the connection is that of the file"""
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -130,6 +131,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """The answer that is right."""
         server = self.server
         content, headers = server.content, dict(server.identity)
+        if not isinstance(content, bytes):
+            content = content.get(self.path)
+            if content is None:
+                return 404, {}, b""
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         condition = self.headers.get("If-Range")
         if not server.ranges or not asked or (condition and condition not in headers.values()):

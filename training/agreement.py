@@ -26,7 +26,8 @@ from training.settings.tree import TrainConfig
 __all__ = ["check_agreement", "resume"]
 
 logger = logging.getLogger(__name__)
-_OF_A_NODE = ("out_dir", "resume", "device")  # of section run: they may differ between nodes
+# what may differ between nodes
+_OF_A_NODE = {("run", "out_dir"), ("run", "resume"), ("run", "device"), ("data", "cache_dir"), ("data", "cache_gb")}
 
 
 def check_agreement(config: TrainConfig, inputs: RunInputs, steps_per_epoch: int) -> None:
@@ -38,7 +39,7 @@ def check_agreement(config: TrainConfig, inputs: RunInputs, steps_per_epoch: int
         f"--{section}.{name}": value
         for section, fields in config.to_dict().items()
         for name, value in fields.items()
-        if (section, name) not in {("run", name) for name in _OF_A_NODE}
+        if (section, name) not in _OF_A_NODE
     }
     found = inputs.to_dict()
     samples = sum(contents[0] for contents in found["data"].values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,11 @@ from mobileclip_student.inference import compile_towers
 from mobileclip_student.initial_weights import TIMM, LongCLIPText, load_image_tower, load_text_tower, truncated_normal_
 from mobileclip_student.model import override, variant_config
 from training.cache.datacompdr import DataCompDRStore, datacompdr_teacher_info
+from training.cache.manifest import cache_place
 from training.cache.reader import cached_teacher_info, open_cache
 from training.data.index import ShardIndex, expand_patterns
 from training.data.loader import LoaderSettings, OpenStore, ShardLoader, build_loader
+from training.data.remote_index import GIGABYTE
 from training.data.store import TeacherInfo, TeacherStore
 from training.distill import Distiller
 from training.distillation import Distillation, assemble
@@ -231,7 +232,7 @@ def _stored_teacher_info(config: TrainConfig) -> TeacherInfo | None:
     if not config.distils or cache is None:
         return None
     if cache != DATACOMPDR:
-        return cached_teacher_info(Path(cache))
+        return cached_teacher_info(cache_place(cache))
     teacher_info = datacompdr_teacher_info(expand_patterns(config.data.shards), config.teacher.stored_widths)
     scaled = any(term.loss.uses_teacher_scale for term in config.needs.terms)
     if teacher_info.logit_scale is None and config.loss.teacher_scale is None and scaled:
@@ -269,6 +270,8 @@ def build_training_loader(config: TrainConfig, runtime: Runtime, distillation: D
         num_workers=data.num_workers,
         max_bad_share=data.max_bad_share,
         shuffle_shards=data.shuffle_shards,
+        cache_folder=data.cache_dir,
+        cache_bytes=round(data.cache_gb * GIGABYTE),
         epoch_samples=data.epoch_samples,
         open_store=_store_opener(config, teacher_info.get("long")),
         stored_features=config.teacher.stored_features,
@@ -302,11 +305,16 @@ def _store_opener(config: TrainConfig, teacher_info: TeacherInfo | None) -> Open
             assert teacher_info is not None
             return DataCompDRStore(teacher_info)
         if index is None:
-            raise InputError("streamed shards have no sidecars: copy them to a disk, or leave --teacher.cache out")
+            raise InputError(
+                "shards without a manifest are streamed, without sidecars: upload manifest.json beside them, or leave "
+                "--teacher.cache out"
+            )
         # the short captions are those of the cache, unless no loss reads the features of their own texts
         captions = None if _short_is_full(config) or not config.needs.reads_short else config.captions
         fast_decode = config.speed.savings.fast_decode
         sub_captions = config.captions.sub_captions if config.needs.distils_sub and teacher.stored_features else 0
-        return open_cache(Path(cache), index, config.augment, teacher.checkpoint, fast_decode, captions, sub_captions)
+        return open_cache(
+            cache_place(cache), index, config.augment, teacher.checkpoint, fast_decode, captions, sub_captions
+        )
 
     return open_store

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from eval.benchmarks.protocols import load_retrieval_set
 from longclip_teacher.errors import InputError
-from training.cache.manifest import cache_sha256, teacher_sha256
+from training.cache.manifest import cache_place, cache_sha256, teacher_sha256
+from training.data.index import is_remote
 from training.data.loader import ShardLoader
 from training.data.shard_records import Contents
 from training.optim import learning_rate
@@ -33,7 +34,7 @@ _PROMPTS = {"zeroshot", "zeroshot_classnames", "zeroshot_templates"}
 _FREE_FIELDS = {
     "run": {"out_dir", "device", "tf32", "log_every", "eval_every", "save_every", "save_minutes", "keep_every"}
     | {"collective_timeout"},
-    "data": {"val", "val_protocol", "tests", "num_workers", "max_bad_share"} | _PROMPTS,
+    "data": {"val", "val_protocol", "tests", "num_workers", "max_bad_share", "cache_dir", "cache_gb"} | _PROMPTS,
     "speed": {field.name for field in dataclasses.fields(SpeedOptions)},
 }
 
@@ -88,7 +89,10 @@ def changes_since(
     Raises InputError for a change that affects the result. A finished run may be extended.
     """
     speed = {name: value for name, value in saved.get("speed", {}).items() if name in _FREE_FIELDS["speed"]}
-    notes = _changed_fields(path, without_removed({**saved, "speed": speed}, path), config)
+    free = dict(_FREE_FIELDS)
+    if now.stream_workers is not None:
+        free["data"] = free["data"] | {"shuffle_shards"}  # which a stream does not have
+    notes = _changed_fields(path, without_removed({**saved, "speed": speed}, path), config, free)
     if before is None:
         if any(saved["run"].get(name) != config.to_dict()["run"][name] for name in _LENGTH):
             raise InputError(f"{path} is of a run of another length (run.max_steps, run.epochs): {_OTHER_FOLDER}")
@@ -101,6 +105,9 @@ def changes_since(
                 f"--{field} holds other weights or features than when the run of {path} began: put those back, or "
                 f"{_OTHER_FOLDER}"
             )
+    if (before.stream_workers is None) != (now.stream_workers is None):
+        was, are = ("streamed", "indexed") if now.stream_workers is None else ("indexed", "streamed")
+        raise InputError(f"{path} is of a run whose shards were {was}, and now they are {are}: {_OTHER_FOLDER}")
     if before.stream_workers != now.stream_workers:
         raise InputError(
             f"{path} is of a run with data.num_workers = {before.stream_workers}, this one has {now.stream_workers}, "
@@ -142,8 +149,8 @@ def _teacher_hashes(config: TrainConfig, data: Mapping[str, Contents]) -> dict[s
         return {}
     teacher = config.teacher
     hashes = {}
-    if teacher.cache is not None and Path(teacher.cache).is_dir():
-        hashes["teacher.cache"] = cache_sha256(Path(teacher.cache), [Path(path).name for path in data])
+    if teacher.cache is not None and (is_remote(teacher.cache) or Path(teacher.cache).is_dir()):
+        hashes["teacher.cache"] = cache_sha256(cache_place(teacher.cache), [Path(path).name for path in data])
     if config.runs_teacher:
         names = {"teacher.checkpoint": [teacher.checkpoint], "teacher.ensemble": teacher.ensemble}
         if config.needs.reads_short:
@@ -162,7 +169,9 @@ def _validation_hash(config: TrainConfig) -> str:
     return hashlib.sha256(f"{found.sha256} {sizes}".encode()).hexdigest()
 
 
-def _changed_fields(path: Path, saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
+def _changed_fields(
+    path: Path, saved: Mapping[str, Any], config: TrainConfig, free: Mapping[str, Set[str]]
+) -> list[str]:
     notes = []
     prompts_teach = config.needs.compares_with_prompts
     for section, fields in config.to_dict().items():
@@ -170,7 +179,7 @@ def _changed_fields(path: Path, saved: Mapping[str, Any], config: TrainConfig) -
             before = saved.get(section, {}).get(name)
             if before == value or (section == "run" and name in ("resume", *_LENGTH)):
                 continue
-            if name not in _FREE_FIELDS.get(section, ()) or (prompts_teach and name in _PROMPTS):
+            if name not in free.get(section, ()) or (prompts_teach and name in _PROMPTS):
                 raise InputError(
                     f"{path} is of a run with {section}.{name} = {before}, this one has {value}: {_OTHER_FOLDER}"
                 )

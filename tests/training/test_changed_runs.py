@@ -273,3 +273,16 @@ class TestComparison:
         longer = parse_config(["--run.max_steps", "400"])
         with pytest.raises(InputError, match="of a run of another length"):
             changes_since(Path("last.pt"), 2, config.to_dict(), None, longer, INPUTS)
+
+
+def test_a_stream_has_no_windows_and_an_index_is_no_stream() -> None:
+    """Remote shards are mixed fewer at a time than in earlier versions, and may have got a manifest since."""
+    now, stream = parse_config(["--data.shuffle_shards", "4"]), replace(INPUTS, stream_workers=2)
+    saved = {**now.to_dict(), "data": {**now.to_dict()["data"], "shuffle_shards": 64}}
+    told = changes_since(Path("last.pt"), 4, saved, stream, now, stream)
+    assert told == ["resuming with --data.shuffle_shards 4 instead of 64"]
+    with pytest.raises(InputError, match=r"data\.shuffle_shards = 64, this one has 4"):
+        changes_since(Path("last.pt"), 4, saved, INPUTS, now, INPUTS)
+    for before, after, what in [(stream, INPUTS, "streamed, and now they are indexed"), (INPUTS, stream, "indexed")]:
+        with pytest.raises(InputError, match=rf"a run whose shards were {what}"):
+            changes_since(Path("last.pt"), 4, now.to_dict(), before, now, after)

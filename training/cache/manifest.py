@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import urllib.parse
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from longclip_teacher.checkpoint import teacher_file
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from longclip_teacher.weights_file import file_sha256, read_weights
-from training.data.index import ShardIndex
+from training.data.index import ShardIndex, check_url, is_remote
+from training.data.remote_files import OBJECT_STORES, RemoteFile, parsed_remote, plain_url
 from training.data.shard_records import BAD_JSON
 from training.data.transforms import Interpolation
 from training.settings.augment import AugmentConfig
@@ -38,6 +40,7 @@ __all__ = [
     "ShardIdentity",
     "SidecarRecord",
     "as_tuple",
+    "cache_place",
     "cache_sha256",
     "changes",
     "decoder_name",
@@ -47,6 +50,7 @@ __all__ = [
     "read_record",
     "read_records",
     "refuse_same_names",
+    "remote_sidecar",
     "shard_identities",
     "shard_number",
     "sidecar_path",
@@ -62,6 +66,7 @@ _FORMAT, _VERSION = "compact-longclip teacher cache", 1
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 _PROBE = "A photo of 3 naïve cats; it's 'Élan' & <em>more</em> &amp; 中文 🙂"  # its tokens differ between tokenizers
 _RECORD = ".teacher.json"
+_MAX_MANIFEST_BYTES = 1 << 30  # at a URL
 
 
 @dataclass(frozen=True)
@@ -171,30 +176,57 @@ def sidecar_path(folder: Path, shard: str | Path) -> Path:
     return folder / f"{Path(shard).name.removesuffix('.tar')}.safetensors"
 
 
-def read_cache(folder: Path) -> tuple[CacheSettings, dict[str, SidecarRecord]]:
-    """Return how the cache in `folder` was made, and the records in its manifest by shard name.
+def cache_place(cache: str) -> Path | str:
+    """Return the folder of a cache: a path, or a URL without a slash at its end. Raise InputError for other URLs."""
+    if not is_remote(cache):
+        return Path(cache)
+    check_url(cache, "--teacher.cache")
+    return cache.rstrip("/")
+
+
+def remote_sidecar(folder: str, record: SidecarRecord) -> RemoteFile:
+    """Return the sidecar of a shard in the cache at the URL `folder`."""
+    name = sidecar_path(Path(), record.shard).name
+    quoted = name if folder.startswith(OBJECT_STORES) else urllib.parse.quote(name)
+    return RemoteFile(f"{folder}/{quoted}", record.num_bytes, record.sha256)
+
+
+def read_cache(folder: Path | str) -> tuple[CacheSettings, dict[str, SidecarRecord]]:
+    """Return how the cache in `folder` (a path or `cache_place`'s URL) was made, and the records in its manifest by
+    shard name.
 
     Raise InputError if there is no cache, or a damaged one.
     """
+    if not isinstance(folder, Path):
+        url = f"{folder}/{CACHE_MANIFEST}"
+        return parsed_remote(url, _MAX_MANIFEST_BYTES, lambda content: _parsed(content, plain_url(url)))
     path = folder / CACHE_MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        if (content["format"], content["version"]) != (_FORMAT, _VERSION):
-            raise ValueError(f"format version {content['version']}, but this code reads {_VERSION}")
-        records = [SidecarRecord.from_json(entry) for entry in content["shards"]]
-        return CacheSettings.from_json(content["settings"]), {record.shard: record for record in records}
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(
             f"no teacher cache in {folder} ({CACHE_MANIFEST}: {error.strerror}): make one with scripts/cache_teacher.py"
         ) from None
+    return _parsed(content, str(path))
+
+
+def _parsed(content: bytes, name: str) -> tuple[CacheSettings, dict[str, SidecarRecord]]:
+    try:
+        cache = json.loads(content)
+        if (cache["format"], cache["version"]) != (_FORMAT, _VERSION):
+            raise ValueError(f"format version {cache['version']}, but this code reads {_VERSION}")
+        records = [SidecarRecord.from_json(entry) for entry in cache["shards"]]
+        return CacheSettings.from_json(cache["settings"]), {record.shard: record for record in records}
     except BAD_JSON as error:
         raise InputError(
-            f"{path} is not a valid teacher cache ({error!r}): make it again with scripts/cache_teacher.py"
+            f"{name} is not a valid teacher cache ({error!r}): make it again with scripts/cache_teacher.py"
         ) from None
 
 
-def read_record(folder: Path, shard: str) -> SidecarRecord | None:
-    """Return the record beside a shard's sidecar. None if there is none, or if it is incomplete."""
+def read_record(folder: Path | str, shard: str) -> SidecarRecord | None:
+    """Return the record beside a shard's sidecar. None if there is none, if it is incomplete, or at a URL."""
+    if not isinstance(folder, Path):
+        return None
     try:
         return SidecarRecord.from_json(json.loads(_record_path(folder, shard).read_bytes()))
     except (OSError, *BAD_JSON):
@@ -263,7 +295,7 @@ def teacher_hashes(checkpoint: str) -> tuple[str, str]:
     return weights.content_sha256, weights.sha256
 
 
-def cache_sha256(folder: Path, shards: Iterable[str]) -> str:
+def cache_sha256(folder: Path | str, shards: Iterable[str]) -> str:
     """Return a hash of the stored features of the named shards and of how they were made."""
     settings, records = read_cache(folder)
     left_out = {"teacher", "libraries", "ancestry"}
@@ -295,12 +327,12 @@ def decoder_name(fast: bool) -> str:
 
 def shard_identities(index: ShardIndex) -> list[ShardIdentity]:
     """Describe each of the index's shards. The sha256 comes from the shards' manifest."""
-    identities, start = [], 0
-    for path, size, sha256 in zip(index.paths, index.shard_sizes.tolist(), index.shard_sha256, strict=True):
-        digest = hashlib.sha256(json.dumps([index.key(i) for i in range(start, start + size)]).encode()).hexdigest()
-        status = path.stat()
-        identities.append(ShardIdentity(path.name, status.st_size, sha256, status.st_ctime_ns, size, digest))
-        start += size
+    identities = []
+    for shard, (name, sha256) in enumerate(zip(index.names, index.shard_sha256, strict=True)):
+        digest = hashlib.sha256(json.dumps(index.keys(shard)).encode()).hexdigest()
+        num_bytes, changed_ns = index.file_status(shard)
+        size = int(index.shard_sizes[shard])
+        identities.append(ShardIdentity(Path(name).name, num_bytes, sha256, changed_ns, size, digest))
     return identities
 
 
@@ -323,9 +355,9 @@ def changes(record: SidecarRecord, identity: ShardIdentity) -> list[tuple[str, A
     ]
 
 
-def refuse_same_names(paths: Sequence[Path]) -> None:
+def refuse_same_names(paths: Sequence[Path | str]) -> None:
     """Raise InputError if two shards would share a sidecar."""
-    seen: dict[str, Path] = {}
+    seen: dict[str, Path | str] = {}
     for path in paths:
         other = seen.setdefault(sidecar_path(Path(), path).name, path)
         if other != path:

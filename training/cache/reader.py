@@ -29,6 +29,7 @@ from training.cache.manifest import (
     read_cache,
     read_record,
     refuse_same_names,
+    remote_sidecar,
     shard_identities,
     sidecar_path,
     teacher_hashes,
@@ -36,6 +37,7 @@ from training.cache.manifest import (
 )
 from training.cache.sidecar import Sidecar, StoredView
 from training.data.index import RawSample, ShardIndex
+from training.data.remote_index import RemoteShardIndex
 from training.data.samples import BadSample
 from training.data.store import (
     StoredDraw,
@@ -53,7 +55,7 @@ __all__ = ["TeacherCacheStore", "cached_teacher_info", "open_cache"]
 _MAX_OPEN_SIDECARS = 128
 
 
-def cached_teacher_info(folder: Path) -> TeacherInfo:
+def cached_teacher_info(folder: Path | str) -> TeacherInfo:
     """Return what the losses need to know about the cache's teacher. Raise InputError if there is no cache."""
     settings, _ = read_cache(folder)
     return _teacher_info(settings)
@@ -64,7 +66,7 @@ def _teacher_info(settings: CacheSettings) -> TeacherInfo:
 
 
 def open_cache(
-    folder: Path,
+    folder: Path | str,
     index: ShardIndex,
     augment: AugmentConfig,
     teacher_checkpoint: str | None,
@@ -72,7 +74,8 @@ def open_cache(
     captions: CaptionOptions | None = NO_SAMPLING,
     sub_captions: int = 0,
 ) -> TeacherCacheStore:
-    """Open the cache in `folder` for a run over the shards of `index`.
+    """Open the cache in `folder` (a path, or `cache_place`'s URL for remote shards) for a run over the shards of
+    `index`.
 
     augment             the run's; must equal the cache's, or have centre=True for a cache of centre views
     teacher_checkpoint  the run's teacher, whose weights must be the cache's; None accepts any cached teacher
@@ -100,11 +103,15 @@ def open_cache(
         )
     found = _check_shards(folder, records, index)
     _warn_of_versions(folder, settings, fast_decode)
+    if not isinstance(folder, Path):
+        if not isinstance(index, RemoteShardIndex):
+            raise InputError(f"--teacher.cache {folder} belongs to remote shards: copy it to the disk of these")
+        index.add_beside([remote_sidecar(folder, record) for record in found])
     is_upright = [bool(record.shard_changed_ns) for record in found]
     return TeacherCacheStore(folder, settings, index, is_upright, sub_captions)
 
 
-def _check_augment(folder: Path, settings: CacheSettings, augment: AugmentConfig) -> None:
+def _check_augment(folder: Path | str, settings: CacheSettings, augment: AugmentConfig) -> None:
     if settings.augment.centre and augment.centre:
         return  # the other fields have no effect then
     fields = sorted(dataclasses.fields(AugmentConfig), key=lambda field: field.name != "centre")
@@ -114,20 +121,22 @@ def _check_augment(folder: Path, settings: CacheSettings, augment: AugmentConfig
             raise _misfit(folder, f"augment.{field.name}", cached, wanted)
 
 
-def _check_captions(folder: Path, cached: CaptionOptions, wanted: CaptionOptions) -> None:
+def _check_captions(folder: Path | str, cached: CaptionOptions, wanted: CaptionOptions) -> None:
     for field in dataclasses.fields(CaptionOptions):
         there, here = getattr(cached, field.name), getattr(wanted, field.name)
         if there != here:
             raise _misfit(folder, f"captions.{field.name}", there, here)
 
 
-def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardIndex) -> list[SidecarRecord]:
+def _check_shards(folder: Path | str, records: dict[str, SidecarRecord], index: ShardIndex) -> list[SidecarRecord]:
     """Return the record of each of the index's shards."""
-    refuse_same_names(index.paths)
+    refuse_same_names(index.names)
     wanted = shard_identities(index)
     found = {identity.shard: records.get(identity.shard) or read_record(folder, identity.shard) for identity in wanted}
     missing = [
-        name for name, record in found.items() if record is None or not sidecar_path(folder, record.shard).is_file()
+        name
+        for name, record in found.items()
+        if record is None or (isinstance(folder, Path) and not sidecar_path(folder, record.shard).is_file())
     ]
     if missing:
         raise InputError(
@@ -138,6 +147,8 @@ def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardI
     for identity, record in zip(wanted, complete, strict=True):
         for name, cached, value in changes(record, identity):
             raise _misfit(folder, f"{identity.shard}: {name}", cached, value)
+        if not isinstance(folder, Path):
+            continue  # it is compared with its record when it is fetched
         num_bytes = sidecar_path(folder, identity.shard).stat().st_size
         if num_bytes != record.num_bytes:
             raise InputError(
@@ -147,7 +158,7 @@ def _check_shards(folder: Path, records: dict[str, SidecarRecord], index: ShardI
     return complete
 
 
-def _warn_of_versions(folder: Path, settings: CacheSettings, fast_decode: bool) -> None:
+def _warn_of_versions(folder: Path | str, settings: CacheSettings, fast_decode: bool) -> None:
     here = {"decoder": decoder_name(fast_decode), **library_versions()}
     there = {"decoder": settings.decoder, **settings.libraries}
     other = [f"{name} {there.get(name)} (here {value})" for name, value in here.items() if there.get(name) != value]
@@ -155,7 +166,7 @@ def _warn_of_versions(folder: Path, settings: CacheSettings, fast_decode: bool) 
         print(f"warning: the teacher cache {folder} was made with {', '.join(other)}", file=sys.stderr)
 
 
-def _misfit(folder: Path, field: str, cached: object, wanted: object, note: str = "") -> InputError:
+def _misfit(folder: Path | str, field: str, cached: object, wanted: object, note: str = "") -> InputError:
     return InputError(
         f"teacher cache {folder} does not fit: {field} is {cached} there and {wanted} here{note}; "
         "make the cache again, or give the run the cache's settings"
@@ -167,7 +178,7 @@ class TeacherCacheStore:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         settings: CacheSettings,
         index: ShardIndex,
         is_upright: Sequence[bool],
@@ -181,6 +192,8 @@ class TeacherCacheStore:
         self.teacher_info = _teacher_info(settings)
         self._is_upright = is_upright
         self._sub_captions = sub_captions
+        # what is mapped takes room even if the cache has removed it
+        self._most_open = index.shuffle_shards if isinstance(index, RemoteShardIndex) else _MAX_OPEN_SIDECARS
         self._tokenizer = CaptionTokenizer(settings.context_length)
         self._sidecars: OrderedDict[int, Sidecar] = OrderedDict()
 
@@ -226,7 +239,7 @@ class TeacherCacheStore:
     def _captions(self, stored: StoredView, raw: RawSample, shard: int, row: int) -> tuple[list[str], list[str]] | None:
         """Return the long and the short captions of a sample now; None if they are more or fewer than are stored."""
         try:
-            long, short, shorts_follow = sample_captions(raw, self.settings, self.index.paths[shard].name, row)
+            long, short, shorts_follow = sample_captions(raw, self.settings, Path(self.index.names[shard]).name, row)
         except BadSample:
             return None
         if (len(long), len(short), shorts_follow) != (len(stored.long), len(stored.short), stored.shorts_follow):
@@ -234,26 +247,38 @@ class TeacherCacheStore:
         return long, short
 
     def _stale(self, shard: int, what: str) -> InputError:
-        path = self.index.paths[shard]
-        sidecar = sidecar_path(self.folder, path).name
-        return InputError(f"{path}: {what}: run scripts/cache_teacher.py again, which makes {sidecar} anew")
+        name = self.index.names[shard]
+        sidecar = sidecar_path(Path(), name).name
+        return InputError(f"{name}: {what}: run scripts/cache_teacher.py again, which makes {sidecar} anew")
 
     def _sidecar(self, shard: int) -> Sidecar:
         if shard not in self._sidecars:
-            while len(self._sidecars) >= _MAX_OPEN_SIDECARS:
+            while len(self._sidecars) >= self._most_open:
                 self._sidecars.popitem(last=False)
-            path = sidecar_path(self.folder, self.index.paths[shard])
-            sidecar = Sidecar(path)
+            sidecar = self._open(shard)
             sizes = (sidecar.num_samples, sidecar.num_views, sidecar.embed_dim)
             wanted = (int(self.index.shard_sizes[shard]), self.settings.num_stored_views, self.settings.embed_dim)
             if sizes != wanted:
                 raise InputError(
-                    f"{path} holds samples, views, width {sizes}, but its manifest says {wanted}: "
+                    f"{sidecar.path} holds samples, views, width {sizes}, but its manifest says {wanted}: "
                     "delete it and run scripts/cache_teacher.py again"
                 )
             self._sidecars[shard] = sidecar
         self._sidecars.move_to_end(shard)
         return self._sidecars[shard]
+
+    def _open(self, shard: int) -> Sidecar:
+        if isinstance(self.folder, Path):
+            return Sidecar(sidecar_path(self.folder, self.index.names[shard]))
+        assert isinstance(self.index, RemoteShardIndex)
+        file = self.index.beside(shard)
+        while True:
+            path = self.index.cache.path(file)
+            try:
+                return Sidecar(path)
+            except InputError:
+                if path.is_file():  # else another process has made room just now
+                    raise
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sidecars": OrderedDict()}

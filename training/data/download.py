@@ -18,8 +18,9 @@ from typing import NoReturn
 from longclip_teacher.errors import InputError
 from training.data.http_answer import Answer, Interrupted, Patience, get
 
-__all__ = ["Download", "TriesExhausted"]
+__all__ = ["ChangedFile", "Download", "MissingFile", "TriesExhausted"]
 
+_MISSING = (403, 404, 410)  # S3 answers 403 if the bucket may not be listed
 _TRY_AGAIN = (408, 429, 500, 502, 503, 504)
 _ADVICE = {
     206: "a part of it, though all was asked for",
@@ -31,6 +32,14 @@ _PROGRESS_BYTES = 1 << 20
 _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+)")
 
 
+class MissingFile(InputError):
+    """A file that the server does not have, or does not admit to have."""
+
+
+class ChangedFile(InputError):
+    """A file whose bytes are not those that were read of it before."""
+
+
 class TriesExhausted(InputError):
     """A server that gave nothing more however often it was asked."""
 
@@ -38,13 +47,17 @@ class TriesExhausted(InputError):
 class Download:
     """A file at an http or https URL, of which `read` gives one piece after the other."""
 
-    def __init__(self, url: str, ending: bytes = b"", patience: Patience | None = None) -> None:
+    def __init__(
+        self, url: str, ending: bytes = b"", patience: Patience | None = None, num_bytes: int | None = None
+    ) -> None:
         """Nothing is requested before the first `read`.
 
-        url       see `get` for redirects and credentials
-        ending    last bytes of every complete file of this kind. A file that ends otherwise is asked for more, once
+        url        see `get` for redirects and credentials
+        ending     last bytes of every complete file of this kind. A file that ends otherwise is asked for more, once
+        num_bytes  size that the file should have. One that ends before is asked for more, once
         """
         self._url, self._ending, self._patience = url, ending, patience or Patience()
+        self._least = num_bytes or 0
         self._answer: Answer | None = None
         self._position = 0  # bytes delivered
         self._hash = hashlib.blake2b()  # of these bytes
@@ -90,9 +103,11 @@ class Download:
             return data
         if left and self._size is not None:
             raise Interrupted(f"cut short at byte {self._position} of {self._size}")
-        if self._tail != self._ending and self._ended_at != self._position:
+        is_short = self._position < self._least
+        if (is_short or self._tail != self._ending) and self._ended_at != self._position:
             self._ended_at = self._position
-            raise Interrupted(f"no end mark at byte {self._position}, its end")
+            what = f"less than its {self._least} bytes" if is_short else "no end mark"
+            raise Interrupted(f"{what} at byte {self._position}, its end")
         self._size = self._position
         return b""
 
@@ -132,7 +147,7 @@ class Download:
             again.update(data)
             left -= len(data)
         if again.digest() != self._hash.digest():
-            raise InputError("it changed on the server while it was read")
+            raise ChangedFile("it changed on the server while it was read")
         self._size, self._validators = size, _validators(answer)
 
     def _go_on(self, answer: Answer) -> None:
@@ -171,7 +186,8 @@ def _refuse(answer: Answer) -> NoReturn:
     cause = f"HTTP {answer.status} ({phrases.get(answer.status, 'unknown')})"
     if answer.status in _TRY_AGAIN:
         raise Interrupted(cause, answer.headers.get("Retry-After"))
-    raise InputError(f"{cause}: {_ADVICE[answer.status]}" if answer.status in _ADVICE else cause)
+    kind = MissingFile if answer.status in _MISSING else InputError
+    raise kind(f"{cause}: {_ADVICE[answer.status]}" if answer.status in _ADVICE else cause)
 
 
 def _check_plain(answer: Answer) -> None:
@@ -187,7 +203,7 @@ def _check_no_page(answer: Answer, start: bytes) -> None:
     """Raise InputError for a web page in place of a file. Some servers call any file one, so its start decides too."""
     is_called_page = answer.headers.get_content_subtype() in ("html", "xhtml+xml")
     if is_called_page and start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
-        raise InputError("a web page in its place: perhaps the server wants a login, or the URL is that of a page")
+        raise MissingFile("a web page in its place: perhaps the server wants a login, or the URL is that of a page")
 
 
 def _length(answer: Answer) -> int | None:

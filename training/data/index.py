@@ -32,6 +32,7 @@ __all__ = [
     "ShardFiles",
     "ShardIndex",
     "Stage",
+    "check_url",
     "expand_patterns",
     "is_remote",
 ]
@@ -43,7 +44,7 @@ MAX_TEXT_BYTES = 4 << 20
 MAX_EXTRA_BYTES = 4 << 20
 _MAX_OPEN_FILES = 128
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:")
-_ALLOWED_URL = re.compile(r"(https://|s3://|http://(localhost|127\.0\.0\.1)(:\d+)?/)")
+_ALLOWED_URL = re.compile(r"(https://|s3://|gs://|http://(localhost|127\.0\.0\.1)(:\d+)?/)")
 
 Stage: TypeAlias = Literal["both", "image", "text"]
 """Which members of a sample are read: picture and captions, only the picture, or only the captions."""
@@ -70,7 +71,7 @@ def expand_patterns(shards: str | Path | Sequence[str | Path]) -> list[str]:
     """Return shard paths or URLs from one pattern or a list: braces, globs, or a folder of tars; sorted within a
     pattern. Existing paths are taken literally.
 
-    Raise InputError for a pattern without a match and for every URL scheme but https and s3 (http only on loopback).
+    Raise InputError for a pattern without a match and for a URL that `check_url` refuses.
     """
     patterns = [shards] if isinstance(shards, (str, Path)) else list(shards)
     found: list[str] = []
@@ -79,10 +80,7 @@ def expand_patterns(shards: str | Path | Sequence[str | Path]) -> list[str]:
         rest = pattern if folder == Path() else rest  # a URL keeps its slashes
         for part in expand_braces(rest):  # checked after expansion: braces could hide a scheme
             if folder == Path() and is_remote(part):
-                if not _ALLOWED_URL.match(part) or "::" in part:
-                    raise InputError(
-                        f"shards {part!r}: only local paths, https:// and s3:// are read (http:// only on localhost)"
-                    )
+                check_url(part, "shards")
                 found.append(part)
             else:
                 found += _local_matches(folder / part)
@@ -91,6 +89,14 @@ def expand_patterns(shards: str | Path | Sequence[str | Path]) -> list[str]:
     if len({is_remote(shard) for shard in found}) > 1:
         raise InputError("shards are partly local, partly remote: pass one kind")
     return list(dict.fromkeys(found))
+
+
+def check_url(url: str, what: str) -> None:
+    """Raise InputError for every URL scheme but https, s3 and gs (http only on loopback). The message names `what`."""
+    if not _ALLOWED_URL.match(url) or "::" in url:
+        raise InputError(
+            f"{what} {url!r}: only local paths, https://, s3:// and gs:// are read (http:// only on localhost)"
+        )
 
 
 def _local_matches(pattern: Path) -> list[str]:
@@ -165,10 +171,20 @@ class ShardIndex:
         self._files = files
         self._stage = stage
 
+    def file_status(self, shard: int) -> tuple[int, int]:
+        """Return the bytes of a shard's file, and when it was last changed (ctime in ns; 0 if that is not known)."""
+        status = self.paths[shard].stat()
+        return status.st_size, status.st_ctime_ns
+
     @property
     def num_samples(self) -> int:
         """The number of samples in all shards."""
         return int(self._starts[-1])
+
+    def keys(self, shard: int) -> list[str]:
+        """Return the keys of a shard's samples."""
+        record = self._records[shard]
+        return [record.key(row) for row in range(len(record.keys))]
 
     def key(self, index: int) -> str:
         """Return the key of sample `index`: the name of its members without the suffix."""

@@ -3,11 +3,13 @@
 The order of epoch e is a permutation keyed by (seed, e). Batch k is its k-th run of `global_batch_size` samples, and
 rank r of W takes the r-th W-th of it. The complete state of the sampler is therefore (seed, epoch, step): any number of
 workers and processes gives the same global batches, a resumed run continues where it stopped, and every rank takes the
-same number of steps. An epoch drops only the remainder that is smaller than a batch. For remote shards see stream.py.
+same number of steps. An epoch drops only the remainder that is smaller than a batch. Remote shards with a manifest are
+read in the same order through remote_index.py, those without one in no order through stream.py.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -20,11 +22,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from eval.base.workers import share_tensors, worker_options
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
+from training.data.download import MissingFile
 from training.data.epoch_order import EpochOrder
 from training.data.index import RawSample, ShardIndex, Stage, expand_patterns, is_remote
 from training.data.loose_files import CaptionFiles, PictureFolder
 from training.data.randomness import sample_generator
+from training.data.remote_index import GIGABYTE, RemoteShardIndex, default_cache_folder, remote_records
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, Tokenization, collate
+from training.data.shard_cache import ShardCache
 from training.data.shard_records import Contents
 from training.data.store import TeacherStore
 from training.data.stream import ShardStream
@@ -35,6 +40,7 @@ from training.settings.captions import NO_SAMPLING, CaptionOptions
 __all__ = ["Batch", "LoaderSettings", "OpenStore", "SampleIndex", "ShardLoader", "build_loader"]
 
 OpenStore: TypeAlias = Callable[[ShardIndex | None], TeacherStore]
+_LOGGER = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 20  # samples tried for one place in a batch
 _MIN_JUDGED = 1000  # the share of bad samples is computed as if at least this many had been read
 
@@ -70,32 +76,45 @@ class _IndexedBatches(Dataset):
 
     def __post_init__(self) -> None:
         self._epoch = -1
+        self._remote = self.index if isinstance(self.index, RemoteShardIndex) else None
 
     def __getitem__(self, epoch_step: tuple[int, int]) -> Batch | InputError:
         epoch, step = epoch_step
         if epoch != self._epoch:
-            self._order = EpochOrder(self.index.shard_sizes, self.decoder.seed, epoch, self.shuffle_shards)
+            key = self.index.shard_sizes, self.decoder.seed
+            self._order = EpochOrder(*key, epoch, self.shuffle_shards)
+            self._next_order = EpochOrder(*key, epoch + 1, self.shuffle_shards)
             self._epoch = epoch
         start = (step * self.world_size + self.rank) * self.batch_size
         skipped: Counter[str] = Counter()
         try:
-            numbers = self._order.samples(start, start + self.batch_size)
-            samples = [self._sample(epoch, int(number), skipped) for number in numbers]
+            self._expect(self._order.window_at(start))
+            numbers = self._order.samples(start, start + self.batch_size).tolist()
+            samples = [self._sample(epoch, number, place, skipped) for place, number in enumerate(numbers, start)]
         except InputError as error:
             return error
         return collate(samples, self.tokenization, dict(skipped))
 
-    def _sample(self, epoch: int, index: int, skipped: Counter[str]) -> Sample:
-        """Return sample `index`, or the first usable one of those drawn in its place."""
+    def _expect(self, window: int) -> None:
+        """Have the shards of a window and of the next one fetched, if they are remote."""
+        if self._remote is not None:
+            following = self._order.shards_of(window + 1) or self._next_order.shards_of(0)
+            self._remote.expect(self._order.shards_of(window), following)
+
+    def _sample(self, epoch: int, index: int, place: int, skipped: Counter[str]) -> Sample:
+        """Return sample `index`, which is at `place` in the order, or the first usable one of those drawn in its place:
+        from all samples, or from the same window of remote shards."""
         candidate = index
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
                 return self.decoder.decode(self.index.read(candidate), epoch, candidate)
             except BadSample as error:
                 skipped[str(error)] += 1
-                candidate = int(
-                    sample_generator(self.decoder.seed, epoch, index, attempt).integers(self.index.num_samples)
-                )
+                generator = sample_generator(self.decoder.seed, epoch, index, attempt)
+                if self._remote is None:
+                    candidate = int(generator.integers(self.index.num_samples))
+                else:
+                    candidate = self._order.replacement(self._order.window_at(place), generator)
         causes = ", ".join(f"{count} x {cause}" for cause, count in skipped.most_common())
         raise InputError(f"{_MAX_ATTEMPTS} samples drawn in a row cannot be used ({causes}): fix the data")
 
@@ -215,6 +234,10 @@ class LoaderSettings:
     """Share of samples that may be unusable (and are replaced) before the run stops."""
     shuffle_shards: int = 64
     """Number of shards whose samples are mixed at a time; loose files are all mixed."""
+    cache_folder: Path | None = None
+    """Folder for remote shards; None: `default_cache_folder`."""
+    cache_bytes: int = 50 * GIGABYTE
+    """The most bytes that it may hold."""
     epoch_samples: int | None = None
     """Samples per epoch: required for a stream; makes an epoch over indexed samples shorter."""
     open_store: OpenStore | None = None
@@ -250,6 +273,8 @@ class LoaderSettings:
             raise InputError(
                 "data: max_bad_share must be 0 to 1, shuffle_shards 1 or more, seed and num_workers 0 or more"
             )
+        if self.cache_bytes < 1:
+            raise InputError("--data.cache_gb must be positive")
 
 
 def build_loader(settings: LoaderSettings) -> ShardLoader:
@@ -263,12 +288,13 @@ def build_loader(settings: LoaderSettings) -> ShardLoader:
     # a store identifies a sample by its picture and captions
     members: Stage = settings.stage if settings.open_store is None else "both"
     paths = [] if loose is not None else expand_patterns(settings.shards)
-    is_stream = bool(paths) and is_remote(paths[0])
-    index = None if loose is not None or is_stream else ShardIndex(paths, settings.show_progress, members)
+    index = None if loose is not None else _shard_index(settings, paths, members)
     samples: SampleIndex | None = loose or index
     num_samples = None if samples is None else samples.num_samples
     steps_per_epoch = _epoch_samples(settings, num_samples) // settings.global_batch_size
     store = None if settings.open_store is None else settings.open_store(index)
+    if isinstance(index, RemoteShardIndex):
+        index.check_room()  # with what the store fetches
     source = _source(settings, samples, paths, members, store)
     return ShardLoader(
         source,
@@ -280,11 +306,31 @@ def build_loader(settings: LoaderSettings) -> ShardLoader:
     )
 
 
+def _shard_index(settings: LoaderSettings, paths: list[str], members: Stage) -> ShardIndex | None:
+    """Return the index of the shards; None if they are remote and have no manifest."""
+    if not is_remote(paths[0]):
+        return ShardIndex(paths, settings.show_progress, members)
+    try:
+        records = remote_records(paths)
+    except MissingFile as error:
+        _LOGGER.info(
+            "no manifest beside the shards (%s): they are streamed, drawn with replacement and without exact order or "
+            "resumption; make_shards.py index writes a manifest",
+            error,
+        )
+        return None
+    cache = ShardCache(settings.cache_folder or default_cache_folder(), settings.cache_bytes)
+    return RemoteShardIndex(paths, records, cache, settings.shuffle_shards, members)
+
+
 def _epoch_samples(settings: LoaderSettings, num_samples: int | None) -> int:
     """Return the number of samples per epoch, given `num_samples` in the data (None for a stream)."""
     num_epoch = settings.epoch_samples or num_samples
     if num_epoch is None:
-        raise InputError("remote shards have no index: set epoch_samples to the number of samples per epoch")
+        raise InputError(
+            "remote shards without a manifest.json beside them are streamed: upload it, or set epoch_samples to the "
+            "number of samples per epoch"
+        )
     if num_samples is not None and num_epoch > num_samples:
         raise InputError(f"epoch_samples {num_epoch} exceeds the {num_samples} samples of the data: lower it")
     if num_epoch < settings.global_batch_size:

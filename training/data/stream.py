@@ -2,7 +2,7 @@
 
 Shards are drawn with replacement, keyed by (seed, epoch, step, rank, worker), and mixed in a small buffer. There is no
 position to resume: a run that continues at (epoch, step) draws anew from there. Every rank takes the requested number
-of steps. URLs are opened by download.py (http, https) and fsspec (s3), never by webdataset's `gopen`, which runs
+of steps. URLs are opened by download.py (http, https) and fsspec (s3, gs), never by webdataset's `gopen`, which runs
 `pipe:` URLs in a shell. Tars are read in one pass.
 """
 
@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -27,6 +26,7 @@ from training.data.download import Download, TriesExhausted
 from training.data.http_answer import Patience, shown_url
 from training.data.index import MAX_EXTRA_BYTES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, RawSample, Stage
 from training.data.randomness import sample_generator
+from training.data.remote_files import OBJECT_STORES, open_object
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, Tokenization, collate
 from training.data.shard_records import EXTRA_MEMBERS
 
@@ -154,8 +154,8 @@ def read_remote_shard(url: str, stage: Stage = "both", patience: Patience | None
 
 
 def _opened(url: str, patience: Patience | None) -> AbstractContextManager[Any]:
-    if url.startswith("s3:"):
-        return fsspec.open(url, "rb")
+    if url.startswith(OBJECT_STORES):
+        return open_object(url, patience or Patience())
     return closing(Download(url, _END_MARK, patience))
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "EMBEDDED_CACHE",
     "EMBEDDED_DATA",
     "EMBEDDED_TEACHER",
+    "REMOTE_SHUFFLE_SHARDS",
     "DataOptions",
     "InitOptions",
     "MixOptions",
@@ -31,6 +32,7 @@ __all__ = [
 EMBEDDED_DATA = Path("data/digit_scenes")
 EMBEDDED_TEACHER = "runs/tiny_teacher"
 EMBEDDED_CACHE = f"{EMBEDDED_TEACHER}/cache"
+REMOTE_SHUFFLE_SHARDS = 4  # the default of data.shuffle_shards for remote shards
 DATACOMPDR = "datacompdr"  # as teacher.cache: the shards hold the features themselves
 
 
@@ -97,7 +99,7 @@ class DataOptions:
     """Training data, and the sets that evaluate the run."""
 
     shards: tuple[str, ...] = (f"{EMBEDDED_DATA}/train/*.tar",)
-    """Patterns of the training shards: local paths with * or {000..123}, https:// and s3:// URLs."""
+    """Patterns of the training shards: local paths with * or {000..123}, https://, s3:// and gs:// URLs."""
     images: Path | None = None
     """With run.stage image: a folder of pictures to train on instead of shards. Its subfolders are searched too;
     captions are not needed."""
@@ -122,9 +124,17 @@ class DataOptions:
     max_bad_share: float = 0.01
     """Largest share of unreadable samples; above it the run stops."""
     shuffle_shards: int = 64
-    """Number of shards whose samples are permuted together. More shards mix better, fewer read more locally."""
+    """Number of shards whose samples are permuted together. More shards mix better, fewer read more locally. Remote
+    shards default to 4."""
+    cache_dir: Path | None = None
+    """Folder on this node for remote shards that have a manifest. None: ~/.cache/compact-longclip/shards. The processes
+    of a node share it."""
+    cache_gb: float = 50.0
+    """The most gigabytes (10^9 bytes) that data.cache_dir may hold. It must hold two times data.shuffle_shards
+    shards."""
     epoch_samples: int | None = None
-    """Samples per epoch. Shards that are streamed from a URL need it; otherwise it shortens the epoch."""
+    """Samples per epoch. Remote shards without a manifest need it, because they are streamed; otherwise it shortens the
+    epoch."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from longclip_teacher.errors import InputError
-from training.settings.options import EMBEDDED_CACHE, EMBEDDED_DATA, EMBEDDED_TEACHER, DataOptions
+from training.settings.options import (
+    EMBEDDED_CACHE,
+    EMBEDDED_DATA,
+    EMBEDDED_TEACHER,
+    REMOTE_SHUFFLE_SHARDS,
+    DataOptions,
+)
 from training.settings.tree import TrainConfig, named_fields, parse_config
 
 __all__ = ["is_embedded", "leave_out_embedded", "run_config", "trains_on_embedded"]
@@ -39,14 +45,15 @@ def leave_out_embedded(config: TrainConfig, named: Collection[str]) -> tuple[Tra
 
     `named` are the fields (section.field) that the user gave: these keep their values. With other training data than
     the embedded ones, validation, tests and zero-shot set are dropped. With another zero-shot set than the embedded
-    one, its folders name the classes and open_clip's prompts are used. Raises InputError where a run on other data
-    would take the embedded teacher, its features or its text tower by default.
+    one, its folders name the classes and open_clip's prompts are used. Remote shards are mixed fewer at a time. Raises
+    InputError where a run on other data would take the embedded teacher, its features or its text tower by default.
     """
     notes: list[str] = []
     if (source := _other_source(config.data)) is not None:
         config = _without_sets(config, named, source, notes)
         config = _with_teacher_of_cache(config, named, notes)
         _refuse_embedded_teacher(config, named, source)
+    config = _with_remote_windows(config, named, notes)
     return _with_own_classes(config, named, notes), notes
 
 
@@ -103,6 +110,17 @@ def _with_own_classes(config: TrainConfig, named: Collection[str], notes: list[s
             f"{_and([f'--data.{name}' for name in changes])} for others"
         )
     return _replaced(config, "data", changes)
+
+
+def _with_remote_windows(config: TrainConfig, named: Collection[str], notes: list[str]) -> TrainConfig:
+    """Remote shards lie on a disk of this node for two windows only, so windows are smaller."""
+    data = config.data
+    if data.images is not None or data.captions or not any("://" in pattern for pattern in data.shards):
+        return config
+    if "data.shuffle_shards" in named or data.shuffle_shards <= REMOTE_SHUFFLE_SHARDS:
+        return config
+    notes.append(f"remote shards are mixed {REMOTE_SHUFFLE_SHARDS} at a time: give --data.shuffle_shards for more")
+    return _replaced(config, "data", {"shuffle_shards": REMOTE_SHUFFLE_SHARDS})
 
 
 def _with_teacher_of_cache(config: TrainConfig, named: Collection[str], notes: list[str]) -> TrainConfig:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import io
 import json
 import pickle
-import threading
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,9 @@ from PIL import Image
 
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import caption_lengths
+from remote_folder import served
 from shard_files import TOKENIZER, jpeg, keys_of, loader, sample, write_folder
+from training.data.download import MissingFile
 from training.data.index import RawSample, ShardIndex, Stage
 from training.data.samples import BadSample, SampleDecoder, read_captions
 from training.data.stream import ShardStream, read_remote_shard
@@ -217,21 +217,14 @@ def test_numbers_that_cannot_be_are_errors(shards: Path) -> None:
 # --- remote streams ---------------------------------------------------------------------------------------------------
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
-def server(shards: Path) -> Iterator[str]:
-    (shards / "broken.tar").write_bytes((shards / "s-000.tar").read_bytes()[:9000])
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(shards))) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-        thread.join()
-    (shards / "broken.tar").unlink()
+def server(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the shards and a broken one, without their manifest."""
+    folder = tmp_path_factory.mktemp("served") / "shards"
+    shutil.copytree(shards, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    (folder / "broken.tar").write_bytes((shards / "s-000.tar").read_bytes()[:9000])
+    with served(folder) as found:
+        yield found.url
 
 
 @pytest.mark.parametrize("stage", ["both", "image", "text"])
@@ -286,9 +279,17 @@ def test_a_shard_that_fails_on_the_way_is_counted_left_and_named_once(
 def test_a_server_that_is_down_ends_the_run_after_two_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr("training.data.download.time.sleep", waited.append)
+    with pytest.raises(InputError, match=r"\Acannot read http://127.0.0.1:9/manifest.json: [^\n]*after 8 tries\Z"):
+        loader("http://127.0.0.1:9/{0..9}.tar", epoch_samples=8)
+    waited.clear()
+    monkeypatch.setattr("training.data.loader.remote_records", raise_missing)  # it was up a moment ago
     with pytest.raises(InputError, match=r"\A2 remote shards in a row failed, at last: [^\n]*after 8 tries\Z"):
         list(loader("http://127.0.0.1:9/{0..9}.tar", epoch_samples=8).batches(0))
     assert len(waited) == 14
+
+
+def raise_missing(_: object) -> None:
+    raise MissingFile("none")
 
 
 def test_the_buffer_of_a_stream_is_bounded_in_bytes(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
