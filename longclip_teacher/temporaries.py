@@ -14,7 +14,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["own_folder", "remove_leftovers", "share_lock", "try_lock"]
+__all__ = ["own_folder", "release_lock", "remove_leftovers", "share_lock", "try_lock"]
 
 _NUM_BYTES = 8
 _RANDOM = "[0-9a-f]" * 2 * _NUM_BYTES  # the part of a name that differs
@@ -83,3 +83,10 @@ def share_lock(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+
+
+def release_lock(descriptor: int) -> None:
+    """Give a lock back at once. Closing the file alone leaves it to the processes forked meanwhile."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)

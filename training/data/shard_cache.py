@@ -24,16 +24,17 @@ from typing import Any, NamedTuple
 from longclip_teacher.atomic_files import atomic_file, written_into
 from longclip_teacher.errors import InputError
 from longclip_teacher.folder_lock import file_claim
-from longclip_teacher.temporaries import remove_leftovers, share_lock, try_lock
+from longclip_teacher.temporaries import release_lock, remove_leftovers, share_lock, try_lock
 from training.data.http_answer import Patience
 from training.data.remote_files import RemoteFile, fetch
 
 __all__ = ["CachedFiles", "ShardCache"]
 
 _SHARD, _MARK = ".shard", ".use"
-_NAME = re.compile(rf"([0-9a-f]{{64}})({_SHARD}|{_MARK})")
+_NAME = re.compile(rf"([0-9a-f]{{64}})({re.escape(_SHARD)}|{re.escape(_MARK)})")
 _LOCK = ".compact-longclip.room"
-_POLL = 0.05  # seconds
+_ARRIVING = re.compile(rf"\.[0-9a-f]{{64}}{re.escape(_SHARD)}\.[0-9a-f]{{16}}\.part")
+_POLL, _PREFETCH_POLL = 0.05, 0.5  # seconds
 
 
 class _Kept(NamedTuple):
@@ -127,7 +128,8 @@ class ShardCache:
             with file_claim(path) as is_mine:
                 is_done = is_mine and (_is_whole(path, file) or self._download(path, file, urgent=urgent))
             if not is_done:
-                time.sleep(_POLL)  # without the claim: who needs the file at once may take room that this may not
+                # without the claim, for who needs the file at once may take room that this may not
+                time.sleep(_POLL if urgent else _PREFETCH_POLL)
 
     def _download(self, path: Path, file: RemoteFile, *, urgent: bool) -> bool:
         """Fetch a file if there is room. The empty file of its size lets others see what is taken."""
@@ -176,7 +178,7 @@ class ShardCache:
                     kept.append(_Kept(status.st_mtime_ns, status.st_size, found[1]))
                 elif found:
                     marks.add(found[1])
-                elif entry.name.endswith(".part") and entry.is_dir(follow_symlinks=False):
+                elif _ARRIVING.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                     total += sum(inner.stat(follow_symlinks=False).st_size for inner in os.scandir(entry.path))
         for sha256 in marks - {one.sha256 for one in kept}:
             if not self._is_marked(sha256):
@@ -192,11 +194,15 @@ class ShardCache:
         with file:
             while try_lock(file.fileno()) is False:
                 time.sleep(_POLL / 10)
-            yield
+            try:
+                yield
+            finally:
+                release_lock(file.fileno())
 
     def _mark(self, wanted: set[str]) -> None:
         """Mark these files, by their sha256, and no others, as read by this process."""
         for sha256 in self._marks.keys() - wanted:
+            release_lock(self._marks[sha256])
             os.close(self._marks.pop(sha256))
         for sha256 in wanted - self._marks.keys():
             path = self.folder / f"{sha256}{_MARK}"

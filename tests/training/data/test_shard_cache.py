@@ -20,6 +20,7 @@ from at_once import start
 from faults.runs import ended
 from faulty_server import HURRIED, Fault, FaultyServer, serving
 from longclip_teacher.errors import InputError
+from longclip_teacher.temporaries import try_lock
 from ranks import wait_until
 from training.data.remote_files import RemoteFile
 from training.data.shard_cache import CachedFiles, ShardCache
@@ -118,6 +119,22 @@ def test_a_killed_download_leaves_nothing_that_counts(tmp_path: Path) -> None:
         ended([pid])
         assert read(cache, remote(server, 1)) == CONTENT["/1"]
         assert not list((tmp_path / "c").glob(".*.part")) and cached(cache, server) == {1}
+
+
+def test_a_process_forked_meanwhile_does_not_keep_the_lock(server: FaultyServer, tmp_path: Path) -> None:
+    """A run that evaluates forks workers while its thread fetches."""
+    cache = ShardCache(tmp_path / "c", SIZE, HURRIED)
+    cache.expect([remote(server, 0)], [])
+    with cache._alone():
+        pid = start(partial(time.sleep, 60), [], tmp_path / "log")
+    try:
+        cache.expect([], [])
+        for name in (".compact-longclip.room", f"{remote(server, 0).sha256}.use"):
+            with (tmp_path / "c" / name).open("ab") as file:
+                assert try_lock(file.fileno())
+    finally:
+        os.kill(pid, 9)
+        ended([pid])
 
 
 def test_a_full_disk_is_one_line_and_what_can_go_goes_before(
