@@ -116,9 +116,10 @@ def truncate(tokens: Int[Tensor, "N L"], context_length: int) -> Int[Tensor, "N 
 
 def with_end(tokens: Int[Tensor, "N L"]) -> Int[Tensor, "N L"]:
     """The captions, with EOT in the last place of those that have none: some tokenizers cut it off. No value decides a
-    shape, so that the function can be exported."""
+    shape, so that the function can be exported; nor is a place cut off, which torch.export forbids in two tokens."""
     has_end = (tokens == EOT).any(dim=1, keepdim=True)
-    return torch.cat([tokens[:, :-1], torch.where(has_end, tokens[:, -1:], EOT)], dim=1)
+    is_last = torch.arange(tokens.shape[1], device=tokens.device) == tokens.shape[1] - 1
+    return tokens.masked_fill(torch.logical_and(is_last, ~has_end), EOT)
 
 
 def first_sentence(caption: str) -> str:

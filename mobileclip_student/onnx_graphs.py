@@ -22,7 +22,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
 
-__all__ = ["image_graph", "onnx_encoder", "text_graph"]
+__all__ = ["image_graph", "onnx_encoder", "quiet_exporter", "text_graph"]
 
 _LARGEST_BATCH = 1 << 20
 
@@ -64,7 +64,7 @@ def _batch() -> torch.export.Dim:
 
 @torch.no_grad()
 def _graph(tower: nn.Module, example: Tensor, free: dict[int, torch.export.Dim], names: tuple[str, str]) -> ModelProto:
-    with _quiet_exporter():
+    with quiet_exporter():
         program = torch.onnx.export(
             tower,
             (example,),
@@ -85,7 +85,7 @@ def _graph(tower: nn.Module, example: Tensor, free: dict[int, torch.export.Dim],
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's remarks on its own workings off stderr."""
     logging.disable(logging.WARNING)
     try:

@@ -14,6 +14,7 @@ from longclip_teacher.errors import InputError, run_command
 from longclip_teacher.packages import ONNX, missing_packages
 
 PACKAGES = (*ONNX, "tokenizers")
+MOBILE_PACKAGES = {"executorch": "executorch", "coreml": "coremltools"}  # by option
 
 
 @dataclass
@@ -36,6 +37,10 @@ class Options:
 
     open_clip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also write a folder open_clip/ for open_clip. Its text towers are causal, or see their padding."""
+    executorch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also write the towers for telephones, executorch/*.pte for XNNPACK, compared with the model."""
+    coreml: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also write coreml/*.mlpackage. Core ML runs on Apple's systems alone, so these are not compared."""
 
     def check(self) -> None:
         """Raise InputError for a folder that is in use and for missing packages, before any work."""
@@ -43,15 +48,16 @@ class Options:
             raise InputError(f"--out {self.out} exists: name a new folder, or delete it")
         if missing := missing_packages(PACKAGES):
             raise InputError(f"export needs {', '.join(missing)}: pip install 'compact-longclip[export]'")
+        for option, package in MOBILE_PACKAGES.items():
+            if getattr(self, option) and missing_packages([package]):
+                raise InputError(
+                    f"--{option} needs {package}, best in an environment of its own (docs/deployment.md): "
+                    f"pip install {package}"
+                )
 
 
 if __name__ == "__main__":
     answer_early(Options)  # --help and refused options end here: the imports below take seconds
-
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import onnx
 import torch
@@ -64,6 +70,7 @@ from exporting.checks import FULL, HALF, Agreement, check_images, check_texts
 from exporting.folder import write_manifest, write_settings
 from exporting.half_weights import with_half_weights
 from exporting.immich import write_immich
+from exporting.mobile_files import write_core_ml, write_executorch
 from exporting.open_clip_folder import refuse_what_open_clip_cannot_say, write_open_clip
 from exporting.sources import Exported, load_source
 from exporting.timing import milliseconds
@@ -96,6 +103,7 @@ def main() -> None:
         written = write_graphs(model, folder)
         console.print("timing, in turns with the PyTorch model")
         rows = table_rows(model, folder, written)
+        rows += mobile_rows(model, folder, options, list(rows[0]))
         write_settings(model, folder)
         if options.immich:
             write_immich(model, folder)
@@ -117,11 +125,10 @@ def write_graphs(model: Exported, folder: Path) -> list[Written]:
     written = []
     for tower, stem in (("image", "vision_model"), ("text", "text_model")):
         console.print(f"exporting the {tower} tower and comparing it with the model")
-        with quiet_exporter():
-            if tower == "image":
-                graph = image_graph(image_tower, model.image_size)
-            else:
-                graph = text_graph(text_tower, model.context_length)
+        if tower == "image":
+            graph = image_graph(image_tower, model.image_size)
+        else:
+            graph = text_graph(text_tower, model.context_length)
         for suffix, stored, bounds in (("", graph, FULL), ("_fp16", with_half_weights(graph), HALF)):
             path = folder / "onnx" / f"{stem}{suffix}.onnx"
             onnx.save(stored, path)
@@ -149,6 +156,18 @@ def table_rows(model: Exported, folder: Path, written: list[Written]) -> list[di
     return rows
 
 
+def mobile_rows(model: Exported, folder: Path, options: Options, columns: list[str]) -> list[dict[str, str]]:
+    """Write the files for telephones, and return their rows of the table."""
+    rows = []
+    if options.executorch:
+        console.print("writing ExecuTorch files and comparing them with the model")
+        rows += write_executorch(model, folder)
+    if options.coreml:
+        console.print("writing Core ML packages")
+        rows += write_core_ml(model, folder)
+    return [dict.fromkeys(columns, "") | row for row in rows]
+
+
 def print_table(rows: list[dict[str, str]]) -> None:
     """Print the table on stdout."""
     caption = "ms: batch 1, one CPU thread, captions of 100 tokens, medians, called in turns"
@@ -158,18 +177,6 @@ def print_table(rows: list[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*row.values())
     plain_console().print(table)
-
-
-@contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's remarks on its own workings off stderr."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

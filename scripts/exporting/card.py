@@ -47,6 +47,7 @@ def model_card(model: Exported, files: Sequence[Mapping[str, str]]) -> str:
         *_files(files),
         *_use(model),
         *_terms(model.model.ancestry),
+        *_telephones(model, files),
         *_limits(model),
     ]
     return "\n".join(sections) + "\n"
@@ -146,6 +147,24 @@ def _terms(ancestry: Ancestry) -> list[str]:
         "The terms of the training data are not recorded.",
         "",
     ]
+
+
+def _telephones(model: Exported, files: Sequence[Mapping[str, str]]) -> list[str]:
+    """What the files for telephones take, if there are any."""
+    folders = {row["file"].split("/")[0] for row in files}
+    if not folders & {"executorch", "coreml"}:
+        return []
+    told = [
+        f"The files for telephones take one picture, float32 [1, 3, {model.image_size}, {model.image_size}], or the "
+        f"token ids of one caption, [1, L] with L from 2 to {model.context_length}: int64 in ExecuTorch, int32 in Core "
+        "ML.",
+    ]
+    if "coreml" in folders:
+        told.append(
+            "The Core ML packages were converted but not run, since Core ML runs on Apple's systems alone: compare "
+            "their features with those of the ONNX files before you use them."
+        )
+    return ["## On telephones", "", *told, ""]
 
 
 def _limits(model: Exported) -> list[str]:

@@ -17,7 +17,17 @@ from exporting.sources import Exported
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import EOT, SOT, VOCAB_SIZE
 
-__all__ = ["FULL", "HALF", "Agreement", "Bounds", "check_images", "check_texts", "onnx_encoder"]
+__all__ = [
+    "FULL",
+    "HALF",
+    "Agreement",
+    "Bounds",
+    "check_images",
+    "check_texts",
+    "compare_images",
+    "compare_texts",
+    "onnx_encoder",
+]
 
 BATCHES = (1, 2, 5)
 _WORD = 320  # any id but EOT's
@@ -74,34 +84,44 @@ def onnx_encoder(path: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
 
 
 def check_images(model: Exported, path: Path, bounds: Bounds) -> Agreement:
+    """`compare_images` for an ONNX file."""
+    return compare_images(model, onnx_encoder(path), path.name, bounds)
+
+
+def check_texts(model: Exported, path: Path, bounds: Bounds) -> Agreement:
+    """`compare_texts` for an ONNX file."""
+    return compare_texts(model, onnx_encoder(path), path.name, bounds)
+
+
+def compare_images(model: Exported, encode: Callable[[Tensor], Tensor], name: str, bounds: Bounds) -> Agreement:
     """Compare at each batch size on random pictures, one of them black and one white."""
-    encode, found = onnx_encoder(path), Agreement()
+    found = Agreement()
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
     for batch in BATCHES:
         pictures = torch.rand(batch, 3, model.image_size, model.image_size, generator=generator)
         pictures[1:2], pictures[2:3] = 0, 1
         pixels = (pictures - mean) / std
-        found.add(encode(pixels), model.encode_image(pixels), path.name)
-    found.hold(bounds, path.name)
+        found.add(encode(pixels), model.encode_image(pixels), name)
+    found.hold(bounds, name)
     return found
 
 
-def check_texts(model: Exported, path: Path, bounds: Bounds) -> Agreement:
+def compare_texts(model: Exported, encode: Callable[[Tensor], Tensor], name: str, bounds: Bounds) -> Agreement:
     """Compare at every length from 2 to the context, and at each batch size, with captions that are padded with EOT,
     with zeros, and not at all, and with captions whose EOT is cut off."""
-    encode, found = onnx_encoder(path), Agreement()
+    found = Agreement()
     for tokens, lengths in _captions(model.context_length):
         width = tokens.shape[1]
         expected = model.encode_text(tokens)
-        found.add(encode(tokens), expected, path.name)
+        found.add(encode(tokens), expected, name)
         for pad in (EOT, 0):
             is_pad = torch.arange(width) >= lengths[:, None]
-            found.add(encode(torch.where(is_pad, pad, tokens)), expected, path.name)
+            found.add(encode(torch.where(is_pad, pad, tokens)), expected, name)
         if bool((lengths == width).all()):
             cut = torch.cat([tokens[:, :-1], torch.full((len(tokens), 1), _WORD)], dim=1)
-            found.add(encode(cut), expected, path.name)
-    found.hold(bounds, path.name)
+            found.add(encode(cut), expected, name)
+    found.hold(bounds, name)
     return found
 
 

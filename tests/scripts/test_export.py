@@ -273,3 +273,8 @@ def test_a_folder_in_use_and_a_missing_package_are_refused(tmp_path: Path, monke
     monkeypatch.setattr(export, "PACKAGES", ("torch", "no_such_package"))
     with pytest.raises(InputError, match=r"export needs no_such_package: pip install 'compact-longclip\[export\]'"):
         run_export("student.safetensors", "--out", tmp_path / "new")
+    monkeypatch.undo()
+    for option in ("executorch", "coreml"):
+        monkeypatch.setitem(export.MOBILE_PACKAGES, option, "no_such_package")
+        with pytest.raises(InputError, match=f"--{option} needs no_such_package, best in an environment of its own"):
+            run_export("student.safetensors", "--out", tmp_path / "new", f"--{option}")
