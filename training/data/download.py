@@ -27,6 +27,7 @@ _ADVICE = {
     **dict.fromkeys((401, 403, 407), "the server wants a login, or does not let you have it"),
     **dict.fromkeys((404, 410), "check its name"),
 }
+_CHANGED = "it changed on the server while it was read"
 _SKIP_BYTES = 256 << 10
 _PROGRESS_BYTES = 1 << 20
 _RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+)")
@@ -66,6 +67,7 @@ class Download:
         self._validators: dict[str, str] = {}
         self._can_resume = True
         self._ended_at = -1
+        self._shorter: int | None = None  # size of the last entire answer that was shorter than what was delivered
         self._failures, self._failed_at = 0, 0
         self._random = random.Random()  # not the global one, which belongs to the experiment
 
@@ -136,6 +138,9 @@ class Download:
         _check_plain(answer)
         size = _length(answer)
         if size is not None and size < self._position:
+            if size == self._shorter:
+                raise ChangedFile(_CHANGED)
+            self._shorter = size
             raise Interrupted(f"{size} bytes, of which {self._position} were read before")
         again, left = hashlib.blake2b(), self._position
         while left:
@@ -147,7 +152,7 @@ class Download:
             again.update(data)
             left -= len(data)
         if again.digest() != self._hash.digest():
-            raise ChangedFile("it changed on the server while it was read")
+            raise ChangedFile(_CHANGED)
         self._size, self._validators = size, _validators(answer)
 
     def _go_on(self, answer: Answer) -> None:

@@ -23,18 +23,19 @@ from typing import Any, NamedTuple
 
 from longclip_teacher.atomic_files import atomic_file, written_into
 from longclip_teacher.errors import InputError
-from longclip_teacher.folder_lock import file_claim
 from longclip_teacher.temporaries import release_lock, remove_leftovers, share_lock, try_lock
 from training.data.http_answer import Patience
 from training.data.remote_files import RemoteFile, fetch
 
 __all__ = ["CachedFiles", "ShardCache"]
 
-_SHARD, _MARK = ".shard", ".use"
+_SHARD, _MARK, _CLAIM = ".shard", ".use", ".get"
 _NAME = re.compile(rf"([0-9a-f]{{64}})({re.escape(_SHARD)}|{re.escape(_MARK)})")
 _LOCK = ".compact-longclip.room"
-_ARRIVING = re.compile(rf"\.[0-9a-f]{{64}}{re.escape(_SHARD)}\.[0-9a-f]{{16}}\.part")
+_ARRIVING = re.compile(rf"\.([0-9a-f]{{64}}){re.escape(_SHARD)}\.[0-9a-f]{{16}}\.part")
 _POLL, _PREFETCH_POLL = 0.05, 0.5  # seconds
+# seconds without a byte, longer than any fetch waits: on a file system without locks nothing else tells of a dead one
+_ABANDONED = 900.0
 
 
 class _Kept(NamedTuple):
@@ -125,7 +126,7 @@ class ShardCache:
         """Fetch a file unless it is there. It may still be missing afterwards if it `is_wanted` no more."""
         path = self._path(file)
         while not _is_whole(path, file) and is_wanted():
-            with file_claim(path) as is_mine:
+            with self._claim(file) as is_mine:
                 is_done = is_mine and (_is_whole(path, file) or self._download(path, file, urgent=urgent))
             if not is_done:
                 # without the claim, for who needs the file at once may take room that this may not
@@ -167,23 +168,44 @@ class ShardCache:
         )
 
     def _survey(self) -> tuple[int, list[_Kept]]:
-        """Return the bytes of all files, complete or arriving, and the complete ones, the least recently read first."""
+        """Return the bytes of all files, complete or arriving, and the complete ones, the least recently read first.
+
+        What is arriving is listed first: a file that arrives meanwhile is then found under its name.
+        """
         remove_leftovers(self.folder, f"*{_SHARD}", is_shared=True)
-        total, kept, marks = 0, list[_Kept](), set[str]()
+        arriving = [(found[1], _bytes_in(path)) for path in self.folder.iterdir() if (found := _arrives(path))]
+        kept, marks = list[_Kept](), set[str]()
         for entry in list(os.scandir(self.folder)):
-            with suppress(FileNotFoundError):  # it has just been renamed or removed
-                found = _NAME.fullmatch(entry.name)
-                if found and found[2] == _SHARD:
+            found = _NAME.fullmatch(entry.name)
+            if found and found[2] == _MARK:
+                marks.add(found[1])
+            elif found:
+                with suppress(FileNotFoundError):  # somebody has deleted it
                     status = entry.stat(follow_symlinks=False)
                     kept.append(_Kept(status.st_mtime_ns, status.st_size, found[1]))
-                elif found:
-                    marks.add(found[1])
-                elif _ARRIVING.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                    total += sum(inner.stat(follow_symlinks=False).st_size for inner in os.scandir(entry.path))
         for sha256 in marks - {one.sha256 for one in kept}:
             if not self._is_marked(sha256):
                 (self.folder / f"{sha256}{_MARK}").unlink(missing_ok=True)
-        return total + sum(one.num_bytes for one in kept), sorted(kept)
+        complete = {(one.sha256, one.num_bytes) for one in kept}
+        arriving = [one for one in arriving if one not in complete]
+        return sum(size for _, size in arriving) + sum(one.num_bytes for one in kept), sorted(kept)
+
+    @contextmanager
+    def _claim(self, file: RemoteFile) -> Iterator[bool]:
+        """Yield whether this thread alone may fetch a file. Without locks all may: the file is written atomically."""
+        path = self.folder / f"{file.sha256}{_CLAIM}"
+        with written_into(path, self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            claim = path.open("ab")
+        with claim:
+            if try_lock(claim.fileno()) is False:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+                release_lock(claim.fileno())
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -248,6 +270,22 @@ def _rotated(files: Sequence[RemoteFile], number: int) -> tuple[RemoteFile, ...]
     """Return the files from another one on, so that the processes of a node begin with different ones."""
     start = number % max(1, len(files))
     return (*files[start:], *files[:start])
+
+
+def _arrives(path: Path) -> re.Match[str] | None:
+    return _ARRIVING.fullmatch(path.name)
+
+
+def _bytes_in(folder: Path) -> int:
+    """Return the size of a file that is being fetched, 0 if it has arrived. What was abandoned is removed."""
+    try:
+        inside = [path.stat() for path in folder.iterdir()]
+    except OSError:
+        return 0
+    if inside and time.time() - max(status.st_mtime for status in inside) > _ABANDONED:
+        shutil.rmtree(folder, ignore_errors=True)
+        return 0
+    return sum(status.st_size for status in inside)
 
 
 def _allocate(path: Path, num_bytes: int) -> None:

@@ -101,10 +101,10 @@ def test_two_versions_are_never_mixed(ranges: bool) -> None:
     cause = r"\Ait changed on the server while it was read\Z"
     with serving(CONTENT, Fault(cut_at=CUT), changed, ranges=ranges) as server, pytest.raises(InputError, match=cause):
         downloaded(server)
-    with serving(CONTENT, Fault(cut_at=CUT), *[Fault(200, body=CONTENT[: CUT - 1])] * 9, ranges=ranges) as server:
-        cause = rf"\A{CUT - 1} bytes, of which {CUT} were read before, after 8 tries\Z"
-        with pytest.raises(TriesExhausted, match=cause):
-            downloaded(server)
+    shorter = [Fault(200, body=CONTENT[: CUT - 1])] * 9
+    with serving(CONTENT, Fault(cut_at=CUT), *shorter, ranges=ranges) as server, pytest.raises(InputError, match=cause):
+        downloaded(server)
+    assert len(server.faults) == 7  # what is shorter is asked for once more
 
 
 LASTING = {
