@@ -70,6 +70,11 @@ class Options:
         """Return the run folder of a student; seed 0 has the plain name."""
         return self.out / (student if seed == 0 else f"{student}_seed{seed}")
 
+    @property
+    def cache(self) -> Path:
+        """The folder of the teacher's features of the training data."""
+        return self.out / "teacher_cache"
+
     def training_arguments(self) -> list[str]:
         """Return the arguments that all trainings share and that differ from the presets."""
         return [
@@ -113,12 +118,14 @@ from training.record.evaluate import evaluate_tests, test_sets
 
 STUDENTS = {  # what distinguishes each student; data, steps, seed and optimiser are the same
     "distilled": [],
-    "undistilled": ["--teacher.checkpoint", "None"],  # drops the losses that need a teacher
+    "undistilled": ["--teacher.checkpoint", "None", "--teacher.cache", "None"],  # drops the losses that need a teacher
     "cut77": ["--student.context_length", "77"],
 }
 EXPORTED = {"teacher_onnx": "teacher", "distilled_onnx": "distilled"}
 WEIGHTS = "best.safetensors"
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "training" / "main.py"
+CACHE_SCRIPT = Path(__file__).resolve().parent / "cache_teacher.py"
+STORED_CROPS = 3  # of each picture: 300 steps of 128 are 2.4 passes over 16,000
 
 console = plain_console(stderr=True, soft_wrap=True)
 
@@ -137,6 +144,7 @@ def run(options: Options) -> None:
     with_exports = can_export()
     make_data(options.data)
     make_teacher(options)
+    make_cache(options)
     for seed in options.seeds:
         for student in STUDENTS:
             make_student(options, student, seed)
@@ -178,29 +186,42 @@ def make_teacher(options: Options) -> None:
     run_training("tiny_teacher", options.teacher, options, options.teacher_steps, [])
 
 
+def make_cache(options: Options) -> None:
+    """Store the teacher's features of the training data, once for all students. What is stored is kept."""
+    say("teacher", f"storing its features of all pictures and captions in {options.cache}")
+    arguments = ["--shards", f"{options.data}/train/*.tar", "--teacher", str(options.teacher)]
+    arguments += ["--out", str(options.cache), "--views", str(STORED_CROPS), "--num-workers", "1", "--device", "cpu"]
+    run_script(options, CACHE_SCRIPT, arguments, options.cache)
+
+
 def make_student(options: Options, student: str, seed: int) -> None:
     """Train one student. A finished run is reused, a stopped one continues."""
     out_dir = options.run_dir(student, seed)
     say(student, f"training in {out_dir}")
     # the tests come at the end, for all models together; validation on the way costs seconds and gives a curve
     steps = options.steps or student_config(options).run.max_steps or 1
-    arguments = ["--teacher.checkpoint", str(options.teacher), "--run.seed", str(seed), *STUDENTS[student]]
+    arguments = ["--teacher.checkpoint", str(options.teacher), "--teacher.cache", str(options.cache)]
+    arguments += ["--run.seed", str(seed), *STUDENTS[student]]
     arguments += ["--data.tests", "--data.zeroshot", "None", "--run.eval_every", str(max(1, steps // 4))]
     run_training("digit_scenes", out_dir, options, options.steps, arguments)
 
 
 def run_training(preset: str, out_dir: Path, options: Options, steps: int | None, arguments: list[str]) -> None:
-    """Run training/main.py in its own processes and pass on its progress. Raise InputError if it fails."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
-    command = [sys.executable, *launcher, str(TRAINING_SCRIPT), preset, "--run.out_dir", str(out_dir)]
-    command += [*options.training_arguments(), *arguments]
+    """Train a model. A stopped run continues."""
+    arguments = [preset, "--run.out_dir", str(out_dir), *options.training_arguments(), *arguments]
     if steps is not None:
-        command += ["--run.max_steps", str(steps)]
-    code = launch(command)
+        arguments += ["--run.max_steps", str(steps)]
+    run_script(options, TRAINING_SCRIPT, arguments, out_dir)
+
+
+def run_script(options: Options, script: Path, arguments: list[str], out: Path) -> None:
+    """Run a script that fills `out` in its own processes, and pass on its progress. Raise InputError if it fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
+    code = launch([sys.executable, *launcher, str(script), *arguments])
     if code != 0:
         raise InputError(
-            f"training {out_dir} failed with exit code {code}: see its own 'error:' line above; once that is fixed, "
-            "the same command continues from the last checkpoint"
+            f"{script.name} failed with exit code {code} in {out}: see its own 'error:' line above; once that is "
+            "fixed, the same command continues where it was"
         )
 
 

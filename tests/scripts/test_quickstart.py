@@ -13,11 +13,13 @@ from types import ModuleType
 import pytest
 import torch
 
+import cache_teacher
 import training.main
 from eval.measures.figures import format_figure
 from eval.towers.models import load_model
 from longclip_teacher.errors import InputError
 from longclip_teacher.packages import ONNX, missing_packages
+from training.record.run_log import read_metrics
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "quickstart.py"
 FIGURES = {
@@ -47,11 +49,16 @@ def quickstart(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def launched(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Record the commands that would be launched, and run their trainings here on batches of 36."""
+    """Record the commands that would be launched, and run them here, trainings on batches of 36."""
     commands: list[list[str]] = []
 
     def run(command: list[str]) -> int:
         commands.append(command)
+        if str(quickstart.CACHE_SCRIPT) in command:
+            arguments = command[command.index(str(quickstart.CACHE_SCRIPT)) :]
+            monkeypatch.setattr(sys, "argv", arguments)
+            cache_teacher.main()
+            return 0
         arguments = command[command.index(str(quickstart.TRAINING_SCRIPT)) + 1 :]
         small = ["--run.global_batch_size", "36", "--data.num_workers", "0"]
         monkeypatch.setattr(sys, "argv", ["training/main.py", *arguments, *small])
@@ -97,7 +104,12 @@ def test_two_seeds_from_data_to_report_without_the_extra(
     picture = torch.rand(2, 3, 48, 48)
     torch.testing.assert_close(fused.encode_image(picture), plain.encode_image(picture), atol=1e-5, rtol=0)
 
-    assert len(launched) == 6
+    assert len(launched) == 7  # the teacher's pass, and three students of each seed
+    for name in quickstart.STUDENTS:  # the teacher is not run again
+        rows = read_metrics(out / name)
+        assert ("vrd_long" in rows[0]) == (name != "undistilled")
+        config = (out / name / "config.toml").read_text()
+        assert ("teacher_cache" in config) == (name != "undistilled")
     assert all(
         command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] for command in launched
     )
@@ -181,11 +193,13 @@ def test_a_missing_teacher_is_trained_first(
     assert len(commands) == 1
 
 
-def test_a_failed_training_ends_in_one_line_with_its_exit_code(
+def test_a_failed_command_ends_in_one_line_with_its_exit_code(
     quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quickstart, "launch", lambda command: 3)
-    with pytest.raises(InputError, match=r"training runs/quickstart/distilled failed with exit code 3") as error:
+    with pytest.raises(
+        InputError, match=r"cache_teacher\.py failed with exit code 3 in runs/quickstart/teacher_cache"
+    ) as error:
         call(quickstart, monkeypatch)
     assert "\n" not in str(error.value)
 
