@@ -153,6 +153,7 @@ def run(options: Options) -> None:
     seconds = time.monotonic() - started
     sets = test_sets(student_config(options))
     notes = explain(compared.models, {name: len(found.images) for name, found in sets.items()})
+    notes.append(explain_vocabulary(options))
     notes.append(f"The run took {seconds:.0f} seconds with {options.processes} training processes.")
     write_results(options.out / "results.json", compared, seconds)
     write_page(options, compared, sets, notes)
@@ -308,6 +309,22 @@ def costs_of_models(options: Options, with_exports: bool) -> tuple[dict[str, Cos
         costs[name]["bytes"] = model.num_bytes
     fused = {name: costs.pop(f"{name}, merged") for name in STUDENTS}
     return costs, fused
+
+
+def explain_vocabulary(options: Options) -> str:
+    """Say how large the models are without the table of the vocabulary, which is most of such small models."""
+    millions = []
+    for folder in (options.run_dir("reparameterized", options.seeds[0]), options.teacher):
+        model = load_model(folder)
+        assert isinstance(model, LongCLIP | MobileCLIP)
+        text = model.text_encoder if isinstance(model, MobileCLIP) else model.text
+        vocabulary = text.token_embedding.weight.numel()
+        millions.append((sum(weight.numel() for weight in model.parameters()) - vocabulary) / 1e6)
+    student, teacher = millions
+    return (
+        f"Without the table of its vocabulary, the merged student has {student:.2f} M parameters: "
+        f"{student / teacher:.0%} of the teacher's {teacher:.2f} M."
+    )
 
 
 def summarise(

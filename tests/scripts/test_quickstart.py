@@ -118,6 +118,8 @@ def test_two_seeds_from_data_to_report_without_the_extra(
     assert "onnx" not in printed.lower() and all(name in printed for name in MODELS)
     words = " ".join(printed.split())
     assert "cannot pass 25%" in words
+    # 96 x 49,408 of the teacher's weights are its vocabulary, 64 x 49,408 of the student's
+    assert "the merged student has 0.30 M parameters: 44% of the teacher's 0.67 M" in words
     lines = [line for line in printed.splitlines() if " M " in line]  # of the table
     rows = {line.split()[0]: line for line in lines if line.split()[0] in MODELS}
     assert list(rows) == MODELS[:4]  # the students as they are used: reparameterized
