@@ -28,6 +28,7 @@ __all__ = ["LOCK_NAME", "check_folder", "file_claim", "folder_lock", "remove_cla
 
 LOCK_NAME = ".compact-longclip.lock"
 _POLL = 0.5  # seconds between two tries of a process that waits
+_QUIET = 2.0  # seconds that a process waits before it says so, because small files are written in less
 _MAX_GLANCES = 20  # at a lock file whose holder has not written its name yet, within _POLL seconds
 _MOST_TRIES = 100  # while other processes remove the lock file that was just opened
 _MAX_BYTES = 4096  # of a lock file that is read
@@ -141,12 +142,12 @@ def file_claim(path: Path, *, wait: bool = False) -> Iterator[bool]:
     place = path.absolute()
     lock = _beside(place)
     made = [parent for parent in lock.parents if not _is_there(parent)]
-    is_told = False
+    is_told, asked = False, time.monotonic()
     while (descriptor := _take(lock, path.parent, is_shared=True)) is None:
         if not wait:
             yield False
             return
-        if not is_told and (holder := _read_holder(lock)):
+        if not is_told and time.monotonic() - asked > _QUIET and (holder := _read_holder(lock)):
             print(f"waiting: {path} is being written by {holder}", file=sys.stderr, flush=True)
             is_told = True
         time.sleep(_POLL)
