@@ -94,7 +94,8 @@ class TestStoredFeatures:
         assert largest_difference(stored, online) < 1e-3
         assert all(abs(a[name] - b[name]) < 1e-3 for a, b in zip(stored, online, strict=True) for name in losses)
         given = train(tmp_path / "given", "--teacher.cache", str(cache))
-        assert abs(stored[0]["vrd_short"] - given[0]["vrd_short"]) > 1e-2, "short captions say something else"
+        others = [abs(a["vrd_short"] - b["vrd_short"]) for a, b in zip(stored, given, strict=True)]
+        assert max(others) > 1e-2, "short captions say something else"
 
     def test_the_teacher_is_not_loaded_and_need_not_be_named(self, cache: Path, tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
