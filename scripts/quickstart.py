@@ -126,7 +126,7 @@ EXPORTED = {"teacher_onnx": "teacher", "distilled_onnx": "distilled"}
 WEIGHTS = "best.safetensors"
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "training" / "main.py"
 CACHE_SCRIPT = Path(__file__).resolve().parent / "cache_teacher.py"
-STORED_CROPS = 2  # of each picture: 160 steps of 128 are 1.3 passes over 16,000
+STORED_CROPS = 2  # of each picture: 200 steps of 128 are 1.6 passes over 16,000
 
 console = plain_console(stderr=True, soft_wrap=True)
 

@@ -3,7 +3,7 @@
 A board is 48 px: a coloured ground in a coloured frame, with a 3x3 grid of tiles. Each tile shows one of scikit-learn's
 1,797 handwritten digits in one of 8 inks and 2 sizes, on a dark or a light tile. The caption of about 100 tokens
 describes the tiles in reading order; its first sentence names only the ground and the frame. Most boards are full, some
-are sparse. One in three belongs to one of a few series of boards that begin alike, so a batch holds captions that
+are sparse. One in four belongs to one of a few series of boards that begin alike, so a batch holds captions that
 differ only at their ends; without them nothing makes a model read to the end. One in eight shows a single huge digit,
 always in the same colours. Only the handwriting tells these apart, so they teach a model to read digits; full boards do
 not, because their colours tell them apart. They are also the test of zero-shot classification.
@@ -64,7 +64,7 @@ SIZES = {"small": 8, "large": 12}  # pixels of the glyph's square; scikit-learn'
 BOARD_PX, FRAME_PX, CELL_PX, TILE_PX = 48, 3, 14, 12
 NUM_TRAIN_GLYPHS, NUM_VAL_GLYPHS = 1297, 150  # of 1,797; the other 350 are the test's
 SINGLE_SHARE, SPARSE_SHARE = 0.12, 0.05  # training boards with one huge digit, with two to eight
-SERIES_SHARE, NUM_SERIES = 0.33, 12  # training boards that begin like the others of their series, as twins do
+SERIES_SHARE, NUM_SERIES = 0.25, 14  # training boards that begin like the others of their series, as twins do
 TWINS_PER_FAMILY, NUM_SHARED_CELLS = 4, 7  # the first seven cells' sentences reach past token 77
 SHARD_SIZE = 4000
 
