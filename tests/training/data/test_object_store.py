@@ -56,7 +56,7 @@ def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any,
     """The shards in a bucket: its file system, and its faults."""
     faults = Faults()
     server = serving.make_server("127.0.0.1", 0, faults, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_DEFAULT_REGION": "us-east-1",
