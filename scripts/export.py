@@ -15,6 +15,7 @@ from longclip_teacher.packages import ONNX, missing_packages
 
 PACKAGES = (*ONNX, "tokenizers")
 MOBILE_PACKAGES = {"executorch": "executorch", "coreml": "coremltools"}  # by option
+OPENVINO = "openvino"
 
 
 @dataclass
@@ -26,6 +27,10 @@ class Options:
     The folder holds both towers as ONNX graphs in float32 and with weights in half precision, the tokenizer, the
     preprocessing, the PyTorch weights, a model card and the sha256 of every file. Each graph is compared with the model
     at every length and several batch sizes. If one differs, the command fails and nothing is left.
+
+    With --int8 it also holds graphs in int8, whose R@1 on pairs of pictures and captions may be one point below that of
+    the float32 graphs. A run is judged by its validation set and calibrated by its training shards. A weight file needs
+    --pairs and --calibration.
     """
 
     source: Annotated[str, tyro.conf.Positional]
@@ -42,6 +47,17 @@ class Options:
     coreml: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also write coreml/*.mlpackage. Core ML runs on Apple's systems alone, so these are not compared."""
 
+    int8: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also write graphs in int8, *_quantized.onnx, with as much in int8 as R@1 allows."""
+    calibration: Path | None = None
+    """With --int8: folder of pictures like those of its use, from which ranges are taken. By default, the run's
+    training pictures."""
+    pairs: Annotated[str | None, tyro.conf.arg(metavar="PROTOCOL:DIR")] = None
+    """With --int8: retrieval set to judge it by, such as urban1k:data/Urban1k, of which the first 1,000 pictures count.
+    By default, the run's validation set."""
+    openvino: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also write the graphs as OpenVINO reads them: openvino/."""
+
     def check(self) -> None:
         """Raise InputError for a folder that is in use and for missing packages, before any work."""
         if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
@@ -54,6 +70,11 @@ class Options:
                     f"--{option} needs {package}, best in an environment of its own (docs/deployment.md): "
                     f"pip install {package}"
                 )
+        if self.openvino and missing_packages([OPENVINO]):
+            raise InputError(f"--openvino needs {OPENVINO}: pip install 'compact-longclip[export,openvino]'")
+        for name in ("calibration", "pairs"):
+            if getattr(self, name) is not None and not self.int8:
+                raise InputError(f"--{name} is for int8 files: add --int8, or leave it out")
 
 
 if __name__ == "__main__":
@@ -66,30 +87,24 @@ from rich.table import Table
 
 from eval.base.consoles import plain_console
 from exporting.card import model_card
-from exporting.checks import FULL, HALF, Agreement, check_images, check_texts
+from exporting.checks import FULL, HALF, Written, check_images, check_texts
 from exporting.folder import write_manifest, write_settings
 from exporting.half_weights import with_half_weights
 from exporting.immich import write_immich
+from exporting.int8_files import write_int8
+from exporting.judged_pairs import Judge, calibration_pixels, judged_pairs
 from exporting.mobile_files import write_core_ml, write_executorch
 from exporting.open_clip_folder import refuse_what_open_clip_cannot_say, write_open_clip
+from exporting.openvino_files import write_openvino
+from exporting.runtimes import num_bytes, runtime_encoder
 from exporting.sources import Exported, load_source
 from exporting.timing import milliseconds
 from longclip_teacher.atomic_files import atomic_folder
 from mobileclip_student import MobileCLIP
 from mobileclip_student.onnx_graphs import image_graph, text_graph
 
+_TABLE_WIDTH = 120
 console = plain_console(stderr=True, soft_wrap=True)
-
-
-@dataclass(frozen=True)
-class Written:
-    """A graph in the folder."""
-
-    name: str
-    """Relative to the folder."""
-    tower: str
-    """image or text"""
-    agreement: Agreement
 
 
 def main() -> None:
@@ -99,8 +114,18 @@ def main() -> None:
     model = load_source(options.source)
     if options.open_clip:
         refuse_what_open_clip_cannot_say(model, options.source)
+    pairs = judged_pairs(model, options.pairs) if options.int8 else None
+    pixels = calibration_pixels(model, options.calibration) if options.int8 else None
     with atomic_folder(options.out) as folder:
         written = write_graphs(model, folder)
+        if pairs is not None and pixels is not None:
+            console.print(f"int8: judging by R@1 on {len(pairs.images)} pictures and their captions")
+            encoders = (runtime_encoder(folder / f"onnx/{stem}.onnx") for stem in ("vision_model", "text_model"))
+            judge = Judge(model, pairs, *encoders)
+            written = [*judge.with_r1(written), *write_int8(model, folder, judge, pixels)]
+        if options.openvino:
+            console.print("comparing what OpenVINO makes of them with the model")
+            written += write_openvino(model, folder, pairs)
         console.print("timing, in turns with the PyTorch model")
         rows = table_rows(model, folder, written)
         rows += mobile_rows(model, folder, options, list(rows[0]))
@@ -110,7 +135,8 @@ def main() -> None:
         if isinstance(model.unfused, MobileCLIP) and options.open_clip:
             console.print("comparing what open_clip loads with the model")
             write_open_clip(model.unfused, folder / "open_clip")
-        (folder / "README.md").write_text(model_card(model, rows), encoding="utf-8")
+        card = model_card(model, rows, [f"`{one.name}`: {one.form}." for one in written if one.form], pairs)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         write_manifest(folder)
     print_table(rows)
     say = plain_console(soft_wrap=True).print
@@ -141,14 +167,16 @@ def write_graphs(model: Exported, folder: Path) -> list[Written]:
 def table_rows(model: Exported, folder: Path, written: list[Written]) -> list[dict[str, str]]:
     """The table of files, each with its agreement and its milliseconds, beside the PyTorch model's."""
     times = milliseconds(model, {one.name: (one.tower, folder / one.name) for one in written})
+    has_r1 = any(one.r1 for one in written)
     rows = []
     for one in written:
         rows.append(
             {
                 "file": one.name,
-                "bytes": str((folder / one.name).stat().st_size),
+                "bytes": str(num_bytes(folder / one.name)),
                 "cosine": f"{one.agreement.cosine:.7f}",
                 "max diff": f"{one.agreement.difference:.1e}",
+                **({"R@1 %": one.r1} if has_r1 else {}),
                 "ms": f"{times[one.name]:.2f}",
                 "torch ms": f"{times[one.tower]:.2f}",
             }
@@ -176,7 +204,9 @@ def print_table(rows: list[dict[str, str]]) -> None:
         table.add_column(head, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row.values())
-    plain_console().print(table)
+    wide = plain_console()
+    wide.width = max(wide.width, _TABLE_WIDTH)  # a narrower terminal breaks the lines instead of losing figures
+    wide.print(table)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ Write the features of a folder's pictures for an index of your own: float32 [N, 
 
 Beside features.npy stands features.json: "names" in the order of the rows, "problems" and the model's "fingerprint".
 """
+_MODEL = "folder that export.py wrote, or one of its graphs, such as MODEL/onnx/vision_model_quantized.onnx"
 _MORE = 10  # broken pictures that are named
 _BETWEEN_LINES = 10  # seconds between lines of progress in a log
 
@@ -63,7 +64,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     index = commands.add_parser("index", help="make an index, or bring it up to date", description=_INDEX)
     index.add_argument("folder", type=Path, help="folder of photos; its subfolders count")
-    index.add_argument("--model", type=Path, help="folder that export.py wrote; by default, the one of the index")
+    index.add_argument("--model", type=Path, help=f"{_MODEL}; by default, the one of the index")
     index.set_defaults(run=index_command)
     find = commands.add_parser("search", help="search by text or picture", description=_SEARCH)
     find.add_argument("text", nargs="?", help="what the pictures show, in one sentence or many")
@@ -75,7 +76,7 @@ def main() -> None:
     find.set_defaults(run=search_command)
     embed = commands.add_parser("embed", help="write features for an index of your own", description=_EMBED)
     embed.add_argument("folder", type=Path, help="folder of photos; its subfolders count")
-    embed.add_argument("--model", type=Path, required=True, help="folder that export.py wrote")
+    embed.add_argument("--model", type=Path, required=True, help=_MODEL)
     embed.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="file of features to write")
     embed.set_defaults(run=embed_command)
     for command in (index, find):
@@ -95,7 +96,7 @@ def index_command(options: argparse.Namespace) -> None:
     from photo_search.model import Model
 
     start, folder = time.perf_counter(), _folder(options.folder)
-    model = None if options.model is None else Model(options.model.resolve())
+    model = None if options.model is None else Model(options.model.absolute())
     with written_index(options.index) as index:
         if model is None and (source := index.source) is None:
             raise InputError(f"{options.index} is new: name the model with --model")
@@ -115,7 +116,7 @@ def search_command(options: argparse.Namespace) -> None:
             raise InputError(f"{options.index} is empty: index a folder first")
         features, problems = index.features(), index.problems()
     _check_some_were_read(features.names, problems, source.folder)
-    model = Model((options.model or source.model).resolve())
+    model = Model((options.model or source.model).absolute())
     if model.fingerprint != source.fingerprint:
         raise InputError(f"{model.folder} is not the model of {options.index}: index the folder again with it")
     query = Query(options.text, options.image, options.minus)
@@ -144,7 +145,7 @@ def embed_command(options: argparse.Namespace) -> None:
 
     if options.out.suffix != ".npy":
         raise InputError(f"--out {options.out}: name a file that ends in .npy")
-    start, folder, model = time.perf_counter(), _folder(options.folder), Model(options.model.resolve())
+    start, folder, model = time.perf_counter(), _folder(options.folder), Model(options.model.absolute())
     with temporary_index() as index:
         done = update(index, folder, model, _Progress())
         features = index.features()

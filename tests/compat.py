@@ -64,9 +64,9 @@ class Unavailable(Exception):
 
 
 def floors(project: str, extras: str) -> dict[str, str]:
-    """The lowest admitted version of each package that pyproject.toml names, without the extras export, ray and gs
-    unless `extras` has them."""
-    left_out = tuple(f"{extra} = " for extra in ("export", "ray", "gs") if extra not in extras)
+    """The lowest admitted version of each package that pyproject.toml names, without the extras export, openvino, ray
+    and gs unless `extras` has them."""
+    left_out = tuple(f"{extra} = " for extra in ("export", "openvino", "ray", "gs") if extra not in extras)
     lines = [line for line in project.splitlines() if not line.startswith(left_out)]
     return {canonical(name): version for line in lines for name, version in _REQUIREMENT.findall(line)}
 

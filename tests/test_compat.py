@@ -16,6 +16,7 @@ requires-python = ">=3.10"
 classifiers = ["Programming Language :: Python :: 3.9", "Programming Language :: Python :: 3.10"]
 dependencies = ["torch>=2.6", "open_clip_torch>=3.2", "fsspec[http]>=2024.6", "tomli>=2.0; python_version < '3.11'"]
 ray = ["ray>=2.60"]
+openvino = ["openvino>=2025.0"]
 export = ["torch>=2.7"]
 """
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks.protocols import RetrievalSet
 from eval.towers.models import describe_model
 from exporting.folder import WEIGHTS
 from exporting.sources import Exported
@@ -26,8 +27,13 @@ _APPLE_NOTICE = (  # which the licence asks for
 )
 
 
-def model_card(model: Exported, files: Sequence[Mapping[str, str]]) -> str:
-    """The card in Markdown; `files` are the rows of the table of exported files."""
+def model_card(
+    model: Exported, files: Sequence[Mapping[str, str]], forms: Sequence[str] = (), pairs: RetrievalSet | None = None
+) -> str:
+    """The card in Markdown; `files` are the rows of the table of exported files.
+
+    `forms` says what of the int8 files is int8, and `pairs` is the set by which they were judged.
+    """
     sections = [
         "---",
         "library_name: onnx",
@@ -44,7 +50,7 @@ def model_card(model: Exported, files: Sequence[Mapping[str, str]]) -> str:
         "",
         *_figures(model),
         *_training(model.config),
-        *_files(files),
+        *_files(files, forms, pairs),
         *_use(model),
         *_terms(model.model.ancestry),
         *_telephones(model, files),
@@ -102,10 +108,28 @@ def _short(path: str) -> str:
     return f"`{'/'.join(Path(path).parts[-2:]).lstrip('/')}`"
 
 
-def _files(files: Sequence[Mapping[str, str]]) -> list[str]:
+def _files(files: Sequence[Mapping[str, str]], forms: Sequence[str], pairs: RetrievalSet | None) -> list[str]:
     cells = [list(files[0]), ["---"] * len(files[0]), *(list(row.values()) for row in files)]
-    about = "Cosine and difference are the worst over random inputs of every size, against the PyTorch model."
-    return ["## Files", "", about, "", *(f"| {' | '.join(row)} |" for row in cells), ""]
+    about = ["Cosine and difference are the worst over random inputs of every size, against the PyTorch model."]
+    if pairs is not None:
+        about += [
+            "Those of int8 files (`quantized`) are the worst over pairs of pictures and captions, against the float32 "
+            "files of the same runtime. R@1, picture to caption / caption to picture, is that of both towers on "
+            f"{len(pairs.images)} pictures of `{pairs.name}`.",
+            "Where the products of a text tower are int8, each call takes their ranges from its own captions: the "
+            "features of a caption vary a little with those beside it.",
+        ]
+    listed = [f"- {form}" for form in forms]
+    return [
+        "## Files",
+        "",
+        " ".join(about),
+        "",
+        *(f"| {' | '.join(row)} |" for row in cells),
+        "",
+        *listed,
+        *[""] * bool(listed),
+    ]
 
 
 def _use(model: Exported) -> list[str]:

@@ -1,11 +1,11 @@
-"""What an exported file must give before it is kept: the features of the model, by ONNX Runtime, at every size.
+"""What an exported file must give before it is kept: the features of the model, by its runtime, at every size.
 
 Shapes: B images or captions, R image side, L tokens, D embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporting.runtimes import Encoder, runtime_encoder
 from exporting.sources import Exported
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import EOT, SOT, VOCAB_SIZE
 
 __all__ = [
+    "ANY",
     "FULL",
     "HALF",
     "Agreement",
     "Bounds",
+    "Written",
     "check_images",
     "check_texts",
     "compare_images",
     "compare_texts",
-    "onnx_encoder",
 ]
 
 BATCHES = (1, 2, 5)
@@ -44,6 +46,8 @@ class Bounds:
 
 
 FULL, HALF = Bounds(0.99999, 1e-4), Bounds(0.999, float("inf"))
+ANY = Bounds(-1, float("inf"))
+"""Of int8, which R@1 judges: features of unit norm at every size."""
 
 
 @dataclass
@@ -52,6 +56,13 @@ class Agreement:
 
     cosine: float = 1.0
     difference: float = 0.0
+
+    @classmethod
+    def of(cls, ours: Tensor, theirs: Tensor, what: str) -> Agreement:
+        """That of one set of features."""
+        found = cls()
+        found.add(ours, theirs, what)
+        return found
 
     def add(self, ours: Tensor, theirs: Tensor, what: str) -> None:
         """Take in features [B, D] and those of the model; raise InputError if they are not features of unit norm."""
@@ -72,28 +83,32 @@ class Agreement:
             )
 
 
-def onnx_encoder(path: Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
-    """The function of an ONNX file, computed by ONNX Runtime on the CPU."""
-    import onnxruntime
+@dataclass(frozen=True)
+class Written:
+    """A file of the folder that was checked."""
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-    (name,) = [value.name for value in session.get_inputs()]
-    return lambda batch: torch.from_numpy(np.asarray(session.run(None, {name: batch.numpy()})[0]))
+    name: str
+    """Relative to the folder."""
+    tower: str
+    """image or text"""
+    agreement: Agreement
+    r1: str = ""
+    """R@1 of both towers of this kind, if it was measured."""
+    form: str = ""
+    """Which parts are int8, if some are."""
 
 
 def check_images(model: Exported, path: Path, bounds: Bounds) -> Agreement:
-    """`compare_images` for an ONNX file."""
-    return compare_images(model, onnx_encoder(path), path.name, bounds)
+    """`compare_images` for a file."""
+    return compare_images(model, runtime_encoder(path), path.name, bounds)
 
 
 def check_texts(model: Exported, path: Path, bounds: Bounds) -> Agreement:
-    """`compare_texts` for an ONNX file."""
-    return compare_texts(model, onnx_encoder(path), path.name, bounds)
+    """`compare_texts` for a file."""
+    return compare_texts(model, runtime_encoder(path), path.name, bounds)
 
 
-def compare_images(model: Exported, encode: Callable[[Tensor], Tensor], name: str, bounds: Bounds) -> Agreement:
+def compare_images(model: Exported, encode: Encoder, name: str, bounds: Bounds) -> Agreement:
     """Compare at each batch size on random pictures, one of them black and one white."""
     found = Agreement()
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +122,7 @@ def compare_images(model: Exported, encode: Callable[[Tensor], Tensor], name: st
     return found
 
 
-def compare_texts(model: Exported, encode: Callable[[Tensor], Tensor], name: str, bounds: Bounds) -> Agreement:
+def compare_texts(model: Exported, encode: Encoder, name: str, bounds: Bounds) -> Agreement:
     """Compare at every length from 2 to the context, and at each batch size, with captions that are padded with EOT,
     with zeros, and not at all, and with captions whose EOT is cut off."""
     found = Agreement()

@@ -1,6 +1,7 @@
 """This model in sentence-transformers: SentenceTransformer(FOLDER, trust_remote_code=True), texts and pictures.
 
-The features are those of the ONNX files beside this one, computed by ONNX Runtime on the CPU.
+The features are those of the ONNX files beside this one, computed by ONNX Runtime on the CPU: of the float32 graphs
+or, with model_kwargs={"kind": "quantized"} or "fp16", of those.
 
 Shapes: B texts or pictures, R image side, L tokens, D embedding.
 """
@@ -20,7 +21,8 @@ from PIL import Image, ImageOps
 from sentence_transformers.base.modules import InputModule
 from tokenizers import Tokenizer
 
-_FILES = ("tokenizer.json", "preprocessor_config.json", "onnx/text_model.onnx", "onnx/vision_model.onnx")
+_SETTINGS = ("tokenizer.json", "preprocessor_config.json")
+_GRAPHS = {"input_ids": "onnx/text_model", "pixel_values": "onnx/vision_model"}
 
 
 class CompactLongCLIP(InputModule):
@@ -31,17 +33,19 @@ class CompactLongCLIP(InputModule):
         self.files = files
         self.tokenizer = Tokenizer.from_file(files["tokenizer.json"])
         self.settings = json.loads(Path(files["preprocessor_config.json"]).read_text(encoding="utf-8"))
-        self.sessions = {
-            name: onnxruntime.InferenceSession(files[f"onnx/{stem}.onnx"], providers=["CPUExecutionProvider"])
-            for name, stem in (("input_ids", "text_model"), ("pixel_values", "vision_model"))
-        }
+        self.sessions = {}
+        for given, graph in _GRAPHS.items():
+            (path,) = (path for name, path in files.items() if name.startswith(graph))
+            self.sessions[given] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     @classmethod
     def load(cls, model_name_or_path: str, **options: Any) -> CompactLongCLIP:
         """The module of a folder or of a hub name."""
         names = ("token", "cache_folder", "revision", "local_files_only")
         hub = {name: options[name] for name in names if name in options}
-        return cls({name: str(cls.load_file_path(model_name_or_path, name, **hub)) for name in _FILES})
+        kind = (options.get("model_kwargs") or {}).get("kind")
+        graphs = [f"{graph}_{kind}.onnx" if kind else f"{graph}.onnx" for graph in _GRAPHS.values()]
+        return cls({name: str(cls.load_file_path(model_name_or_path, name, **hub)) for name in (*_SETTINGS, *graphs)})
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
         """Copy the files that the module reads."""

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from exporting.checks import onnx_encoder
+from exporting.runtimes import runtime_encoder
 from exporting.sources import Exported
 from longclip_teacher.text import EOT, SOT
 
@@ -37,7 +37,7 @@ def milliseconds(model: Exported, graphs: Mapping[str, tuple[str, Path]], rounds
         "image": (model.encode_image, picture),
         "text": (model.encode_text, caption),
     }
-    calls |= {name: (onnx_encoder(path), inputs[tower]) for name, (tower, path) in graphs.items()}
+    calls |= {name: (runtime_encoder(path), inputs[tower]) for name, (tower, path) in graphs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, (call, given) in calls.items():

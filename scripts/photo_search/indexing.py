@@ -65,7 +65,7 @@ def update(index: Index, folder: Path, model: Model, progress: Progress) -> Upda
     done = Update(unchanged=len(names) - len(changed), passed_over=found.passed_over)
     if changed:
         model.check_files()
-    index.set_source(Source(folder, model.folder, model.fingerprint))
+    index.set_source(Source(folder, model.path, model.fingerprint))
     later = _add_changed(index, folder, model, changed, done, progress)
     gone = known.keys() - set(names)
     index.remove([*gone, *later])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,31 +26,35 @@ __all__ = ["BATCH", "Model", "num_cores"]
 BATCH = 32
 """The most pictures or texts that are encoded at a time."""
 _MANIFEST, _SETTINGS, _TOKENIZER = "sha256.json", "preprocessor_config.json", "tokenizer.json"
-_IMAGE_GRAPH, _TEXT_GRAPH = "onnx/vision_model.onnx", "onnx/text_model.onnx"
+_NAMED_GRAPH = re.compile(r"(?:vision|text)_model(\w*)\.onnx")
 
 
 class Model:
     """A folder that scripts/export.py wrote. Each tower is loaded when it is first used.
 
-    Raises InputError, naming the file, if the folder or something in it is not what the export wrote.
+    The path of one of its graphs, such as onnx/vision_model_quantized.onnx, stands for the folder with both graphs of
+    that kind. Raises InputError, naming the file, if the folder or something in it is not what the export wrote.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: Path) -> None:
+        named = _NAMED_GRAPH.fullmatch(path.name)
+        self.path, self.folder, kind = (path, path.parent.parent, named[1]) if named else (path, path, "")
+        self._image_graph, self._text_graph = f"onnx/vision_model{kind}.onnx", f"onnx/text_model{kind}.onnx"
+        self._files = (_SETTINGS, _TOKENIZER, self._image_graph, self._text_graph)
         self.hashes = self._read_json(_MANIFEST)
-        missing = [name for name in (_SETTINGS, _TOKENIZER, _IMAGE_GRAPH, _TEXT_GRAPH) if name not in self.hashes]
+        missing = [name for name in self._files if name not in self.hashes]
         if missing:
-            raise InputError(f"{folder / _MANIFEST} does not name {missing[0]}: export the model again")
+            raise InputError(f"{self.folder / _MANIFEST} does not name {missing[0]}: export the model again")
 
     @property
     def fingerprint(self) -> str:
         """It differs between models that give other features."""
-        told = [str(self.hashes[name]) for name in (_SETTINGS, _TOKENIZER, _IMAGE_GRAPH, _TEXT_GRAPH)]
+        told = [str(self.hashes[name]) for name in self._files]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def check_files(self) -> None:
         """Raise InputError if a file that is used is not the one that was exported, or is one of an unknown kind."""
-        for name in (_SETTINGS, _TOKENIZER, _IMAGE_GRAPH, _TEXT_GRAPH):
+        for name in self._files:
             try:
                 found = file_sha256(self.folder / name).hex()
             except OSError as error:
@@ -129,11 +134,11 @@ class Model:
 
     @cached_property
     def _image_session(self) -> Any:
-        return self._session(_IMAGE_GRAPH, num_cores())
+        return self._session(self._image_graph, num_cores())
 
     @cached_property
     def _text_session(self) -> Any:
-        return self._session(_TEXT_GRAPH, 1)
+        return self._session(self._text_graph, 1)
 
     def _session(self, name: str, threads: int) -> Any:
         import onnxruntime

@@ -3,9 +3,9 @@
     make loaders                 a small student of random weights
     make loaders MODEL=model     the folder that scripts/export.py wrote; its card gets the cosine
 
-transformers.js in Node, sentence-transformers and transformers are installed under .compat/loaders, apart from the
-environment that runs this. A folder whose features differ by more than 1e-5, or whose tokenizer differs on plain text,
-fails.
+transformers.js in Node, OpenVINO, sentence-transformers and transformers are installed under .compat/loaders, apart
+from the environment that runs this. A folder whose features differ by more than 1e-5, or whose tokenizer differs on
+plain text, fails.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from mobileclip_student import create_student, save_student  # noqa: E402
 from mobileclip_student.model import variant_config  # noqa: E402
 
 HERE, PLACE = Path(__file__).parent, ROOT / ".compat" / "loaders"
+PACKAGES, NODE_PACKAGE = ("sentence-transformers>=6", "transformers>=5", "openvino"), "@huggingface/transformers@4"
 TOLERANCE = 1e-5
 CAPTIONS = ["a red bus", "A dog &amp; its “ball” don’t match!!! " * 60, "", "naïve café, 3.5 (two)"]
 
@@ -60,6 +61,10 @@ def main() -> None:
     print(f"transformers' CLIPModel: {python['clip_model']}")
     faults = [] if python["clip_model"].startswith("refused") else ["CLIPModel.from_pretrained builds a model"]
     for name, found, wanted in (
+        ("ONNX Runtime, texts", python["onnxruntime"][0], expected["texts"]),
+        ("ONNX Runtime, fixed pixels", python["onnxruntime"][1], expected["pictures"]),
+        ("OpenVINO, texts", python["openvino"][0], expected["texts"]),
+        ("OpenVINO, fixed pixels", python["openvino"][1], expected["pictures"]),
         ("sentence-transformers, texts", python["texts"], expected["texts"]),
         ("sentence-transformers, pictures", python["pictures"], expected["pictures"]),
         ("transformers.js, texts", node["text_embeds"], expected["texts"]),
@@ -68,6 +73,9 @@ def main() -> None:
         difference = float(np.abs(np.array(found) - wanted).max())
         print(f"{name}: largest difference {difference:.1e}")
         faults += [f"{name} differs"] * (difference > TOLERANCE)
+    for name, found, wanted in zip(("texts", "pictures"), python.get("quantized", ()), expected.values(), strict=False):
+        cosine = float((np.array(found) * wanted).sum(axis=1).min())
+        print(f"sentence-transformers in int8, {name}: least cosine {cosine:.4f}")
     for name, ids in (("tokenizers (Python, Rust)", rust), ("transformers.js", node["ids"])):
         different = different_kinds(ids, ours)
         print(f"{name}: " + ", ".join(f"{kind} {different[kind]} of {count}" for kind, count in KINDS.items()))
@@ -83,17 +91,18 @@ def main() -> None:
 
 def install() -> None:
     """Install the libraries once. torch comes from the environment that runs this, through a .pth file."""
-    if (PLACE / "installed").is_file():
+    mark, wanted = PLACE / "installed", " ".join((*PACKAGES, NODE_PACKAGE))
+    if mark.is_file() and mark.read_text() == wanted:
         return
     venv.create(PLACE / "env", with_pip=True)
     python = str(PLACE / "env/bin/python")
     asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
     Path(site, "shared.pth").write_text(sysconfig.get_path("purelib"))
-    run([python, "-m", "pip", "install", "--quiet", "sentence-transformers>=6", "transformers>=5"])
+    run([python, "-m", "pip", "install", "--quiet", *PACKAGES])
     # without scripts: one of them fetches a build for GPUs, and the package brings the one for CPUs
-    run(["npm", "install", "--silent", "--prefix", str(PLACE), "--ignore-scripts", "@huggingface/transformers@4"])
-    (PLACE / "installed").touch()
+    run(["npm", "install", "--silent", "--prefix", str(PLACE), "--ignore-scripts", NODE_PACKAGE])
+    mark.write_text(wanted)
 
 
 def run(command: list[str]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,13 +18,13 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from eval.base.images import open_image
+from fitted_students import CONTEXT, fitted_student, write_pairs
 from longclip_teacher import create_teacher, load_teacher, save_teacher
 from longclip_teacher.ancestry import RESEARCH_ONLY, Ancestor
 from longclip_teacher.errors import InputError
 from longclip_teacher.packages import ONNX, missing_packages
 from longclip_teacher.text import EOT
-from mobileclip_student import create_student, load_student, reparameterize, save_student
-from mobileclip_student.model import variant_config
+from mobileclip_student import load_student, reparameterize, save_student
 
 if missing_packages((*ONNX, "tokenizers")):
     pytest.skip("the extra export is not installed", allow_module_level=True)
@@ -37,9 +37,9 @@ import export
 from exporting.card import with_own_resize
 from exporting.checks import FULL, Agreement
 from exporting.half_weights import with_half_weights
+from photo_search.errors import InputError as PhotoError
 from photo_search.model import Model
 
-CONTEXT = 20
 CAPTIONS = ["a red bus", "A dog &amp; its “ball” don’t match!!! " * 5, ""]
 # By these names transformers would find weights and build a random CLIP around them
 NAMES_OF_OTHERS = (
@@ -56,21 +56,14 @@ def run_export(*arguments: object) -> None:
         export.main()
 
 
-def small_student() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = variant_config("tiny")
-    image = replace(
-        config.image, image_size=32, layers=(1,), embed_dims=(8,), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)
-    )
-    return create_student(replace(config, image=image), CONTEXT).eval()
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """A student's weight file and the folder it was exported to."""
     folder = tmp_path_factory.mktemp("a_telling_name")
-    save_student(small_student(), folder / "student.safetensors")
-    run_export(folder / "student.safetensors", "--out", folder / "model", "--immich")
+    pairs = folder / "pairs"
+    save_student(fitted_student(write_pairs(pairs)), folder / "student.safetensors")
+    int8 = ("--int8", "--pairs", f"folder:{pairs}", "--calibration", pairs)
+    run_export(folder / "student.safetensors", "--out", folder / "model", "--immich", *int8)
     return folder / "student.safetensors", folder / "model"
 
 
@@ -102,6 +95,10 @@ def test_files_give_the_features_of_the_student(exported: tuple[Path, Path], suf
     torch.testing.assert_close(images, student.encode_image(pictures, normalize=True), rtol=0, atol=tolerance)
 
 
+def _file_path(folder: str, name: str, **_: object) -> Path:
+    return Path(folder, name)
+
+
 @torch.no_grad()
 def test_sentence_transformers_module_gives_the_features_of_the_student(
     exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
@@ -110,14 +107,14 @@ def test_sentence_transformers_module_gives_the_features_of_the_student(
     source, folder = exported
     student = load_student(source)
     base = ModuleType("sentence_transformers.base.modules")
-    base.InputModule = torch.nn.Module  # type: ignore[attr-defined]
+    base.InputModule = type("InputModule", (torch.nn.Module,), {"load_file_path": staticmethod(_file_path)})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, base.__name__, base)
     module, name = json.loads((folder / "modules.json").read_text())[0]["type"].split(".")
     specification = importlib.util.spec_from_file_location(module, folder / f"{module}.py")
     assert specification is not None and specification.loader is not None
     loaded = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(loaded)
-    model = getattr(loaded, name)({file: str(folder / file) for file in loaded._FILES})
+    model = getattr(loaded, name).load(str(folder), trust_remote_code=True)
     texts = model(model.preprocess(CAPTIONS))["sentence_embedding"]
     expected = student.encode_text(student.tokenizer(CAPTIONS), normalize=True)
     torch.testing.assert_close(texts, expected, rtol=0, atol=1e-5)
@@ -131,6 +128,13 @@ def test_sentence_transformers_module_gives_the_features_of_the_student(
     torch.testing.assert_close(images, student.encode_image(pixels, normalize=True), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="encode them apart"):
         model.preprocess(["a", pictures[0]])
+
+    model = getattr(loaded, name).load(str(folder), model_kwargs={"kind": "quantized"})
+    found = run_onnx(
+        folder / "onnx" / "text_model_quantized.onnx", "input_ids", model.preprocess(CAPTIONS)["input_ids"]
+    )
+    torch.testing.assert_close(model(model.preprocess(CAPTIONS))["sentence_embedding"], found)
+    assert (found - texts).abs().max() > 1e-4
 
 
 @torch.no_grad()
@@ -178,6 +182,18 @@ def test_photo_search_has_the_features_of_the_student(exported: tuple[Path, Path
     np.testing.assert_allclose(model.encode_images(pixels), images, rtol=0, atol=1e-5)
 
 
+def test_photo_search_uses_the_graphs_that_are_named(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    whole, named = Model(exported[1]), Model(exported[1] / "onnx" / "vision_model_quantized.onnx")
+    assert whole.fingerprint != named.fingerprint
+    named.check_files()
+    pixels = [named.pixels(path) for path in sorted((exported[0].parent / "pairs").glob("*.png"))[:4]]
+    found = run_onnx(exported[1] / "onnx/vision_model_quantized.onnx", "pixel_values", named.normalised(pixels))
+    np.testing.assert_allclose(named.encode_images(pixels), found, rtol=0, atol=1e-6)
+    assert np.abs(named.encode_images(pixels) - whole.encode_images(pixels)).max() > 1e-3
+    with pytest.raises(PhotoError, match=r"sha256\.json does not name onnx/vision_model_q4\.onnx"):
+        Model(exported[1] / "onnx" / "vision_model_q4.onnx")
+
+
 def test_half_weights_are_half_of_the_bytes(exported: tuple[Path, Path]) -> None:
     whole, half = ((exported[1] / "onnx" / f"text_model{suffix}.onnx").stat().st_size for suffix in ("", "_fp16"))
     assert 0.5 <= half / whole < 0.53
@@ -202,6 +218,9 @@ def test_the_folder_is_complete_and_says_what_is_in_it(exported: tuple[Path, Pat
     assert f"captions of up to {CONTEXT} tokens" in card and "onnx/vision_model_fp16.onnx" in card
     assert "The terms of this model are not known, since it descends from a student without a record." in card
     assert "license:" not in card
+    assert "| onnx/vision_model_quantized.onnx |" in card and "pictures of `folder`" in card
+    assert re.search(r"- `onnx/vision_model_quantized.onnx`: \d+ layers in int8, \d sensitive ones in float32\.", card)
+    assert len(re.findall(r"\| onnx/\w+_model\.onnx \|.*\| 100\.0 / 100\.0 \|", card)) == 2
 
 
 def test_the_card_takes_the_cosine_that_was_measured(exported: tuple[Path, Path]) -> None:
@@ -218,12 +237,16 @@ def test_no_file_tells_about_the_machine(exported: tuple[Path, Path]) -> None:
         if path.is_file():
             contents = path.read_bytes()
             assert not [secret for secret in secrets if secret.encode() in contents], path
-            assert path.suffix != ".onnx" or b".py" not in contents
+        if path.suffix == ".onnx":
+            graph = onnx.load(path)
+            for tensor in graph.graph.initializer:
+                tensor.ClearField("raw_data")  # in which any three bytes may stand
+            assert b".py" not in graph.SerializeToString()
 
 
-def test_an_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_student(small_student(), tmp_path / "student.safetensors")
-
+def test_an_export_that_differs_leaves_nothing(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def worse(model: onnx.ModelProto) -> onnx.ModelProto:
         halved = with_half_weights(model)
         weight = max(halved.graph.initializer, key=lambda tensor: len(tensor.raw_data))
@@ -232,8 +255,8 @@ def test_an_export_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(export, "with_half_weights", worse)
     with pytest.raises(InputError, match=r"vision_model_fp16\.onnx differs from the model: cosine"):
-        run_export(tmp_path / "student.safetensors", "--out", tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["student.safetensors"]
+        run_export(exported[0], "--out", tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_agreement_is_held() -> None:
@@ -270,6 +293,12 @@ def test_a_folder_in_use_and_a_missing_package_are_refused(tmp_path: Path, monke
     (tmp_path / "note").touch()
     with pytest.raises(InputError, match="exists: name a new folder"):
         run_export("student.safetensors", "--out", tmp_path)
+    for option in ("--pairs", "--calibration"):
+        with pytest.raises(InputError, match=f"{option} is for int8 files: add --int8, or leave it out"):
+            run_export("student.safetensors", "--out", tmp_path / "new", option, "urban1k:data")
+    monkeypatch.setattr(export, "OPENVINO", "no_such_openvino")
+    with pytest.raises(InputError, match=r"needs no_such_openvino: pip install 'compact-longclip\[export,openvino\]'"):
+        run_export("student.safetensors", "--out", tmp_path / "new", "--openvino")
     monkeypatch.setattr(export, "PACKAGES", ("torch", "no_such_package"))
     with pytest.raises(InputError, match=r"export needs no_such_package: pip install 'compact-longclip\[export\]'"):
         run_export("student.safetensors", "--out", tmp_path / "new")
