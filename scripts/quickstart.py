@@ -32,7 +32,7 @@ def _processes() -> int:
 
 @dataclass
 class Options:
-    """Distil Long-CLIP into a student that reads 248 tokens, from scratch, in eight minutes on two CPU cores.
+    """Distil Long-CLIP into a student that reads 248 tokens, from scratch, in nine minutes on two CPU cores.
 
     The script writes pictures of handwritten digits with long captions, trains a tiny teacher, stores its features and
     distils them into a tiny student. It trains the same student without the teacher (undistilled) and with captions cut
