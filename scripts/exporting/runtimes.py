@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mobileclip_student.onnx_graphs import onnx_encoder
+
 __all__ = ["Encoder", "num_bytes", "runtime_encoder"]
 
 Encoder: TypeAlias = Callable[[Tensor], Tensor]
@@ -21,23 +23,13 @@ Encoder: TypeAlias = Callable[[Tensor], Tensor]
 
 def runtime_encoder(path: Path) -> Encoder:
     """The function of a file on one thread of the CPU: `.onnx` by ONNX Runtime, `.xml` by OpenVINO."""
-    return _openvino_encoder(path) if path.suffix == ".xml" else _onnx_encoder(path)
+    return _openvino_encoder(path) if path.suffix == ".xml" else onnx_encoder(path, 1)
 
 
 def num_bytes(path: Path) -> int:
     """The size of a file, with OpenVINO's weights, which lie beside it."""
     weights = path.with_suffix(".bin")
     return path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" else 0)
-
-
-def _onnx_encoder(path: Path) -> Encoder:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-    (name,) = [value.name for value in session.get_inputs()]
-    return lambda batch: torch.from_numpy(np.asarray(session.run(None, {name: batch.numpy()})[0]))
 
 
 def _openvino_encoder(path: Path) -> Encoder:
