@@ -237,8 +237,9 @@ class TestComparison:
 
     def test_workers_of_a_stream_decide_its_order(self) -> None:
         config = parse_config([])
+        before, now = (replace(INPUTS, stream_workers=number) for number in (1, 2))
         with pytest.raises(InputError, match="the order of streamed samples depends on it"):
-            self.changes(config, config, stream_workers=2)
+            changes_since(Path("last.pt"), 2, config.to_dict(), before, config, now)
 
     @pytest.mark.parametrize(
         ("args", "world_sizes", "told"),

@@ -154,7 +154,8 @@ class TestStoredFeatures:
             train(tmp_path / "run", "--teacher.cache", str(cache), *arguments)
 
 
-# Largest difference of a loss over the first steps. All entries but the first are rounding; losses are up to 20.
+# Largest difference of a loss over the first steps. All entries but the first are rounding, which grows with the loss:
+# they are for losses of up to 20, and the sum of all, about 80, may differ as much more as it is larger.
 SWITCHES = {
     "fast_decode": 0.01,  # the boards' pixels differ by at most 2 of 255 levels
     "fast_tokenizer": 0.0,
@@ -164,6 +165,11 @@ SWITCHES = {
     "fused_adamw": 1e-4,
     "keep_memory": 0.0,
 }
+
+
+def largest_scaled(ours: list[dict[str, float]], reference: list[dict[str, float]]) -> float:
+    pairs = [(a[name], b[name]) for a, b in zip(ours, reference, strict=True) for name in LOSSES]
+    return max(abs(a - b) / max(1, abs(b) / 20) for a, b in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +186,7 @@ class TestSwitches:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(SpeedOptions, "savings", replace(Savings(), **{name: False}))
             off = train(tmp_path / "off")
-        assert largest_difference(off, everything_on) <= SWITCHES[name]
+        assert largest_scaled(off, everything_on) <= SWITCHES[name]
         saved = json.loads((tmp_path / "off" / "environment.json").read_text())
         assert saved["world_size"] == 1
 
@@ -193,4 +199,4 @@ class TestSwitches:
         assert asdict(SpeedOptions().savings) == dict.fromkeys(SWITCHES, True)
         assert asdict(SpeedOptions(reference=True).savings) == dict.fromkeys(SWITCHES, False)
         reference = train(tmp_path / "reference", "--speed.reference", "True")
-        assert 0 < largest_difference(reference, everything_on) <= max(SWITCHES.values())
+        assert 0 < largest_scaled(reference, everything_on) <= max(SWITCHES.values())

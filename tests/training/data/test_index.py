@@ -144,7 +144,7 @@ def test_patterns_expand_braces_globs_lists_and_folders(shards: Path) -> None:
     ],
 )  # fmt: skip
 def test_every_other_scheme_is_refused(url: str) -> None:
-    with pytest.raises(InputError, match=r"only local paths, https:// and s3://|no shard matches"):
+    with pytest.raises(InputError, match=r"only local paths, https://, s3:// and gs://|no shard matches"):
         expand_patterns(url)
 
 
