@@ -86,7 +86,7 @@ def _graph(tower: nn.Module, example: Tensor, free: dict[int, torch.export.Dim],
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's remarks on its own workings off stderr."""
+    """Keep what exporters, converters and quantizers remark on their own workings off stderr."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

@@ -87,8 +87,8 @@ from rich.table import Table
 
 from eval.base.consoles import plain_console
 from exporting.card import model_card
-from exporting.checks import FULL, HALF, Written, check_images, check_texts
-from exporting.folder import write_manifest, write_settings
+from exporting.checks import FULL, HALF, Written, check_file
+from exporting.folder import STEMS, write_manifest, write_settings
 from exporting.half_weights import with_half_weights
 from exporting.immich import write_immich
 from exporting.int8_files import write_int8
@@ -120,7 +120,7 @@ def main() -> None:
         written = write_graphs(model, folder)
         if pairs is not None and pixels is not None:
             console.print(f"int8: judging by R@1 on {len(pairs.images)} pictures and their captions")
-            encoders = (runtime_encoder(folder / f"onnx/{stem}.onnx") for stem in ("vision_model", "text_model"))
+            encoders = (runtime_encoder(folder / f"onnx/{stem}.onnx") for stem in STEMS.values())
             judge = Judge(model, pairs, *encoders)
             written = [*judge.with_r1(written), *write_int8(model, folder, judge, pixels)]
         if options.openvino:
@@ -149,7 +149,7 @@ def write_graphs(model: Exported, folder: Path) -> list[Written]:
     (folder / "onnx").mkdir()
     image_tower, text_tower = model.towers
     written = []
-    for tower, stem in (("image", "vision_model"), ("text", "text_model")):
+    for tower, stem in STEMS.items():
         console.print(f"exporting the {tower} tower and comparing it with the model")
         if tower == "image":
             graph = image_graph(image_tower, model.image_size)
@@ -159,8 +159,7 @@ def write_graphs(model: Exported, folder: Path) -> list[Written]:
             path = folder / "onnx" / f"{stem}{suffix}.onnx"
             onnx.save(stored, path)
             onnx.checker.check_model(str(path))
-            check = check_images if tower == "image" else check_texts
-            written.append(Written(f"onnx/{path.name}", tower, check(model, path, bounds)))
+            written.append(Written(f"onnx/{path.name}", tower, check_file(model, tower, path, bounds)))
     return written
 
 

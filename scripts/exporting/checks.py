@@ -25,10 +25,10 @@ __all__ = [
     "Agreement",
     "Bounds",
     "Written",
-    "check_images",
-    "check_texts",
+    "check_file",
     "compare_images",
     "compare_texts",
+    "compare_tower",
 ]
 
 BATCHES = (1, 2, 5)
@@ -98,14 +98,16 @@ class Written:
     """Which parts are int8, if some are."""
 
 
-def check_images(model: Exported, path: Path, bounds: Bounds) -> Agreement:
-    """`compare_images` for a file."""
-    return compare_images(model, runtime_encoder(path), path.name, bounds)
+def check_file(model: Exported, tower: str, path: Path, bounds: Bounds) -> Agreement:
+    """`compare_tower` for a file, computed by its runtime."""
+    return compare_tower(model, tower, runtime_encoder(path), path.name, bounds)
 
 
-def check_texts(model: Exported, path: Path, bounds: Bounds) -> Agreement:
-    """`compare_texts` for a file."""
-    return compare_texts(model, runtime_encoder(path), path.name, bounds)
+def compare_tower(model: Exported, tower: str, encode: Encoder, name: str, bounds: Bounds) -> Agreement:
+    """Compare a function in the place of a tower (image or text) with the model. Raise InputError, which calls it
+    `name`, if they differ by more than `bounds`."""
+    compare = compare_images if tower == "image" else compare_texts
+    return compare(model, encode, name, bounds)
 
 
 def compare_images(model: Exported, encode: Encoder, name: str, bounds: Bounds) -> Agreement:

@@ -16,10 +16,12 @@ from longclip_teacher.atomic_files import write_json
 from longclip_teacher.text import EOT, SOT, VOCAB_SIZE
 from longclip_teacher.weights_file import file_sha256
 
-__all__ = ["MANIFEST", "WEIGHTS", "write_manifest", "write_settings"]
+__all__ = ["MANIFEST", "STEMS", "WEIGHTS", "write_manifest", "write_settings"]
 
 WEIGHTS = "compact_longclip.safetensors"
 MANIFEST = "sha256.json"
+STEMS = {"image": "vision_model", "text": "text_model"}
+"""Names of the files of each tower, without what tells their kind."""
 _MODULE = "compact_longclip"  # of sentence-transformers
 _RESAMPLING = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 

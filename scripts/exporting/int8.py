@@ -7,10 +7,8 @@ Shapes: N calibration pictures, R image side, V vocabulary, W width of a token.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from exporting.runtimes import runtime_encoder
 from longclip_teacher.text import VOCAB_SIZE
+from mobileclip_student.onnx_graphs import quiet_exporter
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -46,7 +45,7 @@ class StaticInt8:
         self._graph, self._pixels = graph, pixels
         (name,) = [value.name for value in graph.graph.input]
         batches = iter([{name: batch.numpy()} for batch in pixels.split(_BATCH)])
-        with _quiet(), tempfile.TemporaryDirectory() as place:
+        with quiet_exporter(), tempfile.TemporaryDirectory() as place:
             calibrator = create_calibrator(
                 _saved(graph, Path(place, "float.onnx")),
                 _LAYERS,
@@ -74,7 +73,7 @@ class StaticInt8:
 
         copied = ModelProto()
         copied.CopyFrom(self._graph)
-        with _quiet():
+        with quiet_exporter():
             quantizer = QDQQuantizer(
                 copied,
                 per_channel=True,
@@ -139,7 +138,7 @@ def with_int8_products(graph: ModelProto) -> ModelProto:
     copied = onnx.ModelProto()
     copied.CopyFrom(graph)
     del copied.graph.value_info[:]  # ONNX Runtime 1.20 transposes weights whose shapes stand there
-    with _quiet(), tempfile.TemporaryDirectory() as place:
+    with quiet_exporter(), tempfile.TemporaryDirectory() as place:
         given, written = _saved(copied, Path(place, "float.onnx")), Path(place, "int8.onnx")
         kinds, weights = ["MatMul", "Gemm"], QuantType.QInt8
         quantize_dynamic(given, written, kinds, per_channel=True, reduce_range=True, weight_type=weights)
@@ -166,13 +165,3 @@ def _reader(batches: Iterator[dict[str, np.ndarray]]) -> object:
 def _without_traces(model: ModelProto) -> ModelProto:
     del model.metadata_props[:]
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the quantizer's advice, which is on its own steps, off stderr."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from exporting.checks import ANY, Agreement, Written, check_images, check_texts
+from exporting.checks import ANY, Agreement, Written, check_file
 from exporting.int8 import StaticInt8, with_int8_products, with_int8_table
 from exporting.judged_pairs import MOST_LOST, Judge, shown
 from exporting.runtimes import runtime_encoder
@@ -52,8 +52,8 @@ def write_int8(model: Exported, folder: Path, judge: Judge, pixels: Float[Tensor
         judge.texts,
         lambda texts: [(judge.float_images, texts), (images, texts)],
     )
-    check_images(model, graphs / image, ANY)
-    check_texts(model, graphs / text, ANY)
+    check_file(model, "image", graphs / image, ANY)
+    check_file(model, "text", graphs / text, ANY)
     r1 = shown(judge.r1(images, texts))
     return [
         Written(f"onnx/{image}", "image", Agreement.of(images, judge.float_images, image), r1, image_form),

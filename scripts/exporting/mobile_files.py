@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from exporting.checks import FULL, compare_images, compare_texts
+from exporting.checks import FULL, compare_tower
+from exporting.folder import STEMS
 from exporting.sources import Exported
 from longclip_teacher.errors import InputError
 from mobileclip_student.onnx_graphs import quiet_exporter
 
 __all__ = ["write_core_ml", "write_executorch"]
 
-_STEMS = {"image": "vision_model", "text": "text_model"}
 _INPUTS = {"image": "pixel_values", "text": "input_ids"}
 _OUTPUTS = {"image": "image_embeds", "text": "text_embeds"}
 
@@ -31,12 +31,11 @@ def write_executorch(model: Exported, folder: Path) -> list[dict[str, str]]:
     table of files."""
     (folder / "executorch").mkdir()
     rows = []
-    for tower, stem in _STEMS.items():
+    for tower, stem in STEMS.items():
         path = folder / "executorch" / f"{stem}.pte"
         with _told_in_a_line("--executorch", tower):
             path.write_bytes(_executorch_file(_program(model, tower)))
-        compare = compare_images if tower == "image" else compare_texts
-        found = compare(model, _executorch_encoder(path), path.name, FULL)
+        found = compare_tower(model, tower, _executorch_encoder(path), path.name, FULL)
         agreement = {"cosine": f"{found.cosine:.7f}", "max diff": f"{found.difference:.1e}"}
         rows.append({"file": f"executorch/{path.name}", "bytes": str(path.stat().st_size), **agreement})
     return rows
@@ -47,7 +46,7 @@ def write_core_ml(model: Exported, folder: Path) -> list[dict[str, str]]:
     table of files."""
     (folder / "coreml").mkdir()
     rows = []
-    for tower, stem in _STEMS.items():
+    for tower, stem in STEMS.items():
         path = folder / "coreml" / f"{stem}.mlpackage"
         with _told_in_a_line("--coreml", tower):
             _save_core_ml(model, tower, path)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval.benchmarks.protocols import RetrievalSet
-from exporting.checks import ANY, FULL, HALF, Agreement, Bounds, Written, check_images, check_texts
+from exporting.checks import ANY, FULL, HALF, Agreement, Bounds, Written, check_file
+from exporting.folder import STEMS
 from exporting.judged_pairs import MOST_LOST, Judge, shown
 from exporting.runtimes import runtime_encoder
 from exporting.sources import Exported
 
 __all__ = ["write_openvino"]
-
-_STEMS = {"image": "vision_model", "text": "text_model"}
 
 
 def write_openvino(model: Exported, folder: Path, pairs: RetrievalSet | None) -> list[Written]:
@@ -22,11 +21,11 @@ def write_openvino(model: Exported, folder: Path, pairs: RetrievalSet | None) ->
     """
     (folder / "openvino").mkdir()
     kinds = (("", FULL), ("_fp16", HALF))
-    written = [_write(model, folder, tower, suffix, bounds) for tower in _STEMS for suffix, bounds in kinds]
+    written = [_write(model, folder, tower, suffix, bounds) for tower in STEMS for suffix, bounds in kinds]
     if pairs is None:
         return written
-    int8 = [_write(model, folder, tower, "_quantized", ANY) for tower in _STEMS]
-    judge = Judge(model, pairs, *(runtime_encoder(folder / f"openvino/{stem}.xml") for stem in _STEMS.values()))
+    int8 = [_write(model, folder, tower, "_quantized", ANY) for tower in STEMS]
+    judge = Judge(model, pairs, *(runtime_encoder(folder / f"openvino/{stem}.xml") for stem in STEMS.values()))
     image, text = (folder / one.name for one in int8)
     images, texts = judge.images(runtime_encoder(image)), judge.texts(runtime_encoder(text))
     if judge.lost(images, texts) > MOST_LOST:
@@ -43,9 +42,8 @@ def _write(model: Exported, folder: Path, tower: str, suffix: str, bounds: Bound
     """Convert one graph and compare it with the model. Half weights come from the float32 graph."""
     import openvino
 
-    stem, half = _STEMS[tower], suffix == "_fp16"
+    stem, half = STEMS[tower], suffix == "_fp16"
     path = folder / "openvino" / f"{stem}{suffix}.xml"
     graph = folder / "onnx" / f"{stem}{'' if half else suffix}.onnx"
     openvino.save_model(openvino.Core().read_model(str(graph)), str(path), compress_to_fp16=half)
-    check = check_images if tower == "image" else check_texts
-    return Written(f"openvino/{path.name}", tower, check(model, path, bounds))
+    return Written(f"openvino/{path.name}", tower, check_file(model, tower, path, bounds))

@@ -61,7 +61,7 @@ class EpochOrder:
 
     def replacement(self, window: int, generator: np.random.Generator) -> int:
         """Draw any sample of a window."""
-        shards = self._shards[window * self._shuffle_shards :][: self._shuffle_shards]
+        shards = self.shards_of(window)
         ends = np.cumsum(self._sizes[shards])
         number = int(generator.integers(ends[-1]))
         place = int(np.searchsorted(ends, number, side="right"))

@@ -97,7 +97,7 @@ class ShardCache:
             os.utime(path)
         return path
 
-    def _path(self, file: RemoteFile) -> Path:
+    def _path(self, file: RemoteFile | _Kept) -> Path:
         return self.folder / f"{file.sha256}{_SHARD}"
 
     def expect(self, now: Sequence[RemoteFile], then: Sequence[RemoteFile]) -> None:
@@ -158,7 +158,7 @@ class ShardCache:
         while not fits() and going:
             one = going.pop(0)
             total -= one.num_bytes
-            (self.folder / f"{one.sha256}{_SHARD}").unlink(missing_ok=True)
+            self._path(one).unlink(missing_ok=True)
         if fits() or arriving or not urgent:
             return fits()
         free = shutil.disk_usage(self.folder).free
@@ -209,7 +209,7 @@ class ShardCache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Of all processes and threads one counts and makes room."""
+        """Let one process or thread at a time count and make room."""
         path = self.folder / _LOCK
         with written_into(path):
             file = path.open("ab")
