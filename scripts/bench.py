@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -49,7 +50,7 @@ class Options:
     image         student's image tower for inference, against its training form in eager mode
     memory        peak memory of a step of 8192 pairs in chunks, and what dominates it
     recall        ranks both ways, against a bare blockwise matmul of the same size that discards its results
-    open-clip     step of MobileCLIP-S1 from ViT-B/16, against open_clip's own training code: seconds, then memory
+    open-clip     step of MobileCLIP-S1 from ViT-B/16, against open_clip's own training code: samples/s, then memory
     start-up      --help and a refused option of every command, against bare python and against importing torch
 
     Each case runs in its own process, so its peak memory is its own. Times are medians of rounds that alternate between
@@ -101,7 +102,8 @@ def print_rows(name: str, rows: list[Row]) -> None:
         table.add_column(column, justify="left" if column in ("case", "unit") else "right")
     for row in rows:
         difference = "" if row.max_abs_diff is None else f"{row.max_abs_diff:.1e}"
-        figures = (f"{row.ours:.3g}", f"{row.baseline:.3g}", f"{row.ratio:.2f}", difference, f"{row.peak_gb:.2f}")
+        peak = "" if row.peak_gb is None else f"{row.peak_gb:.2f}"
+        figures = (f"{row.ours:.3g}", f"{row.baseline:.3g}", f"{row.ratio:.2f}", difference, peak)
         table.add_row(row.case, row.unit, *figures)
     plain_console().print(table)
 
@@ -122,7 +124,10 @@ def main() -> None:
         processes=options.processes,
     )
     module, function = BENCHES[options.name]
-    rows = list(getattr(import_module(f"benches.{module}"), function)(told))
+    rows = []
+    for row in getattr(import_module(f"benches.{module}"), function)(told):
+        print(f"{row.case}: {row.ours:.3g} {row.unit}, ratio {row.ratio:.2f}", file=sys.stderr, flush=True)
+        rows.append(row)
     if options.json is not None:
         write_json(options.json, {"bench": options.name, "machine": found, "rows": [asdict(row) for row in rows]})
     print_rows(options.name, rows)

@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,8 +35,9 @@ class Row:
     """Above 1 if ours is better."""
     max_abs_diff: float | None
     """Largest difference between the two results, if both compute the same."""
-    peak_gb: float
-    """Peak resident memory of the case's process in GB of 1e9 bytes, including libraries and inputs."""
+    peak_gb: float | None
+    """Peak resident memory of the case's process in GB of 1e9 bytes, including libraries and inputs. None if the
+    process measures several cases in turns."""
 
 
 @dataclass
@@ -60,17 +62,25 @@ class BenchOptions:
     """For `run` only: processes under torchrun."""
 
 
-def medians(functions: list[Callable[[], Any]], rounds: int, device: torch.device | None = None) -> list[float]:
+def medians(
+    functions: list[Callable[[], Any]],
+    rounds: int,
+    device: torch.device | None = None,
+    names: Sequence[str] | None = None,
+) -> list[float]:
     """Return the median seconds of each function. They take turns, so a slow minute of the machine affects all of
-    them."""
+    them. With `names`, stderr tells each call as it is done."""
     seconds: list[list[float]] = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, taken in zip(functions, seconds, strict=True):
+    for round_number in range(rounds):
+        for number, (function, taken) in enumerate(zip(functions, seconds, strict=True)):
             synchronize(device)
             start = time.perf_counter()
             function()
             synchronize(device)
             taken.append(time.perf_counter() - start)
+            if names is not None:
+                told = f"round {round_number + 1} of {rounds}: {names[number]}: {taken[-1]:.2f} s"
+                print(told, file=sys.stderr, flush=True)
     return [statistics.median(taken) for taken in seconds]
 
 

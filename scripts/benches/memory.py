@@ -6,16 +6,15 @@ Shapes: B pairs of the global batch, c pairs of a chunk, D width of the teacher'
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from benches.measure import BenchOptions, Row, in_own_process, peak_memory_gb
-from benches.step import Side, random_batch
+from benches.step import FEATURE_WIDTH, Side, random_batch, with_random_features
 from mobileclip_student import create_student
-from training.data.samples import Batch
 from training.data.store import TeacherInfo
 from training.distill import Distiller
 from training.distillation import assemble
@@ -25,7 +24,7 @@ from training.teachers import Teachers
 
 __all__ = ["ChunkedDistiller", "bench_memory"]
 
-STUDENT, TEACHER_WIDTH = "s0", 512
+STUDENT = "s0"
 BATCH_SIZE = 8192
 CHUNK, HALF_CHUNK = 64, 32
 _CPU_CHUNKS = 2  # chunks that are run where all of them would take an hour
@@ -125,8 +124,8 @@ def step_peak(
     torch.manual_seed(0)
     device = options.device
     model = create_student(variant).to(device).train()
-    batch = _stored(random_batch(batch_size, model.image_size)).to(device)
-    teacher_info = TeacherInfo((TEACHER_WIDTH,), 100.0, model.context_length)
+    batch = with_random_features(random_batch(batch_size, model.image_size)).to(device)
+    teacher_info = TeacherInfo((FEATURE_WIDTH,), 100.0, model.context_length)
     options_of_losses = LossOptions(pca_rank=min(32, batch_size // 2))
     distillation = assemble(model, Teachers(stored=teacher_info), options_of_losses, streaming=streaming)
     module = ChunkedDistiller(distillation.distiller, real_chunks).to(device)
@@ -140,16 +139,6 @@ def step_peak(
     before = _peak_gb(device)
     side.step(accumulation)
     return _Peak(before, _peak_gb(device))
-
-
-def _stored(batch: Batch) -> Batch:
-    """Return the batch with random teacher features."""
-    generator = torch.Generator().manual_seed(0)
-
-    def features() -> Tensor:
-        return normalize(torch.randn(len(batch.keys), TEACHER_WIDTH, generator=generator), dim=-1).half()
-
-    return replace(batch, teacher={name: features() for name in ("image", "long", "short")})
 
 
 def _peak_gb(device: torch.device) -> float:

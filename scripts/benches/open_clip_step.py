@@ -1,15 +1,17 @@
 """open-clip: a step of the same work in open_clip's own training code, from its wheel, and in ours.
 
 MobileCLIP-S1 learns from ViT-B/16 with CLIP's contrastive loss and the teacher's distribution over the batch. Both
-students read 77 tokens and the teacher's pictures, because open_clip gives its teacher what the student reads. Both
-sides start from the same random weights.
+students read at most 77 tokens and the teacher's pictures, because open_clip gives its teacher what the student reads.
+Both sides start from the same random weights.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,179 +24,241 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
-from benches.step import Side, random_batch, with_stored_features
+from benches.step import FEATURE_WIDTH, Side, random_batch, with_random_features
 from eval.base.freed_memory import keep_freed_memory
+from eval.base.tf32 import allow_tf32
 from longclip_teacher import LongCLIP, load_teacher
+from longclip_teacher.errors import InputError
 from longclip_teacher.open_clip_parts import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from longclip_teacher.text import EOT
 from mobileclip_student import MobileCLIP, load_student
 from training.data.decoding import normalized
 from training.data.samples import Batch
+from training.data.store import TeacherInfo
 from training.distillation import assemble
 from training.settings.losses import LossOptions
 from training.teachers import Teachers
 
-__all__ = ["TOKENS", "OpenClipSide", "bench_open_clip", "captions_of", "our_side", "same_weights"]
+__all__ = [
+    "CASES", "TOKENS", "OpenClipSide", "bench_open_clip", "captions_of", "open_clip_models", "our_side", "our_student",
+    "our_teacher", "write_weights",
+]  # fmt: skip
 
 TOKENS = 77
 _STUDENT, _TEACHER = "MobileCLIP-S1", "ViT-B-16"
+_STUDENT_FILE, _TEACHER_FILE = "student.safetensors", "teacher.safetensors"
 _LENGTHS = (12, 60)  # tokens per caption
-_BATCH_SIZE, _GPU_BATCH_SIZE, _SIDE = 16, 256, 224
-_OURS = {"same function, pads attended, online": (False, False), "ours, online": (True, False)}
-_OURS |= {"ours, stored features": (True, True)}  # pads masked, features stored
+_BATCH_SIZES = {"cpu": 16, "cuda": 256}
+_FULL_BATCH_SIZES = {"cpu": 64, "cuda": 512}
+_SIDE = 224
+CASES = {  # whether pads are masked, and features stored
+    "same function, pads attended, online": (False, False),
+    "ours, online": (True, False),
+    "ours, stored features": (True, True),
+}
 _LOSSES = LossOptions(clip_long=1.0, crd_long=1.0, clip_short=0.0, crd_short=0.0, label_smoothing=0.0)
 
 
 def bench_open_clip(options: BenchOptions) -> Iterator[Row]:
-    """Yield a step's seconds per case, then the peak memory of processes that make steps of one side alone."""
-    batch_size = _BATCH_SIZE if options.device.type == "cpu" else _GPU_BATCH_SIZE
+    """Yield the samples/s of the cases, which one process makes in turns, then the peak memory of processes that make
+    steps of one side alone."""
+    if options.precision == "fp16" and options.device.type == "cpu":
+        raise InputError("--precision fp16: open_clip's training code has it on a GPU alone; give bf16 or fp32")
+    batch_size = (_FULL_BATCH_SIZES if options.full else _BATCH_SIZES)[options.device.type]
     threads = torch.get_num_threads()
-    for case, (pad_mask, stored) in _OURS.items():
-        for length in _LENGTHS if pad_mask else _LENGTHS[:1]:
-            yield in_own_process(_time_case, case, pad_mask, stored, length, batch_size, options, threads)
-    theirs = in_own_process(_peak_of, None, batch_size, options, threads)
-    for case, how in _OURS.items():
-        ours = in_own_process(_peak_of, how, batch_size, options, threads)
-        name = f"{case}, captions of {_LENGTHS[-1]} tokens: peak memory of the process"
-        yield Row(name, "GB", ours, theirs, theirs / ours, None, ours)
+    with tempfile.TemporaryDirectory() as name:
+        yield from in_own_process(_rates, Path(name), batch_size, options, threads)
+        theirs = in_own_process(_peak_of_open_clip, batch_size, options, threads)
+        for case, (pad_mask, stored) in CASES.items():
+            ours = in_own_process(_peak_of_ours, Path(name), pad_mask, stored, batch_size, options, threads)
+            told = f"{case}, captions of {_LENGTHS[-1]} tokens, batch {batch_size}: peak memory of the process"
+            yield Row(told, "GB", ours, theirs, theirs / ours, None, ours)
 
 
-def _time_case(
-    case: str, pad_mask: bool, stored: bool, length: int, batch_size: int, options: BenchOptions, threads: int
-) -> Row:
-    """Both sides in turn. max_abs_diff is that of the first step's loss, if both compute the same."""
+def _rates(folder: Path, batch_size: int, options: BenchOptions, threads: int) -> list[Row]:
+    """All cases and open_clip's step in turns. max_abs_diff is that of the first step's loss, if both compute the same.
+
+    open_clip pads every caption to 77 tokens, so its step is measured once for all lengths.
+    """
     torch.set_num_threads(threads)
     keep_freed_memory()
-    batch = captions_of(random_batch(batch_size, _SIDE, _SIDE), length).to(options.device)
-    models = same_weights(_SIDE, options.device)
-    baseline = OpenClipSide(models, batch, options.precision)
-    ours = our_side(models, batch, options.precision, pad_mask=pad_mask, stored=stored)
-    difference = abs(float(ours.step()) - baseline.step())  # the first steps also warm up
-    seconds, seconds_baseline = medians([ours.step, baseline.step], options.rounds, options.device)
-    return Row(
-        case=f"{case}: {_STUDENT} from {_TEACHER}, {TOKENS} tokens, captions of {length}, batch {batch_size}, "
-        f"{threads} threads",
-        unit="s",
-        ours=seconds,
-        baseline=seconds_baseline,
-        ratio=seconds_baseline / seconds,
-        max_abs_diff=None if pad_mask else difference,
-        peak_gb=peak_memory_gb(),
-    )
+    batches = {length: _batch(batch_size, length, options.device) for length in _LENGTHS}
+    longest = batches[_LENGTHS[-1]]
+    models = open_clip_models(_SIDE)
+    write_weights(models, folder)
+    teacher = our_teacher(folder)
+    students = {pad_mask: our_student(folder, _SIDE, pad_mask=pad_mask) for pad_mask in (False, True)}
+    theirs = OpenClipSide(*models, longest, options.precision)
+    sides = {
+        (case, length): our_side(students[pad_mask], None if stored else teacher, batches[length], options.precision)
+        for case, (pad_mask, stored) in CASES.items()
+        for length in (_LENGTHS if pad_mask else _LENGTHS[-1:])
+    }
+    same, *others = sides.values()
+    difference = abs(float(same.step()) - theirs.step())  # the first steps also warm up
+    allow_tf32(True)  # as both training commands do on a GPU; the losses are compared without it
+    for side in others:
+        side.step()
+    names = ["open_clip", *(f"{case}, {length} tokens" for case, length in sides)]
+    functions = [lambda: theirs.steps(1), *(side.step for side in sides.values())]
+    seconds, *ours = medians(functions, options.rounds, options.device, names)
+    return [
+        Row(
+            case=f"{case}: {_STUDENT} from {_TEACHER}, captions of {length} tokens, batch {batch_size}, "
+            f"{threads} threads",
+            unit="samples/s",
+            ours=batch_size / taken,
+            baseline=batch_size / seconds,
+            ratio=seconds / taken,
+            max_abs_diff=difference if side is same else None,
+            peak_gb=None,
+        )
+        for ((case, length), side), taken in zip(sides.items(), ours, strict=True)
+    ]
 
 
-def _peak_of(how: tuple[bool, bool] | None, batch_size: int, options: BenchOptions, threads: int) -> float:
-    """The peak memory in GB of a process that makes two steps: ours (pads masked, features stored) or open_clip's."""
+def _peak_of_open_clip(batch_size: int, options: BenchOptions, threads: int) -> float:
+    """The peak memory in GB of a process that makes two of open_clip's steps and holds its models alone."""
     torch.set_num_threads(threads)
-    batch = captions_of(random_batch(batch_size, _SIDE, _SIDE), _LENGTHS[-1]).to(options.device)
-    models = same_weights(_SIDE, options.device)
-    side: OpenClipSide | Side
-    if how is None:
-        side = OpenClipSide(models, batch, options.precision)
-    else:
-        pad_mask, stored = how
-        side = our_side(models, batch, options.precision, pad_mask=pad_mask, stored=stored)
+    side = OpenClipSide(*open_clip_models(_SIDE), _batch(batch_size, _LENGTHS[-1], options.device), options.precision)
+    for _ in range(2):
+        side.steps(1)
+    return peak_memory_gb(options.device)
+
+
+def _peak_of_ours(
+    folder: Path, pad_mask: bool, stored: bool, batch_size: int, options: BenchOptions, threads: int
+) -> float:
+    """The same of ours. Freed memory is kept, as in training, which makes the peak a little higher."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    student, teacher = our_student(folder, _SIDE, pad_mask=pad_mask), None if stored else our_teacher(folder)
+    side = our_side(student, teacher, _batch(batch_size, _LENGTHS[-1], options.device), options.precision)
     for _ in range(2):
         side.step()
     return peak_memory_gb(options.device)
 
 
+def _batch(batch_size: int, length: int, device: torch.device) -> Batch:
+    return captions_of(random_batch(batch_size, _SIDE), length).to(device)
+
+
 def captions_of(batch: Batch, length: int) -> Batch:
-    """The batch with captions of `length` tokens, long and short alike, and the student's pictures for the teacher."""
+    """The batch with captions of `length` tokens, long and short alike."""
     tokens = batch.long_tokens[:, :length].clone()
     tokens[(tokens == EOT) | (tokens == 0)] = 320
     tokens[:, -1] = EOT
-    return replace(batch, teacher_images=(batch.images,), long_tokens=tokens, short_tokens=tokens)
+    return replace(batch, long_tokens=tokens, short_tokens=tokens)
 
 
-@dataclass
-class _Models:
-    """open_clip's student and teacher with random weights, and the files that hold these."""
-
-    student: nn.Module
-    teacher: nn.Module
-    folder: tempfile.TemporaryDirectory
-    size: int
-
-    def ours(self, pad_mask: bool) -> tuple[MobileCLIP, LongCLIP]:
-        """Our student and teacher with the same weights, which read the pictures as open_clip's teacher does."""
-        folder, device = Path(self.folder.name), next(self.teacher.parameters()).device
-        teacher = load_teacher(folder / "teacher.safetensors", device, context_length=TOKENS, activation="gelu")
-        student = load_student(folder / "student.safetensors", "s1", TOKENS, pad_mask, device)
-        pictures = teacher.preprocess_cfg
-        image = replace(student.config.image, image_size=self.size, mean=pictures.mean, std=pictures.std)
-        student.config = replace(student.config, image=image)
-        return student.requires_grad_(True).train(), teacher.requires_grad_(False).eval()
-
-
-def same_weights(size: int, device: torch.device) -> _Models:
-    """Draw the weights of both models for pictures of `size` pixels."""
+def open_clip_models(size: int) -> tuple[nn.Module, nn.Module]:
+    """open_clip's student and teacher for pictures of `size` pixels, with the same random weights at every call."""
     torch.manual_seed(0)
     student, teacher = (
-        open_clip.create_model(name, device=device, force_image_size=size, output_dict=True)
-        for name in (_STUDENT, _TEACHER)
+        open_clip.create_model(name, force_image_size=size, output_dict=True) for name in (_STUDENT, _TEACHER)
     )
-    folder = tempfile.TemporaryDirectory()
-    for name, model in (("student", student), ("teacher", teacher)):
-        tensors = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
-        save_file(tensors, Path(folder.name, f"{name}.safetensors"))
-    return _Models(student, teacher.requires_grad_(False), folder, size)
+    return student, teacher.requires_grad_(False)
 
 
-def our_side(models: _Models, batch: Batch, precision: str, *, pad_mask: bool, stored: bool) -> Side:
-    """Our step from the same weights. Without `pad_mask` the student reads all 77 positions, as open_clip's does."""
-    student, teacher = models.ours(pad_mask)
-    distillation = assemble(student, Teachers([teacher]), _LOSSES)
-    if stored:
-        assert distillation.teachers is not None
-        batch, teacher_info = with_stored_features(batch, distillation.teachers, distillation.objective.needs)
-        distillation = assemble(student, Teachers(stored=teacher_info), _LOSSES)
+def write_weights(models: tuple[nn.Module, nn.Module], folder: Path) -> None:
+    """Write open_clip's student and teacher for `our_models`."""
+    for file, model in zip((_STUDENT_FILE, _TEACHER_FILE), models, strict=True):
+        save_file({key: value.contiguous().clone() for key, value in model.state_dict().items()}, folder / file)
+
+
+def our_teacher(folder: Path) -> LongCLIP:
+    """Our teacher with the weights of `folder`."""
+    teacher = load_teacher(folder / _TEACHER_FILE, context_length=TOKENS, activation="gelu")
+    return teacher.requires_grad_(False).eval()
+
+
+def our_student(folder: Path, size: int, *, pad_mask: bool) -> MobileCLIP:
+    """Our student with the weights of `folder`, which reads the same pictures as the teacher. Without `pad_mask` it
+    reads all 77 positions, as open_clip's does."""
+    student = load_student(folder / _STUDENT_FILE, "s1", TOKENS, pad_mask)
+    seen = {"image_size": size, "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, "interpolation": "bicubic"}
+    student.config = replace(student.config, image=replace(student.config.image, **seen))
+    return student.requires_grad_(True).train()
+
+
+def our_side(student: MobileCLIP, teacher: LongCLIP | None, batch: Batch, precision: str) -> Side:
+    """Our step, on the device of the pictures. Without a teacher its features are stored, and random."""
+    if teacher is None:
+        batch, teachers = with_random_features(batch), Teachers(stored=TeacherInfo((FEATURE_WIDTH,), 100.0, TOKENS))
+    else:
+        teachers = Teachers([teacher])
+    distillation = assemble(student, teachers, _LOSSES)
+    teachers.to(batch.images.device)
     distillation.distiller.to(batch.images.device)
     return Side(distillation, batch, precision, fused=True)
 
 
 @dataclass
 class OpenClipSide:
-    """open_clip's `train_one_epoch` on a batch that already lies on the device, normalised."""
+    """open_clip's `train_one_epoch` on a batch that already lies on the device, normalised, with the settings that
+    `open_clip_train.main` makes before."""
 
-    models: _Models
+    student: nn.Module
+    teacher: nn.Module
     batch: Batch
     precision: str
-    entropy: float = field(init=False)
-    """Of the teacher's distributions, mean of both directions. Its loss is a cross-entropy, ours a divergence."""
 
     def __post_init__(self) -> None:
-        device, student = self.batch.images.device, self.models.student
-        tokens = F.pad(self.batch.long_tokens, (0, TOKENS - self.batch.long_tokens.shape[1]))
+        device, student = self.batch.images.device, self.student.to(self.batch.images.device)
+        self.teacher.to(device)
+        tokens = F.pad(self.batch.long_tokens, (0, TOKENS - self.batch.long_tokens.shape[1])).to(device)
         mean, std = (torch.tensor(value, device=device) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
         self._samples = normalized(self.batch.images, mean, std), tokens
         decayed = [parameter for parameter in student.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in student.parameters() if parameter.ndim <= 1]
-        self._optimizer = torch.optim.AdamW(  # as open_clip_train.main builds it
+        self._optimizer = torch.optim.AdamW(
             [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}], lr=1e-4
         )
+        is_half = self.precision == "fp16"
+        self._scaler = torch.amp.GradScaler(device.type) if is_half else None
+        self._loss = _KeptLoss()
         self._arguments = SimpleNamespace(
-            device=str(device), precision={"bf16": "amp_bf16"}.get(self.precision, self.precision), distill=True,
-            accum_freq=1, skip_scheduler=True, horovod=False, grad_clip_norm=1.0, log_every_n_steps=10**9,
-            batch_size=len(tokens), world_size=1, rank=0, wandb=False,
+            device=str(device), precision={"bf16": "amp_bf16", "fp16": "amp"}.get(self.precision, self.precision),
+            distill=True, accum_freq=1, skip_scheduler=True, horovod=False, grad_clip_norm=1.0,
+            log_every_n_steps=10**9, batch_size=len(tokens), world_size=1, wandb=False,
+            rank=1,  # rank 0 would log the first and the last step, and wait for the device
         )  # fmt: skip
+
+    @cached_property
+    def entropy(self) -> float:
+        """The entropy of the teacher's distributions, mean of both directions. open_clip's loss is a cross-entropy,
+        ours a divergence."""
         with torch.no_grad():
-            taught = self.models.teacher(*self._samples)
+            taught = self.teacher(*self._samples)
             logits = taught["logit_scale"] * taught["image_features"] @ taught["text_features"].T
-            self.entropy = float(sum(_entropy(direction) for direction in (logits, logits.T)) / 2)
+            return float(sum(_entropy(direction) for direction in (logits, logits.T)) / 2)
 
     def steps(self, count: int) -> None:
         """Make several steps without waiting between them."""
-        self._loss = _KeptLoss()
         data = {"train": _Feed([self._samples] * count)}
-        train_one_epoch(
-            self.models.student, data, self._loss, 0, self._optimizer, None, None, self.models.teacher, self._arguments
-        )
+        with _settings_of_main():
+            train_one_epoch(
+                self.student, data, self._loss, 0, self._optimizer, self._scaler, None, self.teacher, self._arguments
+            )
 
     def step(self) -> float:
         """Make a step. Returns the loss, less the teacher's entropy."""
         self.steps(1)
         return self._loss.last - self.entropy
+
+
+@contextmanager
+def _settings_of_main() -> Iterator[None]:
+    """On a GPU, have cuDNN try which convolutions are fastest, as `open_clip_train.main` does, and let torch choose
+    cuDNN's attention, as it does by default."""
+    before = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before[0]
+        torch.backends.cuda.enable_cudnn_sdp(before[1])
 
 
 def _entropy(logits: Tensor) -> Tensor:

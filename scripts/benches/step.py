@@ -27,12 +27,22 @@ from training.step import backward_step
 from training.teachers import Teachers
 from training.update import Statistics, apply_update
 
-__all__ = ["Side", "bench_step", "random_batch", "step_case", "with_stored_features"]
+__all__ = [
+    "FEATURE_WIDTH",
+    "Side",
+    "bench_step",
+    "random_batch",
+    "step_case",
+    "with_random_features",
+    "with_stored_features",
+]
 
 STUDENT = "s0"
 TEACHERS, FULL_TEACHERS = ("b16",), ("b16", "l14")
 _LONG, _SHORT = 100, 12  # mean tokens per caption
 _BATCH_SIZE, _GPU_BATCH_SIZE = 16, 256
+FEATURE_WIDTH = 512
+"""Width of the features of `with_random_features`, that of a B/16."""
 _KEY = (0, 0)  # key of drop path; the same in every step
 _CONFIG = TrainConfig()  # its optimiser is the one that is measured
 
@@ -147,6 +157,17 @@ def with_stored_features(batch: Batch, teachers: Teachers, needs: Needs) -> tupl
         teacher={name: value.half() for name, value in features.tensors().items()},
     )
     return stored, teachers.info["long"]
+
+
+def with_random_features(batch: Batch) -> Batch:
+    """The batch with random stored features of unit norm, for a step that needs no teacher."""
+    generator = torch.Generator().manual_seed(0)
+
+    def features() -> Tensor:
+        drawn = F.normalize(torch.randn(len(batch.keys), FEATURE_WIDTH, generator=generator), dim=-1)
+        return drawn.half().to(batch.images.device)
+
+    return replace(batch, teacher={name: features() for name in ("image", "long", "short")})
 
 
 def random_batch(batch_size: int, image_size: int, teacher_image_size: int | None = None) -> Batch:

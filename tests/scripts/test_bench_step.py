@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from benches import memory
 from benches.measure import BenchOptions, in_own_process
 from benches.memory import ChunkedDistiller, bench_memory, step_peak
-from benches.open_clip_step import OpenClipSide, captions_of, our_side, same_weights
-from benches.step import Side, random_batch, step_case
+from benches.open_clip_step import (
+    OpenClipSide,
+    captions_of,
+    open_clip_models,
+    our_side,
+    our_student,
+    our_teacher,
+    write_weights,
+)  # fmt: skip
+from benches.step import FEATURE_WIDTH, Side, random_batch, step_case, with_random_features
 from longclip_teacher.text import caption_lengths
 from mobileclip_student import create_student
 from training.data.store import TeacherInfo
@@ -26,11 +36,12 @@ def test_both_sides_of_a_step_have_the_same_loss() -> None:
     assert row.max_abs_diff is not None and row.max_abs_diff < 1e-3  # features stored in fp16
 
 
-def test_open_clips_step_and_ours_from_the_same_weights_have_the_same_loss() -> None:
-    batch = captions_of(random_batch(4, 64, 64), 12)
-    models = same_weights(64, torch.device("cpu"))
-    ours = our_side(models, batch, "fp32", pad_mask=False, stored=False)  # reads the weights before theirs move
-    theirs = OpenClipSide(models, batch, "fp32")
+def test_open_clips_step_and_ours_from_the_same_weights_have_the_same_loss(tmp_path: Path) -> None:
+    batch = captions_of(random_batch(4, 64), 12)
+    models = open_clip_models(64)
+    write_weights(models, tmp_path)
+    theirs = OpenClipSide(*models, batch, "fp32")
+    ours = our_side(our_student(tmp_path, 64, pad_mask=False), our_teacher(tmp_path), batch, "fp32")
     assert theirs.entropy > 1  # of four pictures, at most log 4
     assert float(ours.step()) == pytest.approx(theirs.step(), abs=1e-4)
 
@@ -47,8 +58,8 @@ def test_captions_have_the_stated_lengths() -> None:
 def test_a_step_moves_the_weights() -> None:
     torch.manual_seed(0)
     model = create_student("tiny", context_length=40).train()
-    teacher_info = TeacherInfo((memory.TEACHER_WIDTH,), 100.0, 248)
-    batch = memory._stored(random_batch(12, 48))
+    teacher_info = TeacherInfo((FEATURE_WIDTH,), 100.0, 248)
+    batch = with_random_features(random_batch(12, 48))
     distillation = assemble(model, Teachers(stored=teacher_info), LossOptions(pca_rank=4))
     module = ChunkedDistiller(distillation.distiller, 2)
     side = Side(distillation, batch, "fp32", fused=True, module=module)
