@@ -7,12 +7,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from photo_search.errors import InputError, run, shown
 
 if TYPE_CHECKING:
+    from photo_search.index import Index
     from photo_search.indexing import Update
 
 _ABOUT = """\
@@ -44,6 +47,7 @@ _EMBED = """\
 Write the features of a folder's pictures for an index of your own: float32 [N, D] of unit norm, and their names.
 
 Beside features.npy stands features.json: "names" in the order of the rows, "problems" and the model's "fingerprint".
+The folder features.index is an index as `index` makes it, so that the next call reads only new and changed files.
 """
 _MODEL = "folder that export.py wrote, or one of its graphs, such as MODEL/onnx/vision_model_quantized.onnx"
 _MORE = 10  # broken pictures that are named
@@ -91,16 +95,9 @@ def main() -> None:
 
 def index_command(options: argparse.Namespace) -> None:
     """Make an index, or bring it up to date."""
-    from photo_search.index import written_index
-    from photo_search.indexing import update
-    from photo_search.model import Model
-
-    start, folder = time.perf_counter(), _folder(options.folder)
-    model = None if options.model is None else Model(options.model.absolute())
-    with written_index(options.index) as index:
-        if model is None and (source := index.source) is None:
-            raise InputError(f"{options.index} is new: name the model with --model")
-        done = update(index, folder, model or Model(source.model), _Progress())
+    start = time.perf_counter()
+    with _updated(options, options.index) as (_, done):
+        pass
     _report(done, options.json, time.perf_counter() - start)
 
 
@@ -135,27 +132,38 @@ def search_command(options: argparse.Namespace) -> None:
 
 
 def embed_command(options: argparse.Namespace) -> None:
-    """Write features and names."""
+    """Write features and names, from an index beside them that is brought up to date."""
     import numpy as np
 
     from photo_search.atomic import replaced
-    from photo_search.index import temporary_index
-    from photo_search.indexing import update
-    from photo_search.model import Model
 
     if options.out.suffix != ".npy":
         raise InputError(f"--out {options.out}: name a file that ends in .npy")
-    start, folder, model = time.perf_counter(), _folder(options.folder), Model(options.model.absolute())
-    with temporary_index() as index:
-        done = update(index, folder, model, _Progress())
-        features = index.features()
-    _check_some_were_read(features.names, done.problems, folder)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    told = {"names": features.names, "problems": done.problems, "fingerprint": model.fingerprint}
+    start = time.perf_counter()
+    with _updated(options, options.out.with_suffix(".index")) as (index, done):
+        features, source = index.features(), index.source
+    _check_some_were_read(features.names, done.problems, source.folder)
+    told = {"names": features.names, "problems": done.problems, "fingerprint": source.fingerprint}
     with replaced(options.out.with_suffix(".json")) as names, replaced(options.out) as file:
         names.write(json.dumps(told, indent=2).encode())
         np.save(file, features.vectors)
     _report(done, options.json, time.perf_counter() - start)
+
+
+@contextmanager
+def _updated(options: argparse.Namespace, place: Path) -> Iterator[tuple[Index, Update]]:
+    """The index at `place`, made or brought up to date, and what that took."""
+    from photo_search.index import written_index
+    from photo_search.indexing import update
+    from photo_search.model import Model
+
+    if not options.folder.is_dir():
+        raise InputError(f"no folder {options.folder}")
+    model = None if options.model is None else Model(options.model.absolute())
+    with written_index(place) as index:
+        if model is None and (source := index.source) is None:
+            raise InputError(f"{place} is new: name the model with --model")
+        yield index, update(index, options.folder.resolve(), model or Model(source.model), _Progress())
 
 
 def _check_some_were_read(names: list[str], problems: dict[str, str], folder: Path) -> None:
@@ -227,12 +235,6 @@ def _plain(value: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(value)
-
-
-def _folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise InputError(f"no folder {path}")
-    return path.resolve()
 
 
 def _positive(text: str) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 from photo_search.errors import InputError
 
-__all__ = ["Features", "Index", "Picture", "Source", "Stamp", "open_index", "temporary_index", "written_index"]
+__all__ = ["Features", "Index", "Picture", "Source", "Stamp", "open_index", "written_index"]
 
 _FILE, _LOCK = "index.sqlite", "lock.sqlite"
 _PROGRAM, _VERSION = 0x50485331, 1  # SQLite's application_id and user_version
@@ -74,7 +74,7 @@ class Source:
 class Index:
     """The open file of an index. Every method is one transaction, and raises InputError for a damaged file."""
 
-    def __init__(self, path: Path | None, database: sqlite3.Connection) -> None:
+    def __init__(self, path: Path, database: sqlite3.Connection) -> None:
         self.path, self._database = path, database
         with self._transaction():
             tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -211,17 +211,9 @@ def written_index(folder: Path) -> Iterator[Index]:
 
 
 @contextmanager
-def temporary_index() -> Iterator[Index]:
-    """An index in memory."""
-    with _opened(None) as index:
-        index.make_tables()
-        yield index
-
-
-@contextmanager
-def _opened(path: Path | None) -> Iterator[Index]:
+def _opened(path: Path) -> Iterator[Index]:
     try:
-        database = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None)
+        database = sqlite3.connect(path, timeout=10, isolation_level=None)
     except sqlite3.Error as error:
         raise InputError(f"cannot use {path} ({error})") from None
     with closing(database):

@@ -148,7 +148,10 @@ def _check_same_folder(index: Index, folder: Path, stamps: dict[str, Stamp]) -> 
         return
     known = index.stamps()
     if source.folder.exists() or not any(known.get(name) == stamp for name, stamp in stamps.items()):
-        raise InputError(f"{index.path} is the index of {source.folder}: name another one with --index for {folder}")
+        raise InputError(
+            f"{index.path} is the index of {source.folder}: choose another place for that of {folder} (--index; for "
+            "embed --out)"
+        )
 
 
 def _stamp(path: Path) -> Stamp | None:

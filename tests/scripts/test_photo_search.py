@@ -184,7 +184,7 @@ def test_a_folder_may_move_but_an_index_is_not_turned_into_anothers(
 ) -> None:
     index_photos()
     other = write_pictures(tmp_path / "other", 3)
-    with pytest.raises(InputError, match=r"is the index of .*photos: name another one with --index for .*other"):
+    with pytest.raises(InputError, match=r"is the index of .*photos: choose another place for that of .*other"):
         index_photos(other)
     moved = photos.rename(tmp_path / "moved")
     assert index_photos(moved) == Update(pictures=9, unchanged=9)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -143,13 +144,39 @@ def test_embed_writes_features_and_names(places: tuple[Path, Path, Path], tmp_pa
     done = command("embed", photos, "--model", model, "--out", tmp_path / "new/features.npy")
     assert done.returncode == 0, done.stderr
     (tmp_path / "any").touch()
-    assert len({path.stat().st_mode for path in (tmp_path / "any", *(tmp_path / "new").iterdir())}) == 1
+    files = {path.name for path in (tmp_path / "new").iterdir() if path.is_file()}
+    assert files == {"features.npy", "features.json"}
+    assert len({path.stat().st_mode for path in (tmp_path / "any", *(tmp_path / "new").glob("features.[nj]*"))}) == 1
     features, told = np.load(tmp_path / "new/features.npy"), json.loads((tmp_path / "new/features.json").read_text())
     assert features.shape == (9, 3) and features.dtype == np.float32 and list(told["problems"]) == ["broken.jpg"]
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
     for name, feature in zip(told["names"], features, strict=True):
         colour = np.asarray(open_image(photos / name).getpixel((0, 0))) / 255 + 0.01
         np.testing.assert_allclose(feature, colour / np.linalg.norm(colour), atol=1e-3)
+
+
+def test_embed_reads_only_what_is_new(places: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    photos, out = write_pictures(tmp_path / "photos", 9), tmp_path / "features.npy"
+    call = ("embed", photos, "--model", places[1], "--out", out)
+    assert command(*call).stdout.startswith("9 pictures: 9 embedded, 0 known by their contents, 0 unchanged; 0 removed")
+    first = dict(zip(json.loads((tmp_path / "features.json").read_text())["names"], np.load(out), strict=True))
+    (photos / "red0.png").rename(photos / "renamed.png")
+    (photos / "blue2.png").unlink()
+    (photos / "blue5.png").write_bytes((photos / "green1.png").read_bytes())
+    Image.new("RGB", (20, 20), (9, 99, 199)).save(photos / "new.png")
+    out.unlink()
+    done = command(*call)
+    assert done.stdout.startswith("9 pictures: 1 embedded, 2 known by their contents, 6 unchanged; 2 removed"), done
+    told, features = json.loads((tmp_path / "features.json").read_text()), np.load(out)
+    second = dict(zip(told["names"], features, strict=True))
+    assert set(second) == {*first, "renamed.png", "new.png"} - {"red0.png", "blue2.png"}
+    np.testing.assert_array_equal(second["renamed.png"], first["red0.png"])
+    np.testing.assert_array_equal(second["blue5.png"], first["green1.png"])
+    (tmp_path / "other").mkdir()
+    (photos / "red3.png").rename(tmp_path / "other/red3.png")
+    done = command("embed", tmp_path / "other", *call[2:])
+    assert done.returncode == 2 and "choose another place for that of" in done.stderr
+    np.testing.assert_array_equal(np.load(out), features)
 
 
 def test_where_no_picture_can_be_read_there_is_nothing_to_search(
