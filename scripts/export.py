@@ -93,12 +93,12 @@ from exporting.half_weights import with_half_weights
 from exporting.immich import write_immich
 from exporting.int8_files import write_int8
 from exporting.judged_pairs import Judge, calibration_pixels, judged_pairs
+from exporting.measured import Measured, kind_of, measure, record_of_run, record_with_run, teacher_beside
 from exporting.mobile_files import write_core_ml, write_executorch
 from exporting.open_clip_folder import refuse_what_open_clip_cannot_say, write_open_clip
 from exporting.openvino_files import write_openvino
 from exporting.runtimes import num_bytes, runtime_encoder
 from exporting.sources import Exported, load_source
-from exporting.timing import milliseconds
 from longclip_teacher.atomic_files import atomic_folder
 from mobileclip_student import MobileCLIP
 from mobileclip_student.onnx_graphs import image_graph, text_graph
@@ -126,8 +126,11 @@ def main() -> None:
         if options.openvino:
             console.print("comparing what OpenVINO makes of them with the model")
             written += write_openvino(model, folder, pairs)
+        teacher = teacher_beside(model, console.print)
         console.print("timing, in turns with the PyTorch model")
-        rows = table_rows(model, folder, written)
+        measured = measure(model, folder, written, teacher)
+        record = record_of_run(model, measured, console.print)
+        rows = table_rows(measured, folder, written)
         rows += mobile_rows(model, folder, options, list(rows[0]))
         write_settings(model, folder)
         if options.immich:
@@ -138,7 +141,9 @@ def main() -> None:
         card = model_card(model, rows, [f"`{one.name}`: {one.form}." for one in written if one.form], pairs)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_manifest(folder)
-    print_table(rows)
+    if record is not None:
+        record_with_run(model, record, console.print)
+    print_table([*rows, *teacher_rows(measured, list(rows[0]))])
     say = plain_console(soft_wrap=True).print
     say(f"Terms: {describe_terms(model.model.ancestry)}")
     say(f"Exported: {options.out}")
@@ -163,9 +168,8 @@ def write_graphs(model: Exported, folder: Path) -> list[Written]:
     return written
 
 
-def table_rows(model: Exported, folder: Path, written: list[Written]) -> list[dict[str, str]]:
+def table_rows(measured: Measured, folder: Path, written: list[Written]) -> list[dict[str, str]]:
     """The table of files, each with its agreement and its milliseconds, beside the PyTorch model's."""
-    times = milliseconds(model, {one.name: (one.tower, folder / one.name) for one in written})
     has_r1 = any(one.r1 for one in written)
     rows = []
     for one in written:
@@ -176,11 +180,26 @@ def table_rows(model: Exported, folder: Path, written: list[Written]) -> list[di
                 "cosine": f"{one.agreement.cosine:.7f}",
                 "max diff": f"{one.agreement.difference:.1e}",
                 **({"R@1 %": one.r1} if has_r1 else {}),
-                "ms": f"{times[one.name]:.2f}",
-                "torch ms": f"{times[one.tower]:.2f}",
+                "ms": f"{measured.costs[kind_of(one)][f'{one.tower}_ms']:.2f}",
+                "torch ms": f"{measured.torch_cost[f'{one.tower}_ms']:.2f}",
             }
         )
     return rows
+
+
+def teacher_rows(measured: Measured, columns: list[str]) -> list[dict[str, str]]:
+    """The teacher's towers as they are once exported, in the same runtime."""
+    if measured.teacher is None:
+        return []
+    return [
+        dict.fromkeys(columns, "")
+        | {
+            "file": f"(the teacher's {tower} tower, ONNX)",
+            "bytes": str(num_bytes),
+            "ms": f"{measured.teacher_cost[f'{tower}_ms']:.2f}",
+        }
+        for tower, num_bytes in measured.teacher.tower_bytes.items()
+    ]
 
 
 def mobile_rows(model: Exported, folder: Path, options: Options, columns: list[str]) -> list[dict[str, str]]:

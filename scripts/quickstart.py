@@ -107,7 +107,7 @@ from eval.measures.retrieval_examples import retrieval_examples
 from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.behaviour_page import chart_of_cuts
 from eval.pages.report import Report, model_colours, write_report
-from eval.towers.exported_model import ExportedModel
+from eval.towers.exported_model import ExportedModel, exported_in_memory
 from eval.towers.models import ClipModel, load_model
 from longclip_teacher import LongCLIP
 from longclip_teacher.folder_lock import folder_lock
@@ -254,7 +254,7 @@ def exported(folder: Path) -> ExportedModel:
     """Return the model of a run as it is after the export to ONNX."""
     model = load_model(folder)
     assert isinstance(model, LongCLIP | MobileCLIP)
-    return ExportedModel(model)
+    return exported_in_memory(model)
 
 
 def compare(options: Options, with_exports: bool) -> Comparison:

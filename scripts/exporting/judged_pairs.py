@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from eval.base.folders import pictures_below
 from eval.base.images import open_image
 from eval.benchmarks.protocols import RetrievalSet, load_retrieval_set
 from eval.measures.recall import recall_metrics
 from eval.measures.retrieval_set import encode_retrieval_set
+from eval.towers.exported_model import ExportedModel
 from eval.towers.features import encode_captions, encode_images
 from exporting.checks import Written
 from exporting.runtimes import Encoder
@@ -122,8 +123,8 @@ class Judge:
 
     def __init__(self, model: Exported, pairs: RetrievalSet, image: Encoder, text: Encoder) -> None:
         """`image` and `text` are the float32 files. Raises InputError if they find too few pairs to judge others by."""
-        self._model = model
-        self._found = encode_retrieval_set(_Towers(model, image, text), pairs)
+        self._model, self._image, self._text = model.model, image, text
+        self._found = encode_retrieval_set(ExportedModel(model.model, image, text), pairs)
         self.float_images, self.float_texts = self._found.image_features, self._found.text_features
         self.float_r1 = self.r1(self.float_images, self.float_texts)
         if min(self.float_r1) < _LEAST_R1:
@@ -137,10 +138,10 @@ class Judge:
         return f"{len(self._found.images)} pairs"
 
     def images(self, encoder: Encoder) -> Float[Tensor, "N D"]:
-        return encode_images(_Towers(self._model, image=encoder), self._found.images).features
+        return encode_images(ExportedModel(self._model, encoder, self._text), self._found.images).features
 
     def texts(self, encoder: Encoder) -> Float[Tensor, "M D"]:
-        return encode_captions(_Towers(self._model, text=encoder), self._found.captions)[0]
+        return encode_captions(ExportedModel(self._model, self._image, encoder), self._found.captions)[0]
 
     def r1(self, images: Tensor, texts: Tensor) -> tuple[float, float]:
         """R@1 in percent: picture to caption, caption to picture."""
@@ -168,23 +169,3 @@ class Judge:
 def shown(r1: tuple[float, float]) -> str:
     """R@1 both ways as it is printed."""
     return f"{r1[0]:.1f} / {r1[1]:.1f}"
-
-
-class _Towers(nn.Module):
-    """Exported files in the place of the model, for the functions that encode a retrieval set."""
-
-    def __init__(self, model: Exported, image: Encoder | None = None, text: Encoder | None = None) -> None:
-        super().__init__()
-        own = model.model
-        self.preprocess, self.tokenizer = own.preprocess, own.tokenizer
-        self.context_length, self.embed_dim = own.context_length, own.embed_dim
-        self.logit_scale = own.logit_scale  # its device is that of the features
-        self._image, self._text = image, text
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        assert self._image is not None
-        return self._image(images)
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        assert self._text is not None
-        return self._text(tokens)

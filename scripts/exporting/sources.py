@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from eval.towers.exported_model import exportable_towers
 from eval.towers.models import load_model
 from longclip_teacher import LongCLIP, save_teacher
-from longclip_teacher import towers as teacher_towers
 from longclip_teacher.errors import InputError
+from longclip_teacher.weights_file import file_sha256, run_weights
 from mobileclip_student import MobileCLIP, reparameterize, save_student
-from mobileclip_student import towers as student_towers
 from training.settings.tree import TrainConfig, config_from_toml
 
 __all__ = ["Exported", "load_source"]
@@ -33,6 +33,8 @@ class Exported:
     """The run folder it comes from."""
     unfused: MobileCLIP | LongCLIP
     """The model as it was read, a student's branches as they were."""
+    sha256: str = ""
+    """Of the run's weight file."""
 
     @cached_property
     def config(self) -> TrainConfig | None:
@@ -46,9 +48,7 @@ class Exported:
     @cached_property
     def towers(self) -> tuple[nn.Module, nn.Module]:
         """Image tower and text tower, whose features have unit norm."""
-        if isinstance(self.model, MobileCLIP):
-            return student_towers.ImageTower(self.model).eval(), student_towers.TextTower(self.model).eval()
-        return teacher_towers.ImageTower(self.model).eval(), teacher_towers.TextTower(self.model).eval()
+        return exportable_towers(self.model)
 
     @torch.no_grad()
     def encode_image(self, pixels: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B D"]:
@@ -92,14 +92,15 @@ def load_source(source: str) -> Exported:
     Raises InputError for what is neither a student nor a teacher of this project, and for a run of one tower, whose
     other tower stands elsewhere.
     """
+    run = Path(source) if (Path(source) / "config.toml").is_file() else None
+    sha256 = "" if run is None else file_sha256(run_weights(run))  # before it is read: it may be replaced meanwhile
     model = load_model(source)
     if not isinstance(model, MobileCLIP | LongCLIP):
         raise InputError(
             f"{source} is neither a student nor a Long-CLIP: open_clip's own models are exported elsewhere"
         )
-    run = Path(source) if (Path(source) / "config.toml").is_file() else None
     fused = reparameterize(model) if isinstance(model, MobileCLIP) else model.requires_grad_(False)
-    exported = Exported(fused, run, model)
+    exported = Exported(fused, run, model, sha256)
     if exported.config is not None and exported.config.run.stage != "both":
         raise InputError(
             f"{source} trained the {exported.config.run.stage} tower alone: train both from it (--init.image, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from eval.base.consoles import plain_console
 from eval.base.processes import Runtime, agreed, bytes_of_main
+from eval.benchmarks.named_sets import parse_sets
 from eval.measures.costs import cost_conditions, measure_costs
 from eval.measures.figures import (
     Column,
@@ -30,15 +32,17 @@ from eval.measures.retrieval_set import encode_retrieval_set
 from eval.pages.report import Report, model_colours, write_report
 from eval.towers.models import ClipModel, load_model
 from longclip_teacher.atomic_files import json_text
+from longclip_teacher.errors import InputError
 from mobileclip_student import MobileCLIP, reparameterize
 from training.build import frozen_teacher, validation_teacher
-from training.generations import verified_file, write_text_generation
+from training.generations import verified_file, verified_text, write_text_generation
 from training.record.curves import run_provenance, training_curves
-from training.record.evaluate import evaluate_tests, evaluated_model, test_sets
+from training.record.evaluate import evaluate_tests, evaluated_model
+from training.record.exported import read_exported
 from training.settings.options import DATACOMPDR
 from training.settings.tree import TrainConfig, config_from_toml
 
-__all__ = ["Judged", "judge_run", "report_run"]
+__all__ = ["Judged", "judge_run", "report_run", "write_run_page"]
 
 _FUSED = "reparameterized"
 
@@ -110,24 +114,65 @@ def report_run(config: TrainConfig, runtime: Runtime, judged: Judged) -> None:
     # the file of a run of one tower holds a whole student: its size is not that of what is evaluated
     costs = measure_costs(timed, dict.fromkeys((trained_as, _FUSED), best) if config.run.stage == "both" else {})
     content: dict[str, Any] = {name: {**results[name], "cost": costs[name]} for name in models}
+    conditions = [figure_conditions(results[trained_as]), f"ms: {cost_conditions(runtime.device)}"]
+    title = _trained_title(config)
     if _FUSED in costs:
         content[trained_as]["cost_reparameterized"] = costs[_FUSED]
-    title = _trained_title(config)
-    written = {"weights": str(best), "steps": config.run.max_steps, "judged": title, "models": content}
+        conditions.append(f"{title}: parameters and ms with branches merged (reparameterized), as it is used")
+    written: dict[str, Any] = {"weights": str(best), "steps": config.run.max_steps, "judged": title}
+    written |= {"tests": config.data.tests, "conditions": conditions, "models": content}
     write_text_generation(out_dir / "results.json", json_text(written))
 
-    conditions = [figure_conditions(results[trained_as]), f"ms: {cost_conditions(runtime.device)}"]
-    if _FUSED in costs:
-        conditions.append(f"{title}: parameters and ms with branches merged (reparameterized), as it is used")
-    shown = costs | {trained_as: costs.get(_FUSED, costs[trained_as])}
-    figures: dict[str, Figures] = {
-        title if name == trained_as else name: {**model_figures(results[name]), **shown[name]} for name in models
-    }
-    columns = figure_columns(test_sets(config), zeroshot=config.data.zeroshot is not None)
-    _write_page(config, models, figures, columns, conditions)
+    shown = write_run_page(out_dir, models[trained_as])
     console = plain_console(soft_wrap=True)
-    console.print(_table(columns, figures, [f"Best weights of {out_dir}. The best of each row is bold.", *conditions]))
+    note = f"Best weights of {out_dir}. The best of each row is bold."
+    console.print(_table(shown.columns, shown.models, [note, *shown.conditions]))
     console.print(f"Report: {out_dir / 'report.html'}")
+
+
+def write_run_page(out_dir: Path, model: ClipModel) -> Report:
+    """Write the report.html of a run that was judged, and return its content.
+
+    The figures are those of results.json and of the files that were exported of these weights. `model` finds the
+    examples: the run's best weights, in any form. Raises InputError for results of another version and for missing
+    tests.
+    """
+    # a finished run may be evaluated on other sets than those it was trained with
+    config = config_from_toml(verified_file(out_dir / "config.toml"))
+    path = out_dir / "results.json"
+    try:
+        results = json.loads(verified_text(path))
+        title, conditions, sets = results["judged"], results["conditions"], parse_sets(results["tests"], "--data.tests")
+        trained, models = results["models"][config.run.train], results["models"]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is of another version: evaluate the run again") from None
+    exported = read_exported(out_dir)
+    shown = {title if name == config.run.train else name: _shown_figures(found) for name, found in models.items()}
+    figures = shown | {name: _shown_figures(found) for name, found in exported.models.items()}
+    columns = figure_columns(sets, zeroshot="zeroshot" in trained)
+    report = Report(
+        title=f"Run {out_dir.name}",
+        paragraphs=[_summary(config, "teacher" in models)],
+        columns=columns,
+        models=figures,
+        conditions=[*conditions, *exported.conditions],
+        sections={"Training": training_curves({title: out_dir}, model_colours(figures))},
+        examples={
+            f"The {title} on {name}": retrieval_examples(encode_retrieval_set(model, found))
+            for name, found in sets.items()
+        },
+        provenance=run_provenance(out_dir),
+    )
+    write_report(out_dir / "report.html", report)
+    return report
+
+
+def _shown_figures(judged: Mapping[str, Any]) -> Figures:
+    """A model's figures from its JSON in results.json; a student's costs are those of its merged form."""
+    costs = judged.get("cost_reparameterized", judged["cost"])
+    return {**model_figures({name: found for name, found in judged.items() if not name.startswith("cost")}), **costs}
 
 
 def _teacher_of_cache(config: TrainConfig, runtime: Runtime) -> ClipModel | None:
@@ -146,39 +191,11 @@ def _table(columns: Sequence[Column], figures: Mapping[str, Figures], caption: S
         table.add_column(name, justify="right")
     for column in columns:
         best_names = best_models(column, figures)
-        cells = ((name, format_figure(values[column.key], column.unit)) for name, values in figures.items())
+        cells = ((name, format_figure(values.get(column.key), column.unit)) for name, values in figures.items())
         marked = (Text(cell, "bold" if name in best_names else "") for name, cell in cells)
         title = f"{column.title}, {column.unit}" if column.unit in ("%", "ms") else column.title
         table.add_row(title, *marked)
     return table
-
-
-def _write_page(
-    config: TrainConfig,
-    models: Mapping[str, ClipModel],
-    figures: Mapping[str, Figures],
-    columns: Sequence[Column],
-    conditions: Sequence[str],
-) -> None:
-    out_dir, title = config.run.out_dir, _trained_title(config)
-    # a finished run may be evaluated on other sets than those it was trained with
-    summary = _summary(config_from_toml(verified_file(out_dir / "config.toml")), "teacher" in models)
-    write_report(
-        out_dir / "report.html",
-        Report(
-            title=f"Run {out_dir.name}",
-            paragraphs=[summary],
-            columns=columns,
-            models=figures,
-            conditions=conditions,
-            sections={"Training": training_curves({title: out_dir}, model_colours(figures))},
-            examples={
-                f"The {title} on {name}": retrieval_examples(encode_retrieval_set(models[config.run.train], found))
-                for name, found in test_sets(config).items()
-            },
-            provenance=run_provenance(out_dir),
-        ),
-    )
 
 
 def _trained_title(config: TrainConfig) -> str:

@@ -17,7 +17,7 @@ from mobileclip_student.model import variant_config
 if missing_packages(ONNX):
     pytest.skip("the extra export is not installed", allow_module_level=True)
 
-from eval.towers.exported_model import ExportedModel
+from eval.towers.exported_model import exported_in_memory
 
 CAPTIONS = ["a red bus", "a long story " * 20, "a dog", ""]
 
@@ -34,7 +34,7 @@ def test_features_are_those_of_the_model(kind: str) -> None:
     torch.manual_seed(0)
     model = (small_student() if kind == "student" else create_teacher("tiny", 20)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = ExportedModel(model)
+    found = exported_in_memory(model)
     pictures = torch.rand(3, 3, model.image_size, model.image_size)
     expected = model.encode_image(pictures, normalize=True)
     torch.testing.assert_close(found.encode_image(pictures), expected, rtol=0, atol=1e-5)
