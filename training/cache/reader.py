@@ -222,19 +222,19 @@ class TeacherCacheStore:
         (long, long_tokens), (short, short_tokens) = (sidecar.caption(place, raw.key) for place in rows)
         sub = None
         if self._sub_captions:
-            sentences, places = split_sentences(texts[0]), stored.sentences[chosen_long]
-            if not self._has_captions(sidecar, places, raw.key, sentences):
-                raise self._stale(shard, f"the sentences of {raw.key} are not those of the teacher cache")
+            sentences, places = split_sentences(texts[0]), stored.sentences[chosen_long].tolist()
             chosen = choose_sentences(len(sentences), self._sub_captions, seed, key)
-            sub = np.stack([sidecar.caption(int(places[number]), raw.key)[0] for number in chosen])
+            is_same = len(places) == len(sentences)
+            drawn = {places[number]: sentences[number] for number in chosen} if is_same else {}
+            if not is_same or not self._has_captions(sidecar, list(drawn), raw.key, list(drawn.values())):
+                raise self._stale(shard, f"the sentences of {raw.key} are not those of the teacher cache")
+            sub = np.stack([sidecar.caption(places[number], raw.key)[0] for number in chosen])
         return StoredDraw(
             stored.augmentation, long_tokens, short_tokens, stored.image, long, short, picture_size=stored.size, sub=sub
         )
 
-    def _has_captions(self, sidecar: Sidecar, rows: Sequence[int] | np.ndarray, key: str, texts: Sequence[str]) -> bool:
-        return len(rows) == len(texts) and all(
-            has_caption(sidecar, int(row), key, text, self._tokenizer) for row, text in zip(rows, texts, strict=True)
-        )
+    def _has_captions(self, sidecar: Sidecar, rows: Sequence[int], key: str, texts: Sequence[str]) -> bool:
+        return all(has_caption(sidecar, row, key, text, self._tokenizer) for row, text in zip(rows, texts, strict=True))
 
     def _captions(self, stored: StoredView, raw: RawSample, shard: int, row: int) -> tuple[list[str], list[str]] | None:
         """Return the long and the short captions of a sample now; None if they are more or fewer than are stored."""

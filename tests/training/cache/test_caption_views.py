@@ -17,10 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from cache_teacher import Options, cache
 from eval.base.processes import Runtime
+from eval.base.sentences import split_sentences
 from longclip_teacher import create_teacher, load_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from shard_files import jpeg
+from training.cache.freshness import has_caption
 from training.cache.manifest import CACHE_MANIFEST, cache_sha256, read_cache
 from training.cache.reader import TeacherCacheStore, open_cache
 from training.cache.sidecar import Sidecar
@@ -165,7 +167,7 @@ def test_a_cache_from_before_is_as_valid_as_it_was(shards: Path, teacher: Path, 
     path = folder / CACHE_MANIFEST
     content = json.loads(path.read_text())
     assert content["settings"].pop("captions") and content["settings"].pop("caption_views") == 1
-    assert content["settings"].pop("sentences") is False
+    assert content["settings"].pop("sentences") is False and len(content.pop("sha256")) == 64
     path.write_text(json.dumps(content))
     opened(shards, folder, NO_SAMPLING).draw(ShardIndex([shards / "a.tar"]).read(0), 0, (0, 0))
     with pytest.raises(InputError, match=r"captions\.short is given there and sampled here"):
@@ -233,6 +235,16 @@ def test_the_drawn_sentences_come_with_the_teachers_features(
     assert len(longs) > NO_CAPTION, "sentences of first and of second captions"
 
 
+def test_a_draw_reads_the_sentences_that_it_draws(
+    shards: Path, with_sentences: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, read = opened(shards, with_sentences, sub_captions=2), []
+    monkeypatch.setattr("training.cache.reader.has_caption", lambda *call: read.append(call[3]) or has_caption(*call))
+    draw = store.draw(store.index.read(0), 0, (0, 0))
+    assert draw.sub is not None and len(draw.sub) == 2
+    assert len(read) == 4, "the long caption, the short one, and two sentences of six"
+
+
 def test_a_cache_without_sentences_is_refused_and_not_mixed(shards: Path, made: Path, teacher: Path) -> None:
     with pytest.raises(InputError, match=r"\Ateacher cache [^\n]* has no features of single sentences[^\n]*\Z"):
         opened(shards, made, sub_captions=3)
@@ -249,6 +261,12 @@ def test_sentences_that_were_changed_or_damaged_are_named(
     # another version of the code may split captions elsewhere
     with monkeypatch.context() as patch:
         patch.setattr("training.cache.reader.split_sentences", lambda text: [text])
+        with pytest.raises(InputError, match=r"the sentences of 000 are not .* which makes a\.safetensors anew"):
+            store.draw(raw, 0, (0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "training.cache.reader.split_sentences", lambda text: [f"{one} No" for one in split_sentences(text)]
+        )
         with pytest.raises(InputError, match=r"the sentences of 000 are not .* which makes a\.safetensors anew"):
             store.draw(raw, 0, (0, 0))
     assert not list(Sidecar(folder / "a.safetensors").damage())
