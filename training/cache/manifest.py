@@ -22,7 +22,7 @@ from typing import Any
 from eval.towers.models import weights_file
 from eval.towers.precision import Precision
 from longclip_teacher.ancestry import Ancestry, ancestry_from_json, unrecorded
-from longclip_teacher.atomic_files import write_json
+from longclip_teacher.atomic_files import json_text, write_json
 from longclip_teacher.checkpoint import teacher_file
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
@@ -63,6 +63,7 @@ __all__ = [
 
 CACHE_MANIFEST = "teacher_cache.json"
 _FORMAT, _VERSION = "compact-longclip teacher cache", 1
+_ENTRIES = {"format", "version", "settings", "num_samples", "bytes", "shards", "sha256"}
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 _PROBE = "A photo of 3 naïve cats; it's 'Élan' & <em>more</em> &amp; 中文 🙂"  # its tokens differ between tokenizers
 _RECORD = ".teacher.json"
@@ -215,6 +216,10 @@ def _parsed(content: bytes, name: str) -> tuple[CacheSettings, dict[str, Sidecar
         cache = json.loads(content)
         if (cache["format"], cache["version"]) != (_FORMAT, _VERSION):
             raise ValueError(f"format version {cache['version']}, but this code reads {_VERSION}")
+        if unknown := cache.keys() - _ENTRIES:
+            raise ValueError(f"it has {min(unknown)!r}")
+        if "sha256" in cache and cache["sha256"] != _contents_sha256(cache):  # not in caches of earlier versions
+            raise ValueError("damaged: its contents are not those that its sha256 names")
         records = [SidecarRecord.from_json(entry) for entry in cache["shards"]]
         return CacheSettings.from_json(cache["settings"]), {record.shard: record for record in records}
     except BAD_JSON as error:
@@ -257,7 +262,7 @@ def has_all_records(folder: Path, shards: Iterable[str], known: Mapping[str, Sid
 def write_cache_manifest(folder: Path, settings: CacheSettings) -> dict[str, SidecarRecord]:
     """Write the manifest anew with all records, and return them by shard name."""
     records = read_records(folder)
-    content = {
+    content: dict[str, Any] = {
         "format": _FORMAT,
         "version": _VERSION,
         "settings": dataclasses.asdict(settings),
@@ -268,8 +273,14 @@ def write_cache_manifest(folder: Path, settings: CacheSettings) -> dict[str, Sid
             for record in records.values()
         ],
     }
-    write_json(folder / CACHE_MANIFEST, content)
+    write_json(folder / CACHE_MANIFEST, content | {"sha256": _contents_sha256(json.loads(json_text(content)))})
     return records
+
+
+def _contents_sha256(cache: Mapping[str, Any]) -> str:
+    """Return a hash of the values of a manifest, as read, without the hash that it names itself."""
+    values = {name: value for name, value in cache.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _record_path(folder: Path, shard: str) -> Path:

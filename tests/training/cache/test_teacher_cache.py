@@ -108,6 +108,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the manifest and make it the only source about the shards."""
     path = folder / CACHE_MANIFEST
     content = json.loads(path.read_text())
+    del content["sha256"]
     change(content)
     path.write_text(json.dumps(content))
 
@@ -286,6 +287,18 @@ def test_a_tokenizer_a_version_and_a_damaged_manifest_are_refused(shards: Path, 
     refused(shards, copied, "not a valid teacher cache")
     (copied / CACHE_MANIFEST).unlink()
     refused(shards, copied, "no teacher cache in .*make one with scripts/cache_teacher.py")
+
+
+def test_every_changed_character_of_a_manifest_is_found(copied: Path) -> None:
+    path = copied / CACHE_MANIFEST
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])  # 0 and 1, a and b, ...
+        with pytest.raises(InputError, match=r"\A[^\n]*teacher_cache\.json is not a valid teacher cache \([^\n]*\Z"):
+            read_cache(copied)
+    path.write_text(whole.decode().replace(f'"seed": {SEED},', f'"seed": {SEED + 1},'))
+    with pytest.raises(InputError, match="damaged: its contents are not those that its sha256 names"):
+        read_cache(copied)
 
 
 def test_a_missing_sidecar_is_named_and_a_record_beside_one_is_enough(shards: Path, copied: Path) -> None:
