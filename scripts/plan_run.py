@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,6 +11,9 @@ from rich.table import Table
 
 from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
+from training.settings.captions import NO_SAMPLING
+
+_DRAWN_SENTENCES = NO_SAMPLING.sub_captions
 
 
 @dataclass
@@ -50,6 +52,9 @@ class Options:
     """Distinct captions stored per sample, long and short together."""
     caption_views: int = 0
     """V, the sampled captions stored per sample in place of its short one; 0 stores the short one itself."""
+    sentences: float = 0.0
+    """Sentences of long captions stored one by one per sample (cache_teacher.py --sentences), such as 6; 0 stores
+    none."""
     mean_caption_tokens: float = 60.0
     """Mean length of a caption in tokens, including start and end."""
     rand_augment_ops: int = 0
@@ -74,12 +79,34 @@ class Options:
         """Distinct captions stored per sample. Sampled ones that happen to be alike are counted as if they were not."""
         return self.captions - 1 + self.caption_views if self.caption_views else self.captions
 
+    @property
+    def sentence_tokens(self) -> float:
+        """Mean length of a sentence in tokens, including start and end.
+
+        The sentences of a sample have the words of its long caption. Its other captions are taken as as long as one of
+        them. Together they have `mean_caption_tokens` per caption.
+        """
+        others = max(self.captions - 1, 0)
+        return ((1 + others) * self.mean_caption_tokens + 2 * self.sentences - 2) / (self.sentences + others)
+
+    def in_captions(self, sentences: float) -> float:
+        """Return how many captions of the mean length have as many tokens as so many sentences."""
+        return sentences * self.sentence_tokens / self.mean_caption_tokens if sentences else 0.0
+
+    @property
+    def drawn_captions(self) -> float:
+        """Captions that a step reads per sample, in captions of the mean length: a long one, a short one, and the
+        sentences that losses of sub-captions draw."""
+        return 2 + self.in_captions(_DRAWN_SENTENCES if self.sentences else 0)
+
     def check(self) -> None:
         """Raise InputError for impossible options."""
         if min(self.views, self.caption_views, self.rand_augment_ops) < 0:
             raise InputError("--views, --caption-views and --rand-augment-ops must be 0 or more")
         if self.caption_views and self.captions < 2:
             raise InputError(f"--caption-views {self.caption_views} takes the place of a short caption: --captions 2")
+        if self.sentences and not 1 <= self.sentences < math.inf:
+            raise InputError(f"--sentences {self.sentences}: give 1 or more, or 0 to store none")
         for name in ("samples", "epochs", "gpus", "captions", "gpu_tflops"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -102,47 +129,16 @@ class Options:
 if __name__ == "__main__":
     answer_early(Options)  # --help and refused options end here: the imports below take seconds
 
-import torch
-
 from eval.base.consoles import plain_console
-from eval.measures.costs import count_flops
-from eval.towers.features import evaluation_mode
-from eval.towers.models import ClipModel
-from longclip_teacher import create_teacher
 from longclip_teacher.atomic_files import write_json
 from longclip_teacher.config import TEACHERS
-from longclip_teacher.text import EOT, SOT
-from mobileclip_student import create_student
+from plan_rates import Rates, find_rates
 
 _SAMPLES = (1_200_000, 12_000_000, 1_280_000_000)  # ShareGPT4V, DataCompDR-12M, DataCompDR-1B
 _DATACOMPDR_BYTES = (30 + 1 + 5) * 1536 * 2  # 30 views, 1 + 5 captions, two teachers of 768, bfloat16
 _GPUS = {"T4": 65, "L4": 121, "RTX 4090": 165, "L40S": 362, "A100": 312, "H100, H200": 989}
 """Peaks in 1e12 operations per second by the makers' data sheets: bfloat16, float16 on a T4, without sparsity."""
 _KEY_BYTES = 12  # length of a sample's key
-_DRAWN_CAPTIONS = 2  # captions of a sample in one step: a long and a short one
-_BACKWARD = 3  # cost of forward and backward relative to forward alone
-_NOTES = (
-    "GPU-hours count only arithmetic: no loading, evaluation or restarts, and linear scaling over GPUs",
-    "an online teacher encodes one view and two captions of each sample per epoch, on the same GPUs",
-    "a step of the student reads one view, one long and one short caption per sample",
-)
-
-
-@dataclass(frozen=True)
-class Rate:
-    """The speed of one GPU and the source of that figure."""
-
-    per_second: float
-    origin: str
-
-
-@dataclass(frozen=True)
-class Rates:
-    """The three rates of a plan."""
-
-    teacher_images: Rate
-    teacher_captions: Rate
-    student_samples: Rate
 
 
 @dataclass(frozen=True)
@@ -163,21 +159,30 @@ class Plan:
 
 
 def sidecar_bytes_per_sample(
-    embed_dim: int, views: int, captions: float, mean_tokens: float, num_ops: int = 0, key_bytes: float = _KEY_BYTES
+    embed_dim: int,
+    views: int,
+    captions: float,
+    mean_tokens: float,
+    num_ops: int = 0,
+    sentences: float = 0.0,
+    sentence_tokens: float = 0.0,
+    key_bytes: float = _KEY_BYTES,
 ) -> float:
     """Return the bytes per sample in a sidecar (training/cache/sidecar.py), without its header.
 
-    A view has its features (float16), crop, flip, operations and checksum; a distinct caption its features, tokens,
-    row numbers, offset and checksum; a sample its key, picture's size and checksum, two flags and two offsets.
+    A view has its features (float16), crop, flip, operations and checksum; a distinct caption or sentence its features,
+    tokens, row numbers, offset and checksum; a sample its key, picture's size and checksum, two flags and two offsets,
+    or three with sentences.
     """
     of_a_view = 2 * embed_dim + 4 * 4 + 1 + (1 + 4) * num_ops + 4
-    of_a_caption = 2 * embed_dim + 2 * mean_tokens + 4 + 8 + 4
-    return max(views, 1) * of_a_view + captions * of_a_caption + key_bytes + 8 + 4 + 1 + 1 + 2 * 8
+    of_a_caption = 2 * embed_dim + 4 + 8 + 4  # without its tokens
+    texts = (captions + sentences) * of_a_caption + 2 * (captions * mean_tokens + sentences * sentence_tokens)
+    return max(views, 1) * of_a_view + texts + key_bytes + 8 + 4 + 1 + 1 + 2 * 8 + 8 * bool(sentences)
 
 
 def break_even_epochs(options: Options, rates: Rates) -> float:
     """Return the number of epochs after which making the cache has cost as much as the teacher online."""
-    return _cache_seconds(options, rates) / _online_seconds(rates)
+    return _cache_seconds(options, rates) / _online_seconds(options, rates)
 
 
 def plan(options: Options, rates: Rates, samples: int) -> Plan:
@@ -188,9 +193,11 @@ def plan(options: Options, rates: Rates, samples: int) -> Plan:
         options.stored_captions,
         options.mean_caption_tokens,
         options.rand_augment_ops,
+        options.sentences,
+        options.sentence_tokens if options.sentences else 0.0,
     )
     teacher_cache = samples * _cache_seconds(options, rates) / 3600
-    teacher_online = options.epochs * samples * _online_seconds(rates) / 3600
+    teacher_online = options.epochs * samples * _online_seconds(options, rates) / 3600
     training = options.epochs * samples / rates.student_samples.per_second / 3600
     return Plan(
         samples=samples,
@@ -218,77 +225,13 @@ def hours_by_gpu(options: Options, plans: list[Plan]) -> dict[str, list[float]]:
 
 def _cache_seconds(options: Options, rates: Rates) -> float:
     """Return the seconds of one GPU per cached sample."""
-    pictures = max(options.views, 1) / rates.teacher_images.per_second
-    return pictures + options.stored_captions / rates.teacher_captions.per_second
+    captions = options.stored_captions + options.in_captions(options.sentences)
+    return max(options.views, 1) / rates.teacher_images.per_second + captions / rates.teacher_captions.per_second
 
 
-def _online_seconds(rates: Rates) -> float:
+def _online_seconds(options: Options, rates: Rates) -> float:
     """Return the seconds of one GPU per sample and epoch."""
-    return 1 / rates.teacher_images.per_second + _DRAWN_CAPTIONS / rates.teacher_captions.per_second
-
-
-# --- rates ------------------------------------------------------------------------------------------------------------
-
-
-def find_rates(options: Options) -> Rates:
-    """Return the given rates, and compute the others from FLOPs and the assumed utilisation."""
-    images = _given(options.teacher_images_per_second, "--teacher-images-per-second")
-    captions = _given(options.teacher_captions_per_second, "--teacher-captions-per-second")
-    student = _given(options.student_samples_per_second, "--student-samples-per-second")
-    num_tokens = round(options.mean_caption_tokens)
-    if images is None or captions is None:
-        of_image, of_caption = _flops(create_teacher(options.teacher), num_tokens)
-        images = images or _computed(of_image, options.gpu_tflops, options.teacher_utilisation)
-        captions = captions or _computed(of_caption, options.gpu_tflops, options.teacher_utilisation)
-    if student is None:
-        of_image, of_caption = _flops(create_student(options.student), num_tokens)
-        of_a_step = _BACKWARD * (of_image + _DRAWN_CAPTIONS * of_caption)
-        student = _computed(of_a_step, options.gpu_tflops, options.student_utilisation)
-    return Rates(images, captions, student)
-
-
-def _computed(flops: float, tflops: float, utilisation: float) -> Rate:
-    origin = f"assumed: {flops / 1e9:.3g} GFLOPs at {utilisation:.0%} of {tflops:g} TFLOP/s"
-    return Rate(tflops * 1e12 * utilisation / flops, origin)
-
-
-def _flops(model: ClipModel, num_tokens: int) -> tuple[float, float]:
-    """Return the FLOPs (2 x MACs) of the forward pass for one picture and for one caption of `num_tokens` tokens."""
-    pictures = torch.zeros(1, 3, model.image_size, model.image_size)
-    tokens = torch.tensor([[SOT, *[EOT // 2] * (num_tokens - 2), EOT]])
-    with evaluation_mode(model, "fp32"):
-        return count_flops(lambda: model.encode_image(pictures)), count_flops(lambda: model.encode_text(tokens))
-
-
-def _given(value: str | None, flag: str) -> Rate | None:
-    """Read a flag's rate: a number, or the row of a bench's JSON."""
-    if value is None:
-        return None
-    try:
-        rate = Rate(float(value), "given")
-    except ValueError:
-        path, suffix, case = value.partition(".json")
-        if not suffix:
-            raise InputError(f"{flag} {value}: give a number, or FILE.json:CASE of a bench") from None
-        rate = _bench_rate(Path(path + suffix), case.removeprefix(":"), flag)
-    if not 0 < rate.per_second < math.inf:
-        raise InputError(f"{flag} {value}: a rate must be positive")
-    return rate
-
-
-def _bench_rate(path: Path, case: str, flag: str) -> Rate:
-    try:
-        rows = json.loads(path.read_bytes())["rows"]
-        found = [row for row in rows if case in row["case"] and row["unit"].endswith("/s")]
-        rates = [Rate(float(row["ours"]), f"measured: {path.name}, {row['case']}") for row in found]
-    except OSError as error:
-        raise InputError(f"{flag}: cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{flag}: {path} was not written by scripts/bench.py --json") from None
-    if len(rates) != 1:
-        cases = ", ".join(f"{row['case']} ({row['unit']})" for row in rows)
-        raise InputError(f"{flag}: {path} has {len(rates)} rates whose case contains {case!r}: {cases}")
-    return rates[0]
+    return 1 / rates.teacher_images.per_second + options.drawn_captions / rates.teacher_captions.per_second
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -342,7 +285,18 @@ def _basis(options: Options, rates: Rates) -> list[str]:
         f"{rates.teacher_captions.per_second:,.0f} captions/s per GPU, teacher ({rates.teacher_captions.origin})",
         f"{rates.student_samples.per_second:,.0f} samples/s per GPU, student ({rates.student_samples.origin})",
         f"{options.stored_captions:g} distinct captions of {options.mean_caption_tokens:g} tokens per sample",
-        *_NOTES,
+    ]
+    drawn = ""
+    if options.sentences:
+        lines.append(
+            f"{options.sentences:g} sentences of {options.sentence_tokens:.1f} tokens per sample, as many as its long "
+            "caption has if a short one is as long as a sentence; the teacher takes time by tokens"
+        )
+        drawn = f", and {_DRAWN_SENTENCES} sentences"
+    lines += [
+        "GPU-hours count only arithmetic: no loading, evaluation or restarts, and linear scaling over GPUs",
+        f"an online teacher encodes one view and two captions{drawn} of each sample per epoch, on the same GPUs",
+        f"a step of the student reads one view, one long and one short caption{drawn} per sample",
     ]
     if options.epochs > max(options.views, 1):
         lines.append(f"{max(options.views, 1)} stored views for {options.epochs:g} epochs: training repeats them")

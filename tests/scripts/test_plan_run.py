@@ -13,7 +13,8 @@ import pytest
 import plan_run
 from longclip_teacher.config import TEACHERS
 from longclip_teacher.errors import InputError
-from plan_run import Options, Rate, Rates, break_even_epochs, find_rates, plan, sidecar_bytes_per_sample
+from plan_rates import Rate, Rates, find_rates
+from plan_run import Options, break_even_epochs, plan, sidecar_bytes_per_sample
 from training.cache.sidecar import CaptionRows, SampleEntry, write_sidecar
 from training.data.transforms import Augmentation
 
@@ -21,27 +22,40 @@ RATES = Rates(Rate(100.0, ""), Rate(50.0, ""), Rate(10.0, ""))
 
 
 @pytest.mark.parametrize(
-    ("views", "num_ops", "embed_dim", "captions"), [(1, 0, 512, 2), (5, 2, 768, 6), (0, 0, 128, 2)]
+    ("views", "num_ops", "embed_dim", "captions", "sentences"),
+    [(1, 0, 512, 2, 0), (5, 2, 768, 6, 0), (0, 0, 128, 2, 0), (1, 0, 64, 2, 7)],
 )
 def test_the_bytes_are_those_of_a_written_sidecar(
-    tmp_path: Path, views: int, num_ops: int, embed_dim: int, captions: int
+    tmp_path: Path, views: int, num_ops: int, embed_dim: int, captions: int, sentences: int
 ) -> None:
     num_samples, stored, generator = 300, max(views, 1), np.random.default_rng(0)
-    tokens = [np.arange(length, dtype=np.uint16) for length in generator.integers(5, 115, num_samples * captions)]
+    lengths = [*generator.integers(5, 115, num_samples * captions), *generator.integers(5, 25, num_samples * sentences)]
+    tokens = [np.arange(length, dtype=np.uint16) for length in lengths]
     augmentation = Augmentation((0, 0, 9, 9), (("Rotate", 9.0),) * num_ops)
     entries = []
     for number in range(num_samples):
         rows = list(range(number * captions, (number + 1) * captions))
-        half = captions // 2
+        half, first = captions // 2, num_samples * captions + number * sentences
         entries.append(
-            SampleEntry(f"{number:012d}", (9, 9), 1, [augmentation] * stored, long=rows[:half], short=rows[half:])
+            SampleEntry(
+                f"{number:012d}",
+                (9, 9),
+                1,
+                [augmentation] * stored,
+                long=rows[:half],
+                short=rows[half:],
+                sentences=[list(range(first, first + sentences))] if sentences else [],
+            )
         )
     image_features = np.zeros((num_samples, stored, embed_dim), np.float16)
     features = CaptionRows(np.zeros((len(tokens), embed_dim), np.float16), tokens)
     write_sidecar(tmp_path / "a.safetensors", entries, num_ops, image_features, features)
-    mean_tokens = sum(map(len, tokens)) / len(tokens)
-    planned = num_samples * sidecar_bytes_per_sample(embed_dim, views, captions, mean_tokens, num_ops)
-    assert abs((tmp_path / "a.safetensors").stat().st_size / planned - 1) < 0.02  # the header is left out
+    mean_tokens = float(np.mean(lengths[: num_samples * captions]))
+    of_sentences = (sentences, float(np.mean(lengths[num_samples * captions :]))) if sentences else ()
+    planned = num_samples * sidecar_bytes_per_sample(embed_dim, views, captions, mean_tokens, num_ops, *of_sentences)
+    header = int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little") + 8
+    # after the last sample, three or four offsets more, and the offset of what comes after the last caption
+    assert (tmp_path / "a.safetensors").stat().st_size - header == pytest.approx(planned, abs=8 * 4 + 1)
 
 
 def test_datacompdrs_bytes_are_the_published_ones() -> None:
@@ -64,6 +78,29 @@ def test_sampled_captions_are_priced_as_captions_in_place_of_the_short_one() -> 
     assert views == sampled
     assert views.teacher_hours_cache - plain.teacher_hours_cache == pytest.approx(3 / 50)
     assert views.teacher_hours_online == plain.teacher_hours_online, "a step reads one of them"
+
+
+def test_sentences_are_priced_by_their_tokens() -> None:
+    """A sample of 120 tokens: a long caption of 101.4, whose 6 sentences have 18.6 with their start and end, and a
+    short one of 18.6."""
+    options = Options(sentences=6.0)
+    assert options.sentence_tokens == pytest.approx(130 / 7)
+    assert options.sentence_tokens + (6 * (options.sentence_tokens - 2) + 2) == pytest.approx(2 * 60)
+    plain, sentences = (
+        plan(Options(epochs=4.0), RATES, 3600),
+        plan(dataclasses.replace(options, epochs=4.0), RATES, 3600),
+    )
+    of_a_sentence = 130 / 7 / 60 / 50
+    assert sentences.teacher_hours_cache - plain.teacher_hours_cache == pytest.approx(6 * of_a_sentence)
+    assert sentences.teacher_hours_online - plain.teacher_hours_online == pytest.approx(4 * 3 * of_a_sentence)
+    width = TEACHERS["b16"].embed_dim
+    more = 6 * (2 * width + 2 * 130 / 7 + 16) + 8
+    assert sentences.cache_bytes - plain.cache_bytes == pytest.approx(3600 * more)
+    slower = find_rates(Options(teacher="tiny", student="tiny", sentences=6.0))
+    assert (
+        slower.student_samples.per_second
+        < find_rates(Options(teacher="tiny", student="tiny")).student_samples.per_second
+    )
 
 
 @pytest.mark.parametrize("views", [0, 1, 7])
@@ -158,6 +195,8 @@ def test_a_rate_that_cannot_be_read_is_one_line(tmp_path: Path, value: str, mess
         ({"views": -1}, "--views"),
         ({"caption_views": -1}, "--caption-views"),
         ({"caption_views": 3, "captions": 1.0}, "--caption-views 3 takes the place of a short caption"),
+        ({"sentences": 0.5}, "--sentences 0.5: give 1 or more, or 0 to store none"),
+        ({"sentences": float("nan")}, "--sentences nan"),
         ({"samples": 0}, "--samples 0"),
         ({"samples": 10.5}, "--samples 10.5: give a whole number"),
         ({"epochs": float("nan")}, "--epochs nan"),
