@@ -220,18 +220,19 @@ class TeacherCacheStore:
         if texts is None or not self._has_captions(sidecar, rows, raw.key, texts):
             raise self._stale(shard, f"the captions of {raw.key} are not those that the teacher cache was made from")
         (long, long_tokens), (short, short_tokens) = (sidecar.caption(place, raw.key) for place in rows)
-        sub = None
-        if self._sub_captions:
-            sentences, places = split_sentences(texts[0]), stored.sentences[chosen_long].tolist()
-            chosen = choose_sentences(len(sentences), self._sub_captions, seed, key)
-            is_same = len(places) == len(sentences)
-            drawn = {places[number]: sentences[number] for number in chosen} if is_same else {}
-            if not is_same or not self._has_captions(sidecar, list(drawn), raw.key, list(drawn.values())):
-                raise self._stale(shard, f"the sentences of {raw.key} are not those of the teacher cache")
-            sub = np.stack([sidecar.caption(places[number], raw.key)[0] for number in chosen])
-        return StoredDraw(
-            stored.augmentation, long_tokens, short_tokens, stored.image, long, short, picture_size=stored.size, sub=sub
+        draw = StoredDraw(
+            stored.augmentation, long_tokens, short_tokens, stored.image, long, short, picture_size=stored.size
         )
+        if not self._sub_captions:
+            return draw
+        sentences, places = split_sentences(texts[0]), stored.sentences[chosen_long].tolist()
+        if len(sentences) == len(places):
+            chosen = choose_sentences(len(sentences), self._sub_captions, seed, key)
+            drawn, places = tuple(sentences[number] for number in chosen), [places[number] for number in chosen]
+            if self._has_captions(sidecar, places, raw.key, drawn):
+                sub = np.stack([sidecar.caption(place, raw.key)[0] for place in places])
+                return dataclasses.replace(draw, sub=sub, sub_captions=drawn)
+        raise self._stale(shard, f"the sentences of {raw.key} are not those of the teacher cache")
 
     def _has_captions(self, sidecar: Sidecar, rows: Sequence[int], key: str, texts: Sequence[str]) -> bool:
         return all(has_caption(sidecar, row, key, text, self._tokenizer) for row, text in zip(rows, texts, strict=True))

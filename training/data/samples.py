@@ -154,7 +154,8 @@ class SampleDecoder:
                 captions = draw.caption_long, draw.caption_short
         pictures = self._pictures(raw, draw, key) if self.stage != "text" else []
         teacher = _features(draw, self.stage) if draw is not None and self.stored_features else None
-        return Sample(raw.key, key, pictures, captions, self._shifts(key), teacher, self._sub_captions(raw, key))
+        sub_captions = self._sub_captions(raw, key) if draw is None or draw.sub is None else draw.sub_captions
+        return Sample(raw.key, key, pictures, captions, self._shifts(key), teacher, sub_captions)
 
     def _pictures(self, raw: RawSample, draw: StoredDraw | None, key: tuple[int, ...]) -> list[Tensor]:
         if raw.image is None:

@@ -65,6 +65,8 @@ class StoredDraw:
     """Width and height of the picture that the crop belongs to, if the store knows them. The loader checks them."""
     sub: np.ndarray | None = None
     """[K, D]: features of the sentences of the long caption that `choose_sentences` draws, if the run reads them."""
+    sub_captions: tuple[str, ...] = ()
+    """These sentences."""
 
 
 class TeacherStore(Protocol):

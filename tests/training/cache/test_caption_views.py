@@ -240,8 +240,11 @@ def test_a_draw_reads_the_sentences_that_it_draws(
 ) -> None:
     store, read = opened(shards, with_sentences, sub_captions=2), []
     monkeypatch.setattr("training.cache.reader.has_caption", lambda *call: read.append(call[3]) or has_caption(*call))
-    draw = store.draw(store.index.read(0), 0, (0, 0))
-    assert draw.sub is not None and len(draw.sub) == 2
+    decoder = SampleDecoder((ViewSpec(48, "bicubic"),), AUGMENT, 0, sub_captions=2)
+    raw = store.index.read(0)
+    wanted = decoder.decode(raw, 0, 0).sub_captions
+    monkeypatch.setattr("training.data.samples.split_sentences", lambda text: pytest.fail("split once more"))
+    assert replace(decoder, store=store).decode(raw, 0, 0).sub_captions == wanted
     assert len(read) == 4, "the long caption, the short one, and two sentences of six"
 
 
