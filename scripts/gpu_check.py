@@ -32,6 +32,7 @@ class Options:
     resume     a resumed run against one that was never stopped, bit for bit
     nccl       DDP in a group of one process
     waits      how often a step makes the host wait for the GPU
+    kernels    where the time of a step goes: the towers, and the costliest kernels
     step       samples/s and share of the measured peak of matrix products; teachers online and stored
     open-clip  the same work in open_clip's own training code
     memory     peak memory by batch size

@@ -94,8 +94,7 @@ def _loss_results(batch: int, device: torch.device, dtype: torch.dtype) -> dict[
     parameters = LossParameters(leaf, dict.fromkeys(needs.scales, leaf), {"image": mixture, "text": mixture})
     objective = Objective(options, needs, dict.fromkeys(("long", "short"), TeacherInfo((WIDTH,), 50.0, 248)))
     tokens = random_captions(12, batch)
-    tokens[1::7] = tokens[0]
-    tokens = tokens.to(device)
+    tokens[1::7] = tokens[0]  # they stay on the host, as in training
     outputs = Outputs(Features.of(student), Features(), parameters)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     taught = TeacherOutputs(Features.of(teacher))

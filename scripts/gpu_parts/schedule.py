@@ -21,6 +21,7 @@ __all__ = ["STAGES", "Check"]
 
 STAGES: tuple[tuple[tuple[str, ...], float], ...] = (
     (("losses", "towers", "precision", "resume", "nccl", "waits"), 75),
+    (("kernels",), 15),
     (("step",), 45),
     (("open-clip",), 20),
     (("memory",), 15),

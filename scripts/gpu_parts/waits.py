@@ -7,6 +7,7 @@ instead.
 
 from __future__ import annotations
 
+import inspect
 import traceback
 import warnings
 from collections import Counter
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_parts.findings import Finding, Findings, Setting
 from gpu_parts.sides import build_side, sizes
+from training import pca
 
 __all__ = ["ScalarReads", "waits_in", "waits_part"]
 
@@ -104,8 +106,15 @@ def waits_in(function: Callable[[], Any], device: torch.device) -> Counter[str]:
     return places
 
 
+def _eigenvalue_lines() -> set[str]:
+    """The lines in which PCA decomposes a matrix. torch always waits there, to learn whether it has converged."""
+    lines, first = inspect.getsourcelines(pca._eigh)
+    path = Path(pca.__file__).relative_to(_ROOT)
+    return {f"{path}:{number}" for number in range(first, first + len(lines))}
+
+
 def waits_part(setting: Setting) -> Findings:
-    """Count the waits of a step, teacher online and stored."""
+    """Count the waits of a step, teacher online and stored. Those of PCA's eigenvalues are told and not judged."""
     device = setting.torch_device
     student, teachers, batch = sizes(setting)
     yield None
@@ -114,6 +123,8 @@ def waits_part(setting: Setting) -> Findings:
             side = build_side(student, teachers[0], batch // 4, precision, device, stored=stored)
             side.step()
             found = waits_in(side.step, device)
+            eigen = sum(found.pop(line) for line in _eigenvalue_lines() & found.keys())
             where = ", ".join(f"{line} ({count})" for line, count in found.most_common(8))
             name = f"{student} from {teachers[0]}, {'stored' if stored else 'online'}, {precision}"
-            yield Finding(f"{name}: host waits in a step", sum(found.values()), "waits", 0, note=where)
+            note = f"{eigen} in PCA's eigenvalues; {where}" if eigen else where
+            yield Finding(f"{name}: host waits in a step", sum(found.values()), "waits", 0, note=note)

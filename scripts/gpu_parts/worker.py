@@ -22,6 +22,7 @@ PARTS = {  # module and function
     "resume": ("runs", "resume_part"),
     "nccl": ("runs", "nccl_part"),
     "waits": ("waits", "waits_part"),
+    "kernels": ("kernels", "kernels_part"),
     "step": ("speed", "step_part"),
     "open-clip": ("against_open_clip", "open_clip_part"),
     "memory": ("speed", "memory_part"),

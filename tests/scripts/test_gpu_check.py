@@ -16,6 +16,7 @@ import torch
 
 from gpu_parts import schedule
 from gpu_parts.findings import Finding, Setting
+from gpu_parts.kernels import kernels_part
 from gpu_parts.numerics import losses_part
 from gpu_parts.schedule import STAGES, Check
 from gpu_parts.waits import waits_in
@@ -106,6 +107,16 @@ def test_rounded_products_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         "PCA",
         "gradient of PCA",
     }
+
+
+def test_the_costliest_kernels_of_a_step_are_told() -> None:
+    part = kernels_part(Setting("cpu", True, None, 1.0))
+    assert next(part) is None
+    found = [part.send(1.0), *part]
+    shares = [finding.value for finding in found if finding.unit == "of the kernels' time"]
+    assert shares == sorted(shares, reverse=True) and 0.5 < sum(shares) <= 1
+    whole, image, text = (finding.value for finding in found[:3])
+    assert whole > max(image, text) and any("convolution" in finding.case for finding in found)
 
 
 def test_reads_are_counted_by_line() -> None:
