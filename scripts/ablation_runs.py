@@ -127,8 +127,9 @@ def _shards(patterns: tuple[str, ...]) -> str:
     if any(map(is_remote, paths)):
         return f"{len(paths)} shards from {paths[0]} to {paths[-1]}"
     index = ShardIndex(paths)
-    hashes = zip(index.shard_sha256, index.paths, strict=True)
-    told = "\n".join(sha256 or f"{path.name} {path.stat().st_size}" for sha256, path in hashes)
+    told = "\n".join(
+        index.sha256(shard) or f"{Path(path).name} {index.file_status(shard)[0]}" for shard, path in enumerate(paths)
+    )
     return (
         f"{index.num_samples} samples in {len(paths)} shards, sha256 {hashlib.sha256(told.encode()).hexdigest()[:12]}"
     )

@@ -28,6 +28,7 @@ BENCHES = {  # module of benches/ and function in it, imported when the bench is
     "recall": ("recall", "bench_recall"),
     "open-clip": ("open_clip_step", "bench_open_clip"),
     "start-up": ("start_up", "bench_start_up"),
+    "scale": ("scale", "bench_scale"),
 }
 
 
@@ -52,6 +53,7 @@ class Options:
     recall        ranks both ways, against a bare blockwise matmul of the same size that discards its results
     open-clip     step of MobileCLIP-S1 from ViT-B/16, against open_clip's own training code: samples/s, then memory
     start-up      --help and a refused option of every command, against bare python and against importing torch
+    scale         from the paths of up to 100,000 shards to the first sample, against manifests of version 1
 
     Each case runs in its own process, so its peak memory is its own. Times are medians of rounds that alternate between
     ours and the baseline; leave the machine idle meanwhile.

@@ -333,7 +333,7 @@ def show_status(options: Options, runtime: Runtime) -> bool:
     place = agreed(lambda: find_place(options))
     settings, known = read_cache(place.folder)
     index = read_index(place)
-    work, states = shard_identities(index), torch.zeros(len(index.paths), dtype=torch.int64)
+    work, states = shard_identities(index), torch.zeros(len(index.names), dtype=torch.int64)
 
     def look() -> dict[str, Tensor]:
         for number in range(runtime.rank, len(work), runtime.world_size):

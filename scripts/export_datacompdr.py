@@ -58,7 +58,7 @@ from training.cache.reader import cached_teacher_info, open_cache
 from training.cache.sidecar import Sidecar, StoredView
 from training.data.index import RawSample, ShardIndex, expand_patterns, is_remote
 from training.data.samples import BadSample, read_captions
-from training.data.shard_records import MANIFEST_NAME, ShardRecord, read_manifest
+from training.data.shard_records import MANIFEST_NAME, kept_record, read_manifest
 from training.data.store import TeacherInfo
 from training.data.writer import write_manifest, write_shard
 
@@ -127,7 +127,7 @@ def export(options: Options) -> tuple[int, int]:
         raise InputError(f"{paths[0]}: a teacher cache belongs to local shards; copy them to a disk first")
     index = ShardIndex(paths, show_progress=_STDERR.is_terminal)
     open_cache(options.cache, index, settings.augment, None)  # refuses a cache of other shards or of sampled captions
-    if options.out.resolve() in {path.parent.resolve() for path in index.paths}:
+    if options.out.resolve() in {Path(name).parent.resolve() for name in index.names}:
         raise InputError(f"--out {options.out} is the folder of the shards themselves: give another folder")
     with folder_lock(options.out):
         return write_missing(options, settings, teacher_info, index), index.num_samples
@@ -137,16 +137,16 @@ def write_missing(options: Options, settings: CacheSettings, teacher_info: Teach
     """Write the new shards that are not there yet. Return how many samples the new shards hold."""
     tokenizer = CaptionTokenizer(settings.context_length)
     inputs = {
-        path.name: _digest(settings, sidecar_path(options.cache, path), shard.keys_sha256)
-        for path, shard in zip(index.paths, shard_identities(index), strict=True)
+        Path(name).name: _digest(settings, sidecar_path(options.cache, name), shard.keys_sha256)
+        for name, shard in zip(index.names, shard_identities(index), strict=True)
     }
     records = {
         name: record
-        for name, record in read_manifest(options.out).items()
-        if inputs.get(name) == record.inputs and _is_whole(options.out / name, record)
+        for name, known in read_manifest(options.out).items()
+        if inputs.get(name) == known.inputs and (record := kept_record(options.out / name, known))
     }
     stops = np.cumsum(index.shard_sizes).tolist()
-    shards = list(zip(index.paths, [0, *stops], stops, strict=False))
+    shards = list(zip(map(Path, index.names), [0, *stops], stops, strict=False))
     for path, start, stop in track(shards, description="writing shards", console=_STDERR, transient=True):
         if path.name not in records:
             sidecar = Sidecar(sidecar_path(options.cache, path))
@@ -154,16 +154,12 @@ def write_missing(options: Options, settings: CacheSettings, teacher_info: Teach
             record = write_shard(options.out / path.name, source)
             records[path.name] = dataclasses.replace(record, inputs=inputs[path.name])
             write_manifest(options.out, list(records.values()), {"teacher_cache": dataclasses.asdict(settings)})
-    return sum(len(record.keys) for record in records.values())
+    return sum(record.num_samples for record in records.values())
 
 
 def _digest(settings: CacheSettings, sidecar: Path, keys: str) -> str:
     status = sidecar.stat()
     return hashlib.sha256(f"{settings!r} {status.st_size} {status.st_mtime_ns} {keys}".encode()).hexdigest()
-
-
-def _is_whole(path: Path, record: ShardRecord) -> bool:
-    return path.is_file() and path.stat().st_size == record.num_bytes
 
 
 def main() -> None:

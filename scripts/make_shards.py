@@ -136,7 +136,8 @@ class Csv(Tsv):
 
 @dataclass(kw_only=True)
 class Index:
-    """Write the manifest of existing shards, such as img2dataset's. Training starts faster with it."""
+    """Write the manifest and the indexes of existing shards, such as img2dataset's. Training starts faster with
+    them."""
 
     shards: tuple[str, ...]
     """Folders or patterns of .tar files."""
@@ -168,7 +169,7 @@ from longclip_teacher.atomic_files import atomic_folder, write_text
 from longclip_teacher.folder_lock import folder_lock
 from packed_pictures import left_out, picture_bytes
 from training.data.index import expand_patterns
-from training.data.shard_records import ShardRecord, read_manifest
+from training.data.shard_records import ShardRecord, index_file, kept_record, read_manifest
 from training.data.writer import caption_member, index_shard, write_manifest, write_shard
 
 _STDERR = plain_console(stderr=True)
@@ -211,7 +212,8 @@ def make_shard(job: ShardJob) -> tuple[ShardRecord | None, list[LeftOut]]:
     usable = samples()
     first = next(usable, None)
     if first is None:
-        job.path.unlink(missing_ok=True)  # an earlier run's
+        for earlier in (job.path, index_file(job.path)):
+            earlier.unlink(missing_ok=True)
         return None, missing
     record = write_shard(job.path, chain([first], usable))
     # a shard that lacks a picture is written again next time, when the picture may be readable
@@ -236,13 +238,8 @@ def finished(args: Output, jobs: Sequence[ShardJob]) -> dict[Path, ShardRecord]:
             continue  # not reached, or interrupted while it was written
     done: dict[Path, ShardRecord] = {}
     for job in jobs:
-        record = known.get(job.path.name)
-        if (
-            record
-            and record.inputs == job.inputs
-            and job.path.is_file()
-            and job.path.stat().st_size == record.num_bytes
-        ):
+        found = known.get(job.path.name)
+        if found and found.inputs == job.inputs and (record := kept_record(job.path, found)):
             done[job.path] = record
     return done
 
@@ -325,7 +322,7 @@ def make_shards(args: Output, rows: Iterator[Row]) -> None:
         record_path(job.path).unlink(missing_ok=True)
     check_missing(listing, num_rows, missing, args.max_missing_share)
     print(
-        f"{args.out}: {sum(len(record.keys) for record in ordered)} samples in {len(ordered)} shards ({num_kept} kept)"
+        f"{args.out}: {sum(one.num_samples for one in ordered)} samples in {len(ordered)} shards ({num_kept} kept)"
         + (f", {len(val)} validation pairs in {args.out / 'val'}" if val else "")
         + (f", {len(missing)} pictures left out ({causes(missing)}; {listing})" if missing else "")
     )
@@ -338,7 +335,7 @@ def write_index(args: Index) -> None:
     for folder in dict.fromkeys(path.parent for path in paths):
         own = [records[path] for path in paths if path.parent == folder]
         write_manifest(folder, own, {})
-        print(f"{folder}: {sum(len(record.keys) for record in own)} samples in {len(own)} shards")
+        print(f"{folder}: {sum(record.num_samples for record in own)} samples in {len(own)} shards")
 
 
 def _indexed(path: Path) -> tuple[Path, ShardRecord]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 from PIL import Image
 
 from longclip_teacher.text import CaptionTokenizer
+from training.data.byte_index import ByteIndex
 from training.data.loader import Batch, LoaderSettings, ShardLoader, build_loader
+from training.data.shard_records import MANIFEST_NAME, index_file
 from training.data.transforms import ViewSpec
 from training.data.writer import caption_member, write_manifest, write_shard
 from training.settings.augment import AugmentConfig
@@ -43,6 +46,22 @@ def write_folder(folder: Path, numbers: Sequence[int] = range(NUM_SAMPLES), shar
     ]
     write_manifest(folder, records, {})
     return folder
+
+
+def write_old_manifest(folder: Path) -> dict[str, Any]:
+    """Replace manifest and indexes by a manifest of version 1, which holds the indexes. Return its content."""
+    content = json.loads((folder / MANIFEST_NAME).read_text())
+    content["version"] = 1
+    for entry in content["shards"]:
+        file = index_file(folder / entry["name"])
+        index = ByteIndex.from_bytes(file.read_bytes())
+        spans = {name: found.tolist() for name, found in index.spans.items()}
+        entry["index"] = {"key": [index.key(row) for row in range(len(index))], **spans}
+        for name in ("layout", "index_bytes", "index_sha256"):
+            del entry[name]
+        file.unlink()
+    (folder / MANIFEST_NAME).write_text(json.dumps(content, ensure_ascii=False), "utf-8", "backslashreplace")
+    return content
 
 
 def loader(shards: Any = (), **options: Any) -> ShardLoader:

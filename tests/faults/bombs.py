@@ -21,10 +21,10 @@ from eval.base.tar_samples import streamed_tar_samples
 from faults.trials import Row
 from longclip_teacher.errors import InputError
 from training.cache.datacompdr_arrays import stored_arrays
+from training.data.byte_index import scan_tar
 from training.data.decoding import open_picture
 from training.data.index import RawSample, expand_patterns
 from training.data.samples import BadSample
-from training.data.shard_records import scan_tar
 
 __all__ = ["ROWS"]
 

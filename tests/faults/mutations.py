@@ -90,7 +90,7 @@ def _plain_tarfile(patch: pytest.MonkeyPatch) -> None:
                 key, _, suffix = member.name.partition(".")
                 yield key, {suffix: TarMember(member.offset_data, member.size, None)}
 
-    patch.setattr("training.data.shard_records.tar_samples", naive)
+    patch.setattr("training.data.byte_index.tar_samples", naive)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "captions": ("sample.json", lambda f: read_captions(RawSample("a", None, (f / "sample.json").read_bytes(), None))),
     "manifest of shards": ("shards/manifest.json", lambda f: read_manifest(f / "shards")),
     "shards": ("shards/manifest.json", lambda f: ShardIndex(sorted((f / "shards").glob("*.tar"))).read(3)),
-    "index": ("alone.tar.index.json", lambda f: ShardIndex([f / "alone.tar"]).read(3)),
+    "index": ("alone.tar.index", lambda f: ShardIndex([f / "alone.tar"]).read(3)),
     "manifest of a cache": ("cache/teacher_cache.json", lambda f: read_cache(f / "cache")),
     "record of a cache": ("cache/s-000.teacher.json", lambda f: read_record(f / "cache", "s-000.tar")),
     "conversations": ("talk.json", lambda f: list(read_sharegpt4v(f / "talk.json", f, "auto"))),
@@ -218,8 +218,9 @@ def _deeper(content: bytes, draws: random.Random) -> bytes:
 
 
 def _expect_good_json(patch: pytest.MonkeyPatch) -> None:
-    for module in ("training.data.index", "training.cache.manifest"):
-        patch.setattr(f"{module}.BAD_JSON", ())
+    for name in ("shard_records.BAD_JSON", "shard_records.BAD_INDEX", "byte_index.BAD_INDEX"):
+        patch.setattr(f"training.data.{name}", ())
+    patch.setattr("training.cache.manifest.BAD_JSON", ())
 
 
 _MUTATED = "changed as by a fuzzer in one to eight places: read, or refused in one line, or left out and counted"

@@ -22,7 +22,7 @@ from faulty_server import HASTY, Fault, FaultyServer, passing_fault
 from training.data import remote_files
 from training.data.epoch_order import EpochOrder
 from training.data.index import ShardIndex
-from training.data.remote_index import RemoteShardIndex, remote_records
+from training.data.remote_index import RemoteShardIndex, remote_shards
 from training.data.shard_cache import ShardCache
 from training.data.writer import write_manifest, write_shard
 
@@ -38,7 +38,7 @@ def _serve(server: FaultyServer) -> None:
 def _read(url: str, num_shards: int, rank: int, out: Path, cache: ShardCache) -> None:
     """Read every other batch of two epochs, and note each sample, from where the notes end."""
     urls = [f"{url}/s-{number}.tar" for number in range(num_shards)]
-    index = RemoteShardIndex(urls, remote_records(urls, HASTY), cache, _WINDOW)
+    index = RemoteShardIndex(remote_shards(urls, HASTY), cache, _WINDOW)
     index.check_room()
     done = len(out.read_text().splitlines()) if out.is_file() else 0
     with out.open("a") as notes:
@@ -84,7 +84,7 @@ def trial(draws: random.Random, folder: Path, material: Path) -> str | None:
         records.append(write_shard(shards / f"s-{number}.tar", samples))
     write_manifest(shards, records, {})
     content = {f"/{path.name}": path.read_bytes() for path in shards.iterdir()}
-    largest = sorted((record.num_bytes for record in records), reverse=True)
+    largest = sorted((record.num_bytes + record.index_bytes for record in records), reverse=True)
     cache = ShardCache(cache_folder, sum(largest[: 2 * _WINDOW]), HASTY)
     lost, cause = "", draws.choice([None, None, None, "gone", "changed"])
     if cause is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from importer_runs import SCRIPTS, Run, contents, run, sharegpt4v, write_pictures
+from shard_files import write_old_manifest
 from training.data.index import ShardIndex
 
 __all__ = ["run"]  # a fixture
@@ -159,7 +160,10 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
             archive.add(path, path.name)
     scanned = ShardIndex([tar])
     assert "30 samples in 1 shards" in make_shards("index", "--shards", tar)
+    indexes = [scanned, ShardIndex([tar])]
+    assert [index.key(0) for index in indexes] == ["caf\udce90"] * 2
+    write_old_manifest(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_bytes().decode("utf-8", "strict"))
     assert manifest["shards"][0]["index"]["key"][0] == "caf\udce90"
-    for index in (scanned, ShardIndex([tar])):
+    for index in (*indexes, ShardIndex([tar])):
         assert index.key(0) == "caf\udce90" and index.read(0).txt == b"Caption 0"

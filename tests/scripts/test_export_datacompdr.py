@@ -68,7 +68,7 @@ def test_the_export_gives_the_same_draws_as_the_cache(cached: Path, tmp_path: Pa
     assert run(cached, tmp_path / "dr") == (5, 6)
     source, target = (ShardIndex(sorted(folder.glob("*.tar"))) for folder in (cached / "shards", tmp_path / "dr"))
     cache = open_cache(cached / "cache", source, AUGMENT, None)
-    teacher_info = datacompdr_teacher_info([str(path) for path in target.paths])
+    teacher_info = datacompdr_teacher_info(target.names)
     assert teacher_info == cached_teacher_info(cached / "cache")
     store, tokenizer = DataCompDRStore(teacher_info), CaptionTokenizer()
     place = {target.key(number): number for number in range(target.num_samples)}

@@ -13,6 +13,8 @@ from PIL import Image
 
 from eval.benchmarks.conversations import SHAREGPT4V_JSON
 from importer_runs import SCRIPTS, Run, contents, run, sharegpt4v, write_pictures
+from shard_files import write_old_manifest
+from training.data.byte_index import ByteIndex
 from training.data.index import ShardIndex
 
 __all__ = ["run"]  # a fixture
@@ -111,7 +113,7 @@ def test_the_same_bytes_from_any_number_of_workers(run: Run, tmp_path: Path) -> 
     command = [sys.executable, str(SCRIPTS / "make_shards.py"), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "30 samples in 5 shards" in result.stdout
-    for name in [f"train-{number:06d}.tar" for number in range(5)] + ["manifest.json"]:
+    for name in [path.name for path in (tmp_path / "one").iterdir()]:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -122,28 +124,36 @@ def test_an_interrupted_run_keeps_what_is_done(
 
     root = make_sharegpt4v(tmp_path / "in", 20)
     arguments = [*sharegpt4v(root, tmp_path / "out"), "--split", "all", "--shard-size", 5]
-    real = writer.index_shard
+    real = writer.scan_tar
 
-    def killed(path: Path) -> object:
+    def killed(path: Path) -> ByteIndex:
         if "000002" in path.name:
             raise KeyboardInterrupt  # in the middle of the third shard, after its bytes and before its name
         return real(path)
 
-    monkeypatch.setattr(writer, "index_shard", killed)
+    monkeypatch.setattr(writer, "scan_tar", killed)
     assert run(*arguments) == 130
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert [name for name in names if name.endswith(".tar")] == ["train-000000.tar", "train-000001.tar"]
     assert not any(name.endswith(".part") or name == "manifest.json" for name in names)
     (tmp_path / "out/.train-000002.tar.0123456789abcdef.part").mkdir()  # what SIGKILL would have left
-    monkeypatch.setattr(writer, "index_shard", real)
+    monkeypatch.setattr(writer, "scan_tar", real)
     stamp = (tmp_path / "out/train-000000.tar").stat().st_mtime_ns
     assert run(*arguments) == 0
     assert "20 samples in 4 shards (2 kept)" in capsys.readouterr().out
     assert (tmp_path / "out/train-000000.tar").stat().st_mtime_ns == stamp
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "manifest.json", *(f"train-{number:06d}.tar" for number in range(4))
+        "manifest.json", *(f"train-{number:06d}.tar{more}" for number in range(4) for more in ("", ".index"))
     ]  # fmt: skip
     write_pictures(root, ["sam/0000.png"], (9, 9))  # one picture changes: its shard is made again, the others stay
+    assert run(*arguments) == 0
+    assert "(3 kept)" in capsys.readouterr().out
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    write_old_manifest(tmp_path / "out")  # as an earlier version has left it
+    assert run(*arguments) == 0
+    assert "(4 kept)" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == written
+    (tmp_path / "out/train-000001.tar.index").unlink()
     assert run(*arguments) == 0
     assert "(3 kept)" in capsys.readouterr().out
 

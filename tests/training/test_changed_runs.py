@@ -19,7 +19,7 @@ from longclip_teacher import create_teacher, save_teacher
 from longclip_teacher.errors import InputError
 from mobileclip_student import create_student
 from mobileclip_student.model import override, variant_config
-from training.data.shard_records import scan_tar
+from training.data.byte_index import scan_tar
 from training.data.writer import write_shard
 from training.main import main
 from training.optim import learning_rate
@@ -131,7 +131,7 @@ def test_changed_shards_are_refused(train: Train) -> None:
     content = manifest.read_text()
     told = json.loads(content)
     sha256 = told["shards"][0]["sha256"]
-    manifest.write_text(content.replace(sha256, "0" * 64))
+    manifest.write_text(content.replace(sha256, "1" * 64))
     with pytest.raises(InputError, match=rf"{shard} is not what it was .*it has other contents\): put the old data"):
         train(2)
     manifest.unlink()  # the same bytes without their hash

@@ -126,7 +126,7 @@ def _teacher_info(raw: RawSample, shard: str, widths: Sequence[int] | None) -> T
     if missing:
         raise InputError(
             f"{shard}: sample {raw.key} has no {', no '.join(missing)}; --teacher.cache datacompdr needs DataCompDR's "
-            "shards (if it has them, its index is older: run make_shards.py index again or delete NAME.tar.index.json)"
+            "shards (if it has them, its index is older: run make_shards.py index again or delete NAME.tar.index)"
         )
     try:
         width = two_dimensional(stored_arrays(raw), "image_emb").shape[1]

@@ -87,7 +87,7 @@ def is_stale(path: Path, index: ShardIndex, shard: int, settings: CacheSettings,
     is_upright  whether the sidecar was made by a version that turns pictures upright
     """
     first = int(index.shard_sizes[:shard].sum())
-    read = partial(sample_captions, settings=settings, shard=index.paths[shard].name)
+    read = partial(sample_captions, settings=settings, shard=index.path(shard).name)
     tokenizer = CaptionTokenizer(settings.context_length)
     try:
         sidecar = Sidecar(path)

@@ -27,9 +27,9 @@ from longclip_teacher.checkpoint import teacher_file
 from longclip_teacher.errors import InputError
 from longclip_teacher.text import CaptionTokenizer
 from longclip_teacher.weights_file import file_sha256, read_weights
+from training.data.byte_index import BAD_JSON
 from training.data.index import ShardIndex, check_url, is_remote
 from training.data.remote_files import OBJECT_STORES, RemoteFile, parsed_remote, plain_url
-from training.data.shard_records import BAD_JSON
 from training.data.transforms import Interpolation
 from training.settings.augment import AugmentConfig
 from training.settings.captions import NO_SAMPLING, CaptionOptions
@@ -200,7 +200,7 @@ def read_cache(folder: Path | str) -> tuple[CacheSettings, dict[str, SidecarReco
     """
     if not isinstance(folder, Path):
         url = f"{folder}/{CACHE_MANIFEST}"
-        return parsed_remote(url, _MAX_MANIFEST_BYTES, lambda content: _parsed(content, plain_url(url)))
+        return parsed_remote(url, _MAX_MANIFEST_BYTES, lambda pieces: _parsed(b"".join(pieces), plain_url(url)))
     path = folder / CACHE_MANIFEST
     try:
         content = path.read_bytes()
@@ -339,11 +339,11 @@ def decoder_name(fast: bool) -> str:
 def shard_identities(index: ShardIndex) -> list[ShardIdentity]:
     """Describe each of the index's shards. The sha256 comes from the shards' manifest."""
     identities = []
-    for shard, (name, sha256) in enumerate(zip(index.names, index.shard_sha256, strict=True)):
+    for shard, name in enumerate(index.names):
         digest = hashlib.sha256(json.dumps(index.keys(shard)).encode()).hexdigest()
         num_bytes, changed_ns = index.file_status(shard)
         size = int(index.shard_sizes[shard])
-        identities.append(ShardIdentity(Path(name).name, num_bytes, sha256, changed_ns, size, digest))
+        identities.append(ShardIdentity(Path(name).name, num_bytes, index.sha256(shard), changed_ns, size, digest))
     return identities
 
 

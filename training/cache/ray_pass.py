@@ -107,7 +107,7 @@ def make_on_ray(
             try:
                 result = ray.get(call)
             except ray.exceptions.RayActorError as error:
-                where = writer.index.paths[shard[0]] if shard else teacher
+                where = writer.index.path(shard[0]) if shard else teacher
                 raise InputError(f"{where}: its processes die again and again ({str(error).splitlines()[0]})") from None
             if isinstance(result, InputError):
                 raise InputError(str(result))

@@ -146,7 +146,7 @@ class _Pieces(Dataset):
         return _Piece(shard, stop == int(self.index.shard_sizes[shard]), samples, images)
 
     def _read(self, raw: RawSample, shard: int, row: int) -> tuple[_ReadSample, list[Tensor]]:
-        settings, name = self.settings, self.index.paths[shard].name
+        settings, name = self.settings, self.index.path(shard).name
         try:
             long, short, shorts_follow = sample_captions(raw, settings, name, row)
             picture = open_picture(raw.image or b"", settings.decoder == "fast")
@@ -207,7 +207,7 @@ class SidecarWriter:
             features += self._encode_images(piece.images)
             progress(len(piece.samples))
             if piece.is_last:
-                yield self._finish(identities.pop(piece.shard), self.index.paths[piece.shard], samples, features)
+                yield self._finish(identities.pop(piece.shard), self.index.path(piece.shard), samples, features)
                 samples, features = [], []
 
     def _finish(

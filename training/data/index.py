@@ -1,9 +1,10 @@
 """Where each sample is: shard patterns, the index of all samples, and reads by byte offset.
 
 A shard is a plain webdataset tar: `KEY.jpg` (or another picture suffix) with `KEY.json`, `KEY.txt` or both.
-DataCompDR's shards also have `EXTRA_MEMBERS`. The shards' records (shard_records.py) say where each member lies, so any
-sample is one `pread` away, which makes an exact, resumable order possible. Tars are read, never extracted; nothing in
-them is executed or unpickled.
+DataCompDR's shards also have `EXTRA_MEMBERS`. A shard's byte index (byte_index.py) says where each member lies, so any
+sample is one `pread` away, which makes an exact, resumable order possible. A process holds the indexes of the shards
+that it reads from, and of the others what shard_records.py keeps. Tars are read, never extracted; nothing in them is
+executed or unpickled.
 """
 
 from __future__ import annotations
@@ -11,25 +12,24 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from rich.progress import track
 
 from eval.base.folders import literal_start, matching_paths
 from longclip_teacher.errors import InputError
 from training.data.brace_patterns import expand_braces
-from training.data.shard_records import ShardRecord, contents_of, local_record, read_manifest
+from training.data.byte_index import ByteIndex
+from training.data.shard_records import Contents, local_shards, read_index, sha256_of
 
 __all__ = [
     "MAX_EXTRA_BYTES",
     "MAX_TRAINING_PIXELS",
     "OpenFiles",
     "RawSample",
-    "ShardFiles",
     "ShardIndex",
     "Stage",
     "check_url",
@@ -43,6 +43,7 @@ MAX_TRAINING_PIXELS = 40_000_000
 MAX_TEXT_BYTES = 4 << 20
 MAX_EXTRA_BYTES = 4 << 20
 _MAX_OPEN_FILES = 128
+_MOST_OTHERS = 16  # indexes held besides those of a window, for who reads in another order
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:")
 _ALLOWED_URL = re.compile(r"(https://|s3://|gs://|http://(localhost|127\.0\.0\.1)(:\d+)?/)")
 
@@ -106,27 +107,19 @@ def _local_matches(pattern: Path) -> list[str]:
     return matches
 
 
-class ShardFiles(Protocol):
-    """Files by number, read by offset. Picklable."""
-
-    def read(self, number: int, offset: int, size: int) -> bytes:
-        """Return `size` bytes from `offset` of file `number`. Raise InputError naming a file that is missing or too
-        short."""
-        ...
-
-
 class OpenFiles:
     """Read by offset from many files, and keep the last used ones open.
 
     Picklable and safe in several processes: each process opens its own files, and `pread` shares no position.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(paths)
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        self._paths = paths
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """See `ShardFiles.read`."""
+        """Return `size` bytes from `offset` of file `number`. Raise InputError naming a file that is missing or too
+        short."""
         path = self._paths[number]
         if number not in self._files:
             while len(self._files) >= _MAX_OPEN_FILES:
@@ -153,28 +146,42 @@ class ShardIndex:
 
         Raise InputError for a broken shard or one that differs from its manifest.
         """
-        self.paths = [Path(path) for path in paths]
-        manifests = {folder: read_manifest(folder) for folder in {path.parent for path in self.paths}}
-        steps = track(self.paths, description="indexing shards", disable=not show_progress, transient=True)
-        records = [local_record(manifests[path.parent].get(path.name), path) for path in steps]
-        self._fill([str(path) for path in self.paths], records, OpenFiles(self.paths), stage)
+        names = [str(path) for path in paths]
+        shards, self._kept = local_shards(names, show_progress)
+        self._files = OpenFiles(names)
+        self._fill(names, shards, stage)
 
-    def _fill(self, names: Sequence[str], records: Sequence[ShardRecord], files: ShardFiles, stage: Stage) -> None:
-        """Take the records of shards, which `files` reads by their place. Messages call the shards by `names`."""
-        self.names = list(names)
-        self.shard_sizes = np.array([len(record.keys) for record in records])
-        self.shard_bytes = [record.num_bytes for record in records]
-        self.shard_sha256 = [record.sha256 for record in records]  # "" if no manifest gives it
-        self.contents = {name: contents_of(record) for name, record in zip(names, records, strict=True)}
+    def _fill(self, names: list[str], shards: np.ndarray, stage: Stage) -> None:
+        """Take the rows (`SHARD_ROW`) of shards. Messages call the shards by `names`."""
+        self.names = names
+        self.shard_sizes = np.ascontiguousarray(shards["num_samples"])
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self._records = list(records)
-        self._files = files
+        self._shards = shards
         self._stage = stage
+        self._window = dict[int, ByteIndex]()
+        self._others = OrderedDict[int, ByteIndex]()
+
+    def path(self, shard: int) -> Path:
+        """Return where a local shard lies."""
+        return Path(self.names[shard])
 
     def file_status(self, shard: int) -> tuple[int, int]:
         """Return the bytes of a shard's file, and when it was last changed (ctime in ns; 0 if that is not known)."""
-        status = self.paths[shard].stat()
+        status = self.path(shard).stat()
         return status.st_size, status.st_ctime_ns
+
+    def sha256(self, shard: int) -> str:
+        """Return the sha256 of a shard's file; "" if no manifest gives it."""
+        return sha256_of(self._shards[shard]["sha256"])
+
+    @property
+    def contents(self) -> dict[str, Contents]:
+        """The description of each shard by name."""
+        rows = zip(self.names, self._shards, strict=True)
+        return {
+            name: Contents(int(row["num_samples"]), sha256_of(row["layout"]), sha256_of(row["sha256"]))
+            for name, row in rows
+        }
 
     @property
     def num_samples(self) -> int:
@@ -183,13 +190,13 @@ class ShardIndex:
 
     def keys(self, shard: int) -> list[str]:
         """Return the keys of a shard's samples."""
-        record = self._records[shard]
-        return [record.key(row) for row in range(len(record.keys))]
+        index = self._index(shard)
+        return [index.key(row) for row in range(len(index))]
 
     def key(self, index: int) -> str:
         """Return the key of sample `index`: the name of its members without the suffix."""
         shard, row = self.locate(index)
-        return self._records[shard].key(row)
+        return self._index(shard).key(row)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the shard of sample `index`, as its place in `names`, and the sample's row in that shard."""
@@ -198,22 +205,57 @@ class ShardIndex:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, int(index - self._starts[shard])
 
+    def hold(self, shards: Iterable[int]) -> None:
+        """Read the byte indexes of these shards, and let go of those that were held before.
+
+        Raise InputError naming a shard whose index is missing or damaged.
+        """
+        wanted = list(shards)
+        self._window = {shard: self._window[shard] for shard in wanted if shard in self._window}
+        for shard in wanted:
+            if shard not in self._window:
+                self._window[shard] = self._read_index(shard)
+
     def read(self, index: int) -> RawSample:
         """Read the members of sample `index` that the stage needs, undecoded. The others are None, as if absent.
 
-        Raise InputError naming a shard that has shrunk since.
+        Raise InputError naming a shard that has shrunk since, or whose index is missing or damaged.
         """
         shard, row = self.locate(index)
-        record = self._records[shard]
-        image_bound = 0 if self._stage == "text" else MAX_IMAGE_BYTES
-        text_bound = 0 if self._stage == "image" else MAX_TEXT_BYTES
-        image, captions, txt = (
-            self._files.read(shard, int(offset), int(size)) if 0 < size <= bound else None
-            for (offset, size), bound in zip(record.spans[row], (image_bound, text_bound, text_bound), strict=True)
-        )
-        extra = {
-            name: self._files.read(shard, int(spans[row, 0]), int(spans[row, 1]))
-            for name, spans in record.extra.items()
-            if self._stage == "both" and 0 < spans[row, 1] <= MAX_EXTRA_BYTES
-        }
-        return RawSample(record.key(row), image, captions, txt, extra)
+        found = self._index(shard)
+        members = {}
+        for name, spans in found.spans.items():
+            offset, size = spans[row].tolist()
+            if 0 < size <= self._most_bytes(name):
+                members[name] = self._read(shard, offset, size)
+        image, captions, txt = (members.pop(name, None) for name in ("image", "json", "txt"))
+        return RawSample(found.key(row), image, captions, txt, members)
+
+    def _most_bytes(self, member: str) -> int:
+        """Return the most bytes of a member that are read; 0 for one that the stage does not need."""
+        if member == "image":
+            return 0 if self._stage == "text" else MAX_IMAGE_BYTES
+        if member in ("json", "txt"):
+            return 0 if self._stage == "image" else MAX_TEXT_BYTES
+        return MAX_EXTRA_BYTES if self._stage == "both" else 0
+
+    def _index(self, shard: int) -> ByteIndex:
+        if shard in self._window:
+            return self._window[shard]
+        if shard not in self._others:
+            while len(self._others) >= _MOST_OTHERS:
+                self._others.popitem(last=False)
+            self._others[shard] = self._read_index(shard)
+        self._others.move_to_end(shard)
+        return self._others[shard]
+
+    def _read_index(self, shard: int) -> ByteIndex:
+        """Return the byte index of a shard from wherever it lies."""
+        return self._kept.get(shard) or read_index(self.path(shard), self._shards[shard])
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset` of a shard. Raise InputError if it is missing or too short."""
+        return self._files.read(shard, offset, size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_window": {}, "_others": OrderedDict()}

@@ -27,7 +27,7 @@ from training.data.epoch_order import EpochOrder
 from training.data.index import RawSample, ShardIndex, Stage, expand_patterns, is_remote
 from training.data.loose_files import CaptionFiles, PictureFolder
 from training.data.randomness import sample_generator
-from training.data.remote_index import GIGABYTE, RemoteShardIndex, default_cache_folder, remote_records
+from training.data.remote_index import GIGABYTE, RemoteShardIndex, default_cache_folder, remote_shards
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, Tokenization, collate
 from training.data.shard_cache import ShardCache
 from training.data.shard_records import Contents
@@ -50,8 +50,11 @@ class SampleIndex(Protocol):
 
     shard_sizes: np.ndarray
     """int64 [shards]; they sum to `num_samples`. Loose files are one shard."""
-    contents: dict[str, Contents]
-    """The description of each shard, caption file or folder of pictures, by path."""
+
+    @property
+    def contents(self) -> dict[str, Contents]:
+        """The description of each shard, caption file or folder of pictures, by path."""
+        ...
 
     @property
     def num_samples(self) -> int: ...
@@ -76,6 +79,7 @@ class _IndexedBatches(Dataset):
 
     def __post_init__(self) -> None:
         self._epoch = -1
+        self._windows = range(0)
         self._remote = self.index if isinstance(self.index, RemoteShardIndex) else None
 
     def __getitem__(self, epoch_step: tuple[int, int]) -> Batch | InputError:
@@ -85,21 +89,28 @@ class _IndexedBatches(Dataset):
             self._order = EpochOrder(*key, epoch, self.shuffle_shards)
             self._next_order = EpochOrder(*key, epoch + 1, self.shuffle_shards)
             self._epoch = epoch
+            self._windows = range(0)
         start = (step * self.world_size + self.rank) * self.batch_size
         skipped: Counter[str] = Counter()
         try:
-            self._expect(self._order.window_at(start))
+            self._turn_to(step, self._order.window_at(start))
             numbers = self._order.samples(start, start + self.batch_size).tolist()
             samples = [self._sample(epoch, number, place, skipped) for place, number in enumerate(numbers, start)]
         except InputError as error:
             return error
         return collate(samples, self.tokenization, dict(skipped))
 
-    def _expect(self, window: int) -> None:
-        """Have the shards of a window and of the next one fetched, if they are remote."""
+    def _turn_to(self, step: int, window: int) -> None:
+        """Have remote shards of this rank's window and of the next one fetched, and hold the indexes of the windows of
+        all ranks: what is wrong with one is found by all of them at the same step."""
         if self._remote is not None:
             following = self._order.shards_of(window + 1) or self._next_order.shards_of(0)
             self._remote.expect(self._order.shards_of(window), following)
+        size = self.world_size * self.batch_size
+        windows = range(self._order.window_at(step * size), self._order.window_at((step + 1) * size - 1) + 1)
+        if windows != self._windows and isinstance(self.index, ShardIndex):
+            self.index.hold(shard for window in windows for shard in self._order.shards_of(window))
+            self._windows = windows
 
     def _sample(self, epoch: int, index: int, place: int, skipped: Counter[str]) -> Sample:
         """Return sample `index`, which is at `place` in the order, or the first usable one of those drawn in its place:
@@ -126,7 +137,7 @@ class _Steps(Sampler[tuple[int, int]]):
         self.epoch, self.start, self.stop = 0, 0, 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(self.epoch, step) for step in range(self.start, self.stop)])
+        return ((self.epoch, step) for step in range(self.start, self.stop))  # no list: a long epoch has millions
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -311,7 +322,7 @@ def _shard_index(settings: LoaderSettings, paths: list[str], members: Stage) -> 
     if not is_remote(paths[0]):
         return ShardIndex(paths, settings.show_progress, members)
     try:
-        records = remote_records(paths)
+        shards = remote_shards(paths)
     except MissingFile as error:
         _LOGGER.info(
             "no manifest beside the shards (%s): they are streamed, drawn with replacement and without exact order or "
@@ -320,7 +331,7 @@ def _shard_index(settings: LoaderSettings, paths: list[str], members: Stage) -> 
         )
         return None
     cache = ShardCache(settings.cache_folder or default_cache_folder(), settings.cache_bytes)
-    return RemoteShardIndex(paths, records, cache, settings.shuffle_shards, members)
+    return RemoteShardIndex(shards, cache, settings.shuffle_shards, members)
 
 
 def _epoch_samples(settings: LoaderSettings, num_samples: int | None) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,28 +54,31 @@ def file_name(url: str) -> str:
 
 
 def parsed_remote(
-    url: str, most_bytes: int, parse: Callable[[bytes], Parsed], patience: Patience | None = None
+    url: str, most_bytes: int, parse: Callable[[Iterator[bytes]], Parsed], patience: Patience | None = None
 ) -> Parsed:
-    """Return what `parse` makes of a JSON file, which is read once more if that raises InputError.
+    """Return what `parse` makes of the pieces of a JSON file, which is read once more if that raises InputError.
 
     Raise InputError in one line naming the file; MissingFile if there is no such file.
     """
-    with suppress(ChangedFile):
-        content = _read(url, most_bytes, patience)
-        with suppress(InputError):  # nothing says how the file should be: it may have been damaged on the way
-            return parse(content)
-    return parse(_read(url, most_bytes, patience))
+    try:
+        return _parsed(url, most_bytes, parse, patience)
+    except (MissingFile, TriesExhausted):
+        raise
+    except InputError:  # nothing says how the file should be: it may have been damaged on the way
+        return _parsed(url, most_bytes, parse, patience)
 
 
-def _read(url: str, most_bytes: int, patience: Patience | None) -> bytes:
-    pieces, num_bytes = [], 0
-    with closing(_pieces(url, patience, ending=b"}")) as found:
-        for piece in found:
-            pieces.append(piece)
+def _parsed(url: str, most_bytes: int, parse: Callable[[Iterator[bytes]], Parsed], patience: Patience | None) -> Parsed:
+    def bounded(pieces: Iterator[bytes]) -> Iterator[bytes]:
+        num_bytes = 0
+        for piece in pieces:
             num_bytes += len(piece)
             if num_bytes > most_bytes:
                 raise InputError(f"{shown_url(url)} has more than {most_bytes:,} bytes: it cannot be what it is named")
-    return b"".join(pieces)
+            yield piece
+
+    with closing(_pieces(url, patience, ending=b"}")) as pieces:
+        return parse(bounded(pieces))
 
 
 def fetch(file: RemoteFile, path: Path, patience: Patience | None = None) -> None:

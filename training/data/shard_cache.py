@@ -27,7 +27,7 @@ from longclip_teacher.temporaries import release_lock, remove_leftovers, share_l
 from training.data.http_answer import Patience
 from training.data.remote_files import RemoteFile, fetch
 
-__all__ = ["CachedFiles", "ShardCache"]
+__all__ = ["ShardCache"]
 
 _SHARD, _MARK, _CLAIM = ".shard", ".use", ".get"
 _NAME = re.compile(rf"([0-9a-f]{{64}})({re.escape(_SHARD)}|{re.escape(_MARK)})")
@@ -88,6 +88,14 @@ class ShardCache:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def read(self, file: RemoteFile, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset` of the file. Raise InputError as `opened`, and if it is too short."""
+        with self.opened(file) as descriptor:
+            data = os.pread(descriptor, size, offset)
+        if len(data) != size:
+            raise InputError(f"{file} is shorter than its index says: upload its manifest again")
+        return data
 
     def path(self, file: RemoteFile) -> Path:
         """Return where the file lies, once it is complete. Another process may remove it at any time."""
@@ -242,21 +250,6 @@ class ShardCache:
             return try_lock(descriptor) is False
         finally:
             os.close(descriptor)
-
-
-class CachedFiles:
-    """Remote files by number, read by offset through a cache: `ShardFiles` of index.py."""
-
-    def __init__(self, files: Sequence[RemoteFile], cache: ShardCache) -> None:
-        self._files, self._cache = list(files), cache
-
-    def read(self, number: int, offset: int, size: int) -> bytes:
-        """See `ShardFiles.read`."""
-        with self._cache.opened(self._files[number]) as descriptor:
-            data = os.pread(descriptor, size, offset)
-        if len(data) != size:
-            raise InputError(f"{self._files[number]} is shorter than its index says: upload its manifest again")
-        return data
 
 
 def _is_whole(path: Path, file: RemoteFile) -> bool:

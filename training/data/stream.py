@@ -22,13 +22,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from eval.base.images import IMAGE_SUFFIXES
 from eval.base.tar_samples import streamed_tar_samples
 from longclip_teacher.errors import InputError
+from training.data.byte_index import EXTRA_MEMBERS
 from training.data.download import Download, TriesExhausted
 from training.data.http_answer import Patience, shown_url
 from training.data.index import MAX_EXTRA_BYTES, MAX_IMAGE_BYTES, MAX_TEXT_BYTES, RawSample, Stage
 from training.data.randomness import sample_generator
 from training.data.remote_files import OBJECT_STORES, open_object
 from training.data.samples import BadSample, Batch, Sample, SampleDecoder, Tokenization, collate
-from training.data.shard_records import EXTRA_MEMBERS
 
 __all__ = ["ShardStream", "read_remote_shard"]
 

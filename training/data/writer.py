@@ -1,4 +1,4 @@
-"""Write shards: deterministic tars, written atomically, and the manifest that indexes them."""
+"""Write shards: deterministic tars and their indexes, written atomically, and the manifest that lists them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from longclip_teacher.atomic_files import atomic_file, write_text
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import file_sha256
-from training.data.shard_records import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, ShardRecord, scan_tar
+from training.data.byte_index import scan_tar
+from training.data.shard_records import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, ShardRecord, write_index
 
 __all__ = ["caption_member", "index_shard", "write_manifest", "write_shard"]
 
@@ -27,7 +27,8 @@ def caption_member(caption_long: str | Sequence[str], caption_short: str | Seque
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardRecord:
-    """Write `samples`, each (key, {suffix without a dot: bytes}), to the tar `path` and return its manifest entry.
+    """Write `samples`, each (key, {suffix without a dot: bytes}), to the tar `path` with its index beside it, and
+    return its manifest entry.
 
     The same samples give the same bytes (times, owners and modes are fixed). The file gets its name once complete.
     """
@@ -41,22 +42,22 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
                     tar.addfile(header, io.BytesIO(data))
         if not num_samples:
             raise InputError(f"{path} would be an empty shard: none of its samples can be read")
-        record = index_shard(temporary)
-    return replace(record, name=path.name)
+        index, sha256 = scan_tar(temporary), file_sha256(temporary)
+    return write_index(path, index, sha256)
 
 
 def index_shard(path: Path) -> ShardRecord:
-    """Return the manifest entry of an existing tar: its index and its sha256. Raise InputError if it is broken or
+    """Write the index of an existing tar beside it, and return its manifest entry. Raise InputError if it is broken or
     empty."""
-    return replace(scan_tar(path), sha256=file_sha256(path))
+    return write_index(path, scan_tar(path), file_sha256(path))
 
 
 def write_manifest(folder: Path, records: Sequence[ShardRecord], settings: Mapping[str, Any]) -> None:
-    """Write `folder`/manifest.json: counts, `settings` (how the shards were made), each shard's hash and byte index."""
+    """Write `folder`/manifest.json: counts, `settings` (how the shards were made), each shard's hashes."""
     manifest = {
         "format": MANIFEST_FORMAT,
         "version": MANIFEST_VERSION,
-        "num_samples": sum(len(record.keys) for record in records),
+        "num_samples": sum(record.num_samples for record in records),
         "settings": dict(settings),
         "shards": [record.to_json() for record in records],
     }

@@ -318,7 +318,7 @@ def test_shards_without_a_manifest_are_told_by_size_and_keys(
     opened(bare, made)
     content = bytearray((bare / "s-0.tar").read_bytes())
     (bare / "s-0.tar").write_bytes(content.replace(b"002.", b"902."))
-    (bare / "s-0.tar.index.json").unlink()
+    (bare / "s-0.tar.index").unlink()
     fixed = bytearray((bare / "s-0.tar").read_bytes())
     for start in range(0, len(fixed), 512):  # the checksums of the changed headers
         if fixed[start : start + 4] == b"902.":

@@ -13,10 +13,10 @@ import pytest
 
 from longclip_teacher.errors import InputError
 from longclip_teacher.weights_file import file_sha256
-from shard_files import NUM_SAMPLES, jpeg, keys_of, loader, sample, write_folder
+from shard_files import NUM_SAMPLES, jpeg, keys_of, loader, sample, write_folder, write_old_manifest
+from training.data.byte_index import ByteIndex, scan_tar
 from training.data.index import RawSample, ShardIndex, expand_patterns
-from training.data.shard_records import scan_tar
-from training.data.writer import index_shard, write_manifest, write_shard
+from training.data.writer import write_manifest, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +29,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_writing_is_deterministic_and_the_manifest_is_true(shards: Path, tmp_path: Path) -> None:
     again = write_folder(tmp_path / "again")
+    assert sorted(path.name for path in shards.iterdir()) == sorted(path.name for path in again.iterdir())
+    assert all(path.read_bytes() == (again / path.name).read_bytes() for path in shards.iterdir())
     manifest = json.loads((shards / "manifest.json").read_text())
     assert manifest["num_samples"] == NUM_SAMPLES == sum(entry["num_samples"] for entry in manifest["shards"])
     for entry in manifest["shards"]:
-        tar = shards / entry["name"]
-        assert tar.read_bytes() == (again / entry["name"]).read_bytes()
+        tar, file = shards / entry["name"], shards / f"{entry['name']}.index"
         assert entry["sha256"] == file_sha256(tar) and entry["bytes"] == tar.stat().st_size
+        assert entry["index_sha256"] == file_sha256(file) and entry["index_bytes"] == file.stat().st_size
+        index = ByteIndex.from_bytes(file.read_bytes())
+        assert index.layout(entry["bytes"]) == entry["layout"] and len(index) == entry["num_samples"]
         with tarfile.open(tar) as archive:
-            for row, key in enumerate(entry["index"]["key"]):
-                offset, size = entry["index"]["image"][row]
-                assert tar.read_bytes()[offset : offset + size] == archive.extractfile(f"{key}.jpg").read()
+            for row, (offset, size) in enumerate(index.spans["image"]):
+                assert tar.read_bytes()[offset : offset + size] == archive.extractfile(f"{index.key(row)}.jpg").read()
 
 
 def test_a_tar_without_manifest_is_scanned_once_and_read_the_same(shards: Path, tmp_path: Path) -> None:
@@ -47,7 +50,7 @@ def test_a_tar_without_manifest_is_scanned_once_and_read_the_same(shards: Path, 
     (tmp_path / "s-000.parquet").write_bytes(b"img2dataset's table")
     (tmp_path / "s-000_stats.json").write_text("{}")
     assert keys_of(loader(tmp_path).batches(0)) == keys_of(loader(shards).batches(0))
-    cache = tmp_path / "s-000.tar.index.json"
+    cache = tmp_path / "s-000.tar.index"
     stamp = cache.stat().st_mtime_ns
     assert keys_of(loader(tmp_path / "*.tar").batches(1)) == keys_of(loader(shards).batches(1))
     assert cache.stat().st_mtime_ns == stamp
@@ -74,13 +77,13 @@ def test_img2dataset_tars_with_folders_and_directories_are_read(tmp_path: Path) 
 @pytest.mark.parametrize("cut", [0.3, 0.7, "before the end mark", "a header"])
 def test_a_broken_tar_is_named(shards: Path, tmp_path: Path, cut: float | str) -> None:
     data = bytearray((shards / "s-000.tar").read_bytes())
-    record = scan_tar(shards / "s-000.tar")
+    spans = scan_tar(shards / "s-000.tar").spans
     if cut == "a header":
-        offset, size = record.spans[4, 1]
+        offset, size = spans["json"][4]
         header = int(-(-(offset + size) // 512) * 512)
         data[header : header + 512] = b"\x55" * 512
     else:
-        last = int(-(-record.spans[-1].sum(axis=1).max() // 512) * 512)
+        last = int(-(-spans["json"][-1].sum() // 512) * 512)
         data = data[: last if isinstance(cut, str) else int(len(data) * cut)]
     path = tmp_path / "broken.tar"
     path.write_bytes(data)
@@ -88,7 +91,7 @@ def test_a_broken_tar_is_named(shards: Path, tmp_path: Path, cut: float | str) -
         loader(path)
     assert "\n" not in str(caught.value)
     # with a manifest, the changed size is enough to find it
-    if len(data) != record.num_bytes:
+    if len(data) != (shards / "s-000.tar").stat().st_size:
         shutil.copy(shards / "manifest.json", tmp_path)
         path.rename(tmp_path / "s-000.tar")
         with pytest.raises(InputError, match=r"s-000\.tar has \d+ bytes, but its manifest says"):
@@ -113,10 +116,9 @@ def test_empty_shards_missing_shards_and_foreign_manifests_are_named(tmp_path: P
 
 
 def test_a_manifest_that_points_outside_its_shard_is_refused(tmp_path: Path) -> None:
-    record = index_shard(write_folder(tmp_path / "x", [0]) / "s-000.tar").to_json()
+    manifest = write_old_manifest(write_folder(tmp_path / "x", [0]))
     for span in ([-1, 5], [0, 10**9], [2**62, 2**62], [2**70, 1]):
-        record["index"]["image"] = [span]
-        manifest = {"format": "compact-longclip shards", "version": 1, "num_samples": 1, "shards": [record]}
+        manifest["shards"][0]["index"]["image"] = [span]
         (tmp_path / "x" / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(InputError, match="not a valid shard manifest"):
             ShardIndex([tmp_path / "x" / "s-000.tar"])
@@ -160,7 +162,8 @@ def reinforced(number: int) -> tuple[str, dict[str, bytes]]:
 def test_further_members_are_read_where_a_shard_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [write_shard(tmp_path / "a.tar", [sample(0), sample(1)])]
     records += [write_shard(tmp_path / "b.tar", [reinforced(2), sample(3), reinforced(4)])]
-    assert "syn.json" not in records[0].to_json()["index"] and records[1].to_json()["index"]["npz"][1] == [0, 0]
+    assert "syn.json" not in scan_tar(tmp_path / "a.tar").spans
+    assert scan_tar(tmp_path / "b.tar").spans["npz"][1].tolist() == [0, 0]
     expected = [{}, {}, {"syn.json": b"{}", "paug.json": b"[]", "npz": b"nn", "pth.gz": b"p"}, {}]
 
     def check() -> None:
@@ -171,25 +174,30 @@ def test_further_members_are_read_where_a_shard_has_them(tmp_path: Path, monkeyp
         assert set(index.read(4).extra) == {"syn.json", "paug.json", "pth.gz"}
         monkeypatch.undo()
 
-    check()  # from a scan, then from the scan's cache, then from the manifest
+    written = [path.read_bytes() for path in sorted(tmp_path.glob("*.index"))]
+    check()  # from a scan, then from the scan's index
     check()
+    for path, content in zip(sorted(tmp_path.glob("*.index")), written, strict=True):
+        path.write_bytes(content)
     write_manifest(tmp_path, records, {})
+    check()
+    write_old_manifest(tmp_path)
     check()
 
 
 def test_an_index_from_before_further_members_still_reads(tmp_path: Path) -> None:
-    record = write_shard(tmp_path / "a.tar", [reinforced(1)]).to_json()
+    write_manifest(tmp_path, [write_shard(tmp_path / "a.tar", [reinforced(1)])], {})
+    manifest = write_old_manifest(tmp_path)
     for name in ("syn.json", "paug.json", "npz", "pth.gz"):
-        del record["index"][name]
-    manifest = {"format": "compact-longclip shards", "version": 1, "num_samples": 1, "shards": [record]}
+        del manifest["shards"][0]["index"][name]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert ShardIndex([tmp_path / "a.tar"]).read(0) == RawSample("0001", jpeg(1), sample(1)[1]["json"], None)
 
 
 def test_a_further_member_outside_its_shard_is_refused(tmp_path: Path) -> None:
-    record = write_shard(tmp_path / "a.tar", [reinforced(1)]).to_json()
-    record["index"]["npz"] = [[2**62, 2**62]]
-    manifest = {"format": "compact-longclip shards", "version": 1, "num_samples": 1, "shards": [record]}
+    write_manifest(tmp_path, [write_shard(tmp_path / "a.tar", [reinforced(1)])], {})
+    manifest = write_old_manifest(tmp_path)
+    manifest["shards"][0]["index"]["npz"] = [[2**62, 2**62]]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="not a valid shard manifest"):
         ShardIndex([tmp_path / "a.tar"])

@@ -110,4 +110,4 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("training.data.remote_files._OBJECT_TRIES", 1)  # botocore itself takes seconds for each
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(InputError, match=r"\Acannot read s3://bucket/manifest\.json: .+, after 1 tries\Z"):
-        parsed_remote("s3://bucket/manifest.json", 100, bytes, Patience(first_wait=0.01))
+        parsed_remote("s3://bucket/manifest.json", 100, b"".join, Patience(first_wait=0.01))

@@ -23,7 +23,7 @@ from longclip_teacher.errors import InputError
 from longclip_teacher.temporaries import try_lock
 from ranks import wait_until
 from training.data.remote_files import RemoteFile
-from training.data.shard_cache import CachedFiles, ShardCache
+from training.data.shard_cache import ShardCache
 
 SIZE = 50_000
 CONTENT = {f"/{number}": random.Random(number).randbytes(SIZE) for number in range(6)}
@@ -47,7 +47,7 @@ def cached(cache: ShardCache, server: FaultyServer) -> set[int]:
 
 
 def read(cache: ShardCache, file: RemoteFile) -> bytes:
-    return CachedFiles([file], cache).read(0, 0, SIZE)
+    return cache.read(file, 0, SIZE)
 
 
 def paths(server: FaultyServer) -> list[str]:

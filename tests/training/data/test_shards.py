@@ -282,7 +282,7 @@ def test_a_server_that_is_down_ends_the_run_after_two_shards(monkeypatch: pytest
     with pytest.raises(InputError, match=r"\Acannot read http://127.0.0.1:9/manifest.json: [^\n]*after 8 tries\Z"):
         loader("http://127.0.0.1:9/{0..9}.tar", epoch_samples=8)
     waited.clear()
-    monkeypatch.setattr("training.data.loader.remote_records", raise_missing)  # it was up a moment ago
+    monkeypatch.setattr("training.data.loader.remote_shards", raise_missing)  # it was up a moment ago
     with pytest.raises(InputError, match=r"\A2 remote shards in a row failed, at last: [^\n]*after 8 tries\Z"):
         list(loader("http://127.0.0.1:9/{0..9}.tar", epoch_samples=8).batches(0))
     assert len(waited) == 14
