@@ -1,4 +1,4 @@
-"""Train every variant of a grid with every seed, one after the other, and tabulate the results."""
+"""Train every variant of a grid with every seed, and tabulate the results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Options:
 
     python scripts/ablate.py scripts/grids/digits_smoke.toml --dry-run          # print the commands, run nothing
     python scripts/ablate.py scripts/grids/stamps.toml --processes 2
+    python scripts/ablate.py scripts/grids/stamps.toml --at-once 8 --set run.device=cuda
     python scripts/ablate.py scripts/grids/stamps.toml --set data.shards='data/other/*.tar' --only none crd
     sbatch --array=1-8 --wrap 'python scripts/ablate.py GRID.toml'              # each task takes its share
     python scripts/ablate.py scripts/grids/stamps.toml --report                 # the table of the finished runs
@@ -42,6 +44,9 @@ class Options:
     """Folder for the runs and the table. Default: runs/ and the grid's name."""
     processes: int = 1
     """Training processes per run, under torchrun. 1 uses plain python."""
+    at_once: int = 1
+    """Runs that train side by side. They share the device: a GPU has room for several small ones, and each needs one to
+    two CPU cores for its data."""
     set: tuple[str, ...] = ()
     """section.field=VALUE for every variant without a value of its own, or NAME=VALUE for one of the grid's values.
     Put several values in one word: "data.tests='a=folder:x b=folder:y'"."""
@@ -58,6 +63,8 @@ class Options:
         """Raise InputError for options that cannot work together."""
         if self.processes < 1:
             raise InputError(f"--processes {self.processes}: give 1 or more")
+        if self.at_once < 1:
+            raise InputError(f"--at-once {self.at_once}: give 1 or more")
         if self.dry_run and self.report:
             raise InputError("--dry-run prints commands and --report writes the table: give one of them")
 
@@ -74,7 +81,7 @@ from ablation_grid import Grid, Job, check_jobs, make_jobs, read_grid
 from ablation_runs import RECORD, comparison_conditions, config_differences, gather
 from ablation_table import write_table
 from eval.base.consoles import plain_console
-from eval.base.launch import run_passing_signals
+from eval.base.launch import passing_signals, run_passing_signals
 from longclip_teacher.atomic_files import json_text, write_json, write_text, written_into
 from longclip_teacher.folder_lock import folder_lock
 from training.generations import write_text_generation
@@ -103,7 +110,7 @@ def main() -> None:
     if not options.report:
         commands = "".join(shlex.join(job.command(options.processes)) + "\n" for job in jobs)
         write_text(options.folder / "commands.txt", commands)
-        failed = run_jobs(mine, options.processes)
+        failed = run_jobs(mine, options.processes, options.at_once)
     if options.report or share == (1, 1):
         report(options.folder, grid, [job for job in jobs if job.variant.name in chosen | {grid.baseline}])
     else:
@@ -177,9 +184,9 @@ class Clock:
         self.total = sum(self._work(job) * (1 - self._share(job)) for job in self.jobs)
         self._before = {job.folder: self._share(job) for job in self.jobs}
 
-    def eta(self, running: Job | None = None) -> str:
+    def eta(self, *running: Job) -> str:
         """Return the time left in readable form, or a dash while it is unknown."""
-        done = self.done + (self._work_done(running) if running else 0.0)
+        done = self.done + sum(map(self._work_done, running))
         if done <= 0:
             return "–"
         left = (time.monotonic() - self.started) / done * (self.total - done)
@@ -201,7 +208,7 @@ class Clock:
         return min(1.0, rows[-1]["step"] / job.config.run.max_steps) if rows and job.config.run.max_steps else 0.0
 
 
-def run_jobs(jobs: Sequence[Job], processes: int) -> list[Job]:
+def run_jobs(jobs: Sequence[Job], processes: int, at_once: int) -> list[Job]:
     """Run what is not finished. Return the runs that failed, including those whose stages failed.
 
     Raise InputError, before any work, if a finished run has other settings than the grid.
@@ -209,7 +216,7 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> list[Job]:
     finished = [job for job in jobs if is_finished(job)]
     waiting = [job for job in jobs if job not in finished]
     say(f"{len(jobs)} runs: {len(finished)} finished, {len(waiting)} to do")
-    clock, failed = Clock(waiting), []
+    clock, running, failed = Clock(waiting), list[Job](), list[Job]()
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -220,18 +227,57 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> list[Job]:
         disable=not console.is_terminal,
     ) as progress:
         bar = progress.add_task("runs", total=len(jobs), completed=len(finished), eta="–")
-        for job in waiting:
-            name = f"{job.variant.name} seed {job.seed}"
-            progress.update(bar, description=name)
+
+        def run(job: Job) -> Ended:
+            running.append(job)
+            progress.update(bar, description=", ".join(map(_name, running)))
             began = time.monotonic()
-            problem = run_job(job, processes, lambda job=job: progress.update(bar, eta=clock.eta(job)))  # type: ignore[misc]
-            clock.finish(job)
-            progress.update(bar, advance=1, eta=clock.eta())
-            how = f"failed: {problem}" if problem else f"done in {time.monotonic() - began:.0f} s"
-            say(f"{name} {how}, ETA {clock.eta()}")
-            if problem:
-                failed.append(job)
+            problem = run_job(job, processes, lambda: progress.update(bar, eta=clock.eta(*running)))
+            running.remove(job)
+            return Ended(job, problem, time.monotonic() - began)
+
+        for ended in one_by_one(waiting, run) if at_once == 1 else side_by_side(waiting, run, at_once):
+            clock.finish(ended.job)
+            progress.update(bar, advance=1, eta=clock.eta(*running))
+            how = f"failed: {ended.problem}" if ended.problem else f"done in {ended.seconds:.0f} s"
+            say(f"{_name(ended.job)} {how}, ETA {clock.eta()}")
+            if ended.problem:
+                failed.append(ended.job)
     return failed
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended: what went wrong, or None, and how long it took."""
+
+    job: Job
+    problem: str | None
+    seconds: float
+
+
+def _name(job: Job) -> str:
+    return f"{job.variant.name} seed {job.seed}"
+
+
+def one_by_one(jobs: Iterable[Job], run: Callable[[Job], Ended]) -> Iterator[Ended]:
+    """Run the jobs in their order."""
+    return map(run, jobs)
+
+
+def side_by_side(jobs: Iterable[Job], run: Callable[[Job], Ended], at_once: int) -> Iterator[Ended]:
+    """Run as many jobs at once, in their order, but each after its stages."""
+    waiting, running = list(jobs), dict[Future[Ended], Job]()
+    # the programs end before the pool waits for its threads
+    with ThreadPoolExecutor(at_once) as pool, passing_signals():
+        while waiting or running:
+            for job in list(waiting):
+                ahead = {other.folder for other in (*waiting, *running.values())}
+                if len(running) < at_once and ahead.isdisjoint(job.stages):
+                    waiting.remove(job)
+                    running[pool.submit(run, job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                yield future.result()
 
 
 def is_finished(job: Job) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -113,6 +114,31 @@ def test_a_failed_run_is_recorded_and_the_rest_go_on(
     call(monkeypatch, str(tmp_path / "grid.toml"), "--out", str(out))
     assert not list(out.rglob("failed.json"))
     assert "| second |" in (out / "table.md").read_text()
+
+
+def test_runs_train_side_by_side_after_their_stages(
+    grid_of: Callable[..., Grid], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    jobs = {job.folder: job for job in make_jobs(grid_of(ONE_SEED + STAGES + CRD), out)}
+    both, order = threading.Barrier(2), list[str]()
+
+    def launch(command: list[str], log_file: Path, tick: Callable[[], None]) -> int:
+        folder = log_file.parent
+        name = folder.parent.name
+        if name in ("none", "first"):  # the first two wait for each other, so they must run at once
+            both.wait(timeout=30)
+        order.append(name)
+        tick()
+        write_run(jobs[folder], 10.0, 20.0)
+        return 0
+
+    monkeypatch.setattr(ablate, "launch", launch)
+    call(monkeypatch, str(tmp_path / "grid.toml"), "--out", str(out), "--at-once", "2")
+    assert sorted(order) == ["crd", "first", "none", "second"] and order.index("second") > order.index("first")
+    assert "| second |" in (out / "table.md").read_text()
+    with pytest.raises(InputError, match="--at-once 0: give 1 or more"):
+        call(monkeypatch, str(tmp_path / "grid.toml"), "--at-once", "0")
 
 
 def test_a_launched_command_adds_to_its_log_while_the_clock_ticks(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from eval.base.launch import run_passing_signals
+from eval.base.launch import passing_signals, run_passing_signals
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
@@ -70,3 +72,36 @@ def test_ctrl_c_in_the_imports_of_a_command_is_one_line() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_programs_of_several_threads_save_before_the_block_ends(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+
+    def tick() -> None:
+        if all((folder / "ready").exists() for folder in folders) and not (tmp_path / "sent").exists():
+            (tmp_path / "sent").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def start(folder: Path) -> int:
+        return run_passing_signals([sys.executable, "-c", PROGRAM, str(folder)], env=dict(os.environ), tick=tick)
+
+    with pytest.raises(SystemExit) as stopped, ThreadPoolExecutor(2) as pool, passing_signals():
+        futures = [pool.submit(start, folder) for folder in folders]
+        futures[0].result()
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert [(folder / "saved").read_text() for folder in folders] == [str(int(signal.SIGTERM))] * 2
+    assert all(isinstance(future.exception(), SystemExit) for future in futures)
+
+
+def test_an_error_ends_the_programs_of_other_threads(tmp_path: Path) -> None:
+    def start() -> int:
+        return run_passing_signals([sys.executable, "-c", PROGRAM, str(tmp_path)], env=dict(os.environ))
+
+    with pytest.raises(ZeroDivisionError), ThreadPoolExecutor(1) as pool, passing_signals():
+        future = pool.submit(start)
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        raise ZeroDivisionError
+    assert future.result() == 7 and (tmp_path / "saved").exists()
