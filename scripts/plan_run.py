@@ -289,8 +289,8 @@ def _basis(options: Options, rates: Rates) -> list[str]:
     drawn = ""
     if options.sentences:
         lines.append(
-            f"{options.sentences:g} sentences of {options.sentence_tokens:.1f} tokens per sample, which make up its long "
-            "caption if a short one is as long as a sentence; the teacher's time goes by tokens"
+            f"{options.sentences:g} sentences of {options.sentence_tokens:.1f} tokens per sample, which make up its "
+            "long caption if a short one is as long as a sentence; the teacher's time goes by tokens"
         )
         drawn = f", and {_DRAWN_SENTENCES} sentences"
     lines += [
