@@ -67,10 +67,10 @@ class Options:
     """Samples per second that the student trains on with stored features."""
     gpu_tflops: float = 312.0
     """Peak of one GPU in 1e12 operations per second: 312 for an A100 in bfloat16, 989 for an H100."""
-    teacher_utilisation: float = 0.4
-    """Assumed share of the peak that the teacher's forward pass reaches."""
-    student_utilisation: float = 0.15
-    """Assumed share of the peak in training. The student's small convolutions do not fill a GPU."""
+    teacher_utilisation: float = 0.15
+    """Assumed share of the peak that the teacher's forward pass reaches: that of B/16 in bf16 on one H200."""
+    student_utilisation: float = 0.02
+    """Assumed share of the peak in training: that of S0 in bf16 on one H200. Small convolutions do not fill it."""
     json: Path | None = None
     """Write all figures to this file as JSON."""
 

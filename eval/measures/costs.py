@@ -6,14 +6,15 @@ Shapes: B batch, R image side, L tokens.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -233,15 +234,28 @@ def _flops(call: Callable[[], Tensor] | None) -> int | None:
 
 
 def count_flops(call: Callable[[], Tensor]) -> int:
-    """Twice the multiply-accumulates of a call. Attention runs as plain products, which every torch version counts."""
+    """Twice the multiply-accumulates of a call, gradients included. Attention runs as plain products, which every torch
+    version counts."""
     was_fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that no counter knows
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_CORRECTED) as counter:
             call()
     finally:
         torch.backends.mha.set_fastpath_enabled(was_fused)
     return counter.get_total_flops()
+
+
+def _convolution_backward_flops(
+    grad_shape: Sequence[int], _: Sequence[int], weight_shape: Sequence[int], *others: Any, **more: Any
+) -> int:
+    """The gradients of input and weights cost as much as the convolution itself, each if it is asked for. torch counts
+    those of grouped weights as if there were one group: 512 times too many for 512 channels of one each."""
+    mask = more["output_mask"] if "output_mask" in more else others[-1]
+    return sum(mask[:2]) * 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
+
+
+_CORRECTED = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
 
 
 def _peak_bytes(model: ClipModel, batch: int) -> int | None:

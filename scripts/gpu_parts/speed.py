@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benches.measure import medians, synchronize
 from benches.step import Side
 from eval.base.peak_memory import peak_memory_gb
+from eval.measures.costs import count_flops
 from gpu_parts.findings import Finding, Findings, Setting
 from gpu_parts.numerics import tf32
 from gpu_parts.sides import build_side, sizes
@@ -72,15 +72,14 @@ def _measured(
     device = setting.torch_device
     _forget(device)
     side = build_side(student, teacher, batch, precision, device, stored=stored)
-    with tf32(True), FlopCounterMode(display=False) as counter:
-        side.step()
+    with tf32(True):
+        flops = count_flops(side.step)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tf32(True):
         found = rate(side, setting)
     name = f"{student} from {teacher}, {'stored' if stored else 'online'}, {precision}, batch {batch}"
     peak = peaks["tf32" if precision == "fp32" else precision]
-    flops = counter.get_total_flops()
     note = f"{flops / batch / 1e9:.1f} GFLOP a sample, peak {peak_memory_gb(device):.1f} GB"
     yield Finding(name, found, "samples/s", note=note)
     yield Finding(f"{name}: share of the measured peak", found * flops / batch / peak, "of 1")

@@ -133,6 +133,21 @@ def test_flops_of_a_picture_follow_the_equations(tiny_teacher: LongCLIP) -> None
     assert measure_full_cost(tiny_teacher, repeats=1)["flops_image"] == by_hand
 
 
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_a_gradient_costs_as_much_as_its_convolution_for_any_groups(groups: int) -> None:
+    pictures = torch.randn(2, 16, 9, 9)
+    weight = torch.randn(32, 16 // groups, 3, 3, requires_grad=True)
+
+    def backward(inputs: torch.Tensor) -> torch.Tensor:
+        features = torch.nn.functional.conv2d(inputs, weight, padding=1, groups=groups)
+        features.sum().backward()
+        return features
+
+    forward = 2 * 2 * 32 * 81 * (16 // groups) * 9
+    assert costs.count_flops(lambda: backward(pictures)) == 2 * forward  # the convolution, and its weight's gradient
+    assert costs.count_flops(lambda: backward(pictures.requires_grad_())) == 3 * forward
+
+
 def test_flops_do_not_depend_on_how_attention_is_computed(tmp_path: Path) -> None:
     """A plain ViT in eval mode without gradients takes torch's fused path, which a counter would miss."""
     layer = nn.TransformerEncoderLayer(32, 4, dim_feedforward=128, batch_first=True).eval()
