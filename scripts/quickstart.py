@@ -124,6 +124,7 @@ STUDENTS = {  # what distinguishes each student; data, steps, seed and optimiser
 }
 EXPORTED = {"teacher_onnx": "teacher", "distilled_onnx": "distilled"}
 WEIGHTS = "best.safetensors"
+TESTED_TOGETHER = ["--data.tests", "--data.zeroshot", "None"]  # the tests come at the end, for all models
 TRAINING_SCRIPT = Path(__file__).resolve().parent.parent / "training" / "main.py"
 CACHE_SCRIPT = Path(__file__).resolve().parent / "cache_teacher.py"
 STORED_CROPS = 2  # of each picture: 200 steps of 128 are 1.6 passes over 16,000
@@ -185,7 +186,7 @@ def make_teacher(options: Options) -> None:
         say("teacher", f"reusing {options.teacher}")
         return
     say("teacher", f"training the tiny Long-CLIP teacher in {options.teacher}: the longest part, needed only once")
-    run_training("tiny_teacher", options.teacher, options, options.teacher_steps, [])
+    run_training("tiny_teacher", options.teacher, options, options.teacher_steps, TESTED_TOGETHER)
 
 
 def make_cache(options: Options) -> None:
@@ -200,11 +201,11 @@ def make_student(options: Options, student: str, seed: int) -> None:
     """Train one student. A finished run is reused, a stopped one continues."""
     out_dir = options.run_dir(student, seed)
     say(student, f"training in {out_dir}")
-    # the tests come at the end, for all models together; validation on the way costs seconds and gives a curve
+    # validation on the way costs seconds and gives a curve
     steps = options.steps or student_config(options).run.max_steps or 1
     arguments = ["--teacher.checkpoint", str(options.teacher), "--teacher.cache", str(options.cache)]
     arguments += ["--run.seed", str(seed), *STUDENTS[student]]
-    arguments += ["--data.tests", "--data.zeroshot", "None", "--run.eval_every", str(max(1, steps // 4))]
+    arguments += [*TESTED_TOGETHER, "--run.eval_every", str(max(1, steps // 2))]
     run_training("digit_scenes", out_dir, options, options.steps, arguments)
 
 

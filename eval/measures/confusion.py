@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from sklearn.metrics import confusion_matrix as count_confusions
 from torch import Tensor
 
 from longclip_teacher.atomic_files import atomic_file
@@ -34,6 +33,8 @@ Matrix = Int64[np.ndarray, "C C"]
 
 def confusion_matrix(targets: Int64[Tensor, " N"], answers: Int64[Tensor, " N"], num_classes: int) -> Matrix:
     """Return how many pictures of each class (rows) got each answer (columns)."""
+    from sklearn.metrics import confusion_matrix as count_confusions  # slow to import and needed only here
+
     return count_confusions(targets.cpu().numpy(), answers.cpu().numpy(), labels=np.arange(num_classes))
 
 
