@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -29,7 +29,7 @@ __all__ = ["bench_scale"]
 
 SHARD_SAMPLES, WINDOW = 10_000, 64
 _SIZES, _FULL_SIZES = (10**6, 10**7, 10**8), (10**6, 10**7, 10**8, 10**9)
-_LARGEST_OLD, _FULL_LARGEST_OLD = 10**7, 10**8  # half a gigabyte and minutes per 10**7 samples
+_LARGEST_OLD, _FULL_LARGEST_OLD = 10**6, 10**7  # half a gigabyte and half a minute per 10**7 samples
 _PICTURE, _CAPTION, _BLOCK = 50_000, 700, 512  # bytes
 _MAX_LINKS = 1000  # names of one file; file systems bound them
 
@@ -46,8 +46,8 @@ class _Start:
 
 
 def bench_scale(options: BenchOptions) -> Iterator[Row]:
-    """Measure each size in a process of its own: seconds, CPU seconds and memory. What the baseline would take at
-    larger sizes is extrapolated."""
+    """Measure seconds, CPU seconds and memory of each size in a process of its own. The baseline's seconds are
+    extrapolated to the larger sizes; its memory does not grow."""
     sizes, largest_old = (_FULL_SIZES, _FULL_LARGEST_OLD) if options.full else (_SIZES, _LARGEST_OLD)
     old = _Start(0, 0, 0, 0)
     for size in sizes:
@@ -57,9 +57,8 @@ def bench_scale(options: BenchOptions) -> Iterator[Row]:
             old, old_disk = _measured(size, is_old=True)
             told = f"{old_disk:.2g} GB"
         else:
-            grown = size / largest_old
-            old = _Start(*(value * grown for value in asdict(old).values()))
-            largest_old = size
+            grown, largest_old = size / largest_old, size
+            old = replace(old, seconds=old.seconds * grown, cpu_seconds=old.cpu_seconds * grown)
         case = (
             f"10^{round(np.log10(size))} samples, {size // SHARD_SAMPLES} shards; disk {disk:.2g} GB, baseline {told}"
         )

@@ -336,14 +336,22 @@ def decoder_name(fast: bool) -> str:
     return "fast" if fast else "pil"
 
 
-def shard_identities(index: ShardIndex) -> list[ShardIdentity]:
-    """Describe each of the index's shards. The sha256 comes from the shards' manifest."""
+def shard_identities(index: ShardIndex, known: Mapping[str, SidecarRecord | None] | None = None) -> list[ShardIdentity]:
+    """Describe each of the index's shards. The sha256 comes from the shards' manifest.
+
+    A shard whose record in `known`, by name, has the same sha256 has the same keys: its index is not read.
+    """
     identities = []
-    for shard, name in enumerate(index.names):
-        digest = hashlib.sha256(json.dumps(index.keys(shard)).encode()).hexdigest()
+    for shard, path in enumerate(index.names):
+        name, sha256 = Path(path).name, index.sha256(shard)
+        record = (known or {}).get(name)
+        if record is not None and sha256 and record.shard_sha256 == sha256:
+            digest = record.keys_sha256
+        else:
+            digest = hashlib.sha256(json.dumps(index.keys(shard)).encode()).hexdigest()
         num_bytes, changed_ns = index.file_status(shard)
         size = int(index.shard_sizes[shard])
-        identities.append(ShardIdentity(Path(name).name, num_bytes, index.sha256(shard), changed_ns, size, digest))
+        identities.append(ShardIdentity(name, num_bytes, sha256, changed_ns, size, digest))
     return identities
 
 

@@ -131,8 +131,8 @@ def _check_captions(folder: Path | str, cached: CaptionOptions, wanted: CaptionO
 def _check_shards(folder: Path | str, records: dict[str, SidecarRecord], index: ShardIndex) -> list[SidecarRecord]:
     """Return the record of each of the index's shards."""
     refuse_same_names(index.names)
-    wanted = shard_identities(index)
-    found = {identity.shard: records.get(identity.shard) or read_record(folder, identity.shard) for identity in wanted}
+    names = [Path(name).name for name in index.names]
+    found = {name: records.get(name) or read_record(folder, name) for name in names}
     missing = [
         name
         for name, record in found.items()
@@ -140,11 +140,11 @@ def _check_shards(folder: Path | str, records: dict[str, SidecarRecord], index: 
     ]
     if missing:
         raise InputError(
-            f"{folder}: {len(missing)} of {len(wanted)} shards have no sidecar, the first {missing[0]}: "
+            f"{folder}: {len(missing)} of {len(names)} shards have no sidecar, the first {missing[0]}: "
             "run scripts/cache_teacher.py again"
         )
     complete = [record for record in found.values() if record is not None]
-    for identity, record in zip(wanted, complete, strict=True):
+    for identity, record in zip(shard_identities(index, found), complete, strict=True):
         for name, cached, value in changes(record, identity):
             raise _misfit(folder, f"{identity.shard}: {name}", cached, value)
         if not isinstance(folder, Path):

@@ -260,7 +260,6 @@ def test_another_recipe_is_refused(shards: Path, made: Path, change: dict[str, A
         ("shard_bytes", 5, r"s-1\.tar: shard bytes is 5 there and \d+ here"),
         ("shard_sha256", "ab", r"s-1\.tar: shard sha256 is ab there and [0-9a-f]{64} here"),
         ("num_samples", 9, r"s-1\.tar: num samples is 9 there and 7 here"),
-        ("keys_sha256", "cd", r"s-1\.tar: keys sha256 is cd there"),
         ("num_bytes", 3, r"s-1\.safetensors is damaged \(\d+ bytes instead of 3\)"),
         ("shard", "s-9.tar", r"1 of 2 shards have no sidecar, the first s-1\.tar: run scripts/cache_teacher"),
     ],
@@ -269,6 +268,13 @@ def test_other_shards_are_refused(shards: Path, copied: Path, name: str, value: 
     (copied / "s-1.teacher.json").unlink()
     edit(copied, lambda content: content["shards"][1].update({name: value}))
     refused(shards, copied, message)
+
+
+def test_a_shard_of_the_same_sha256_is_known_without_its_index(
+    shards: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShardIndex, "_index", lambda *_: pytest.fail("an index is read at the start"))
+    opened(shards, made)
 
 
 def test_a_tokenizer_a_version_and_a_damaged_manifest_are_refused(shards: Path, copied: Path) -> None:
