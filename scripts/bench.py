@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.table import Table
 
+from benches.checkout import patched_open_clip
 from eval.base.arguments import answer_early, read_options
 from longclip_teacher.errors import InputError, run_command
 
@@ -27,6 +28,7 @@ BENCHES = {  # module of benches/ and function in it, imported when the bench is
     "memory": ("memory", "bench_memory"),
     "recall": ("recall", "bench_recall"),
     "open-clip": ("open_clip_step", "bench_open_clip"),
+    "mobileclip": ("mobileclip_step", "bench_mobileclip"),
     "start-up": ("start_up", "bench_start_up"),
     "scale": ("scale", "bench_scale"),
 }
@@ -51,7 +53,8 @@ class Options:
     image         student's image tower for inference, against its training form in eager mode
     memory        peak memory of a step of 8192 pairs in chunks, and what dominates it
     recall        ranks both ways, against a bare blockwise matmul of the same size that discards its results
-    open-clip     step of MobileCLIP-S1 from ViT-B/16, against open_clip's own training code: samples/s, then memory
+    open-clip     step of MobileCLIP-S1 from ViT-B/16, against open_clip's own training code: samples/s, parts, memory
+    mobileclip    step of MobileCLIP-S1 from stored features, against the published loop: samples/s, memory
     start-up      --help and a refused option of every command, against bare python and against importing torch
     scale         from the paths of up to 100,000 shards to the first sample, against manifests of version 1
 
@@ -77,15 +80,19 @@ class Options:
     """run: the teacher's weights. Default: the embedded teacher."""
     processes: int = 2
     """run: processes under torchrun."""
+    checkout: Path | None = None
+    """mobileclip: folder of MobileCLIP's training code, as its training/README.md makes it."""
     json: Path | None = None
     """Write the rows to this file as JSON."""
 
     def check(self) -> None:
-        """Raise InputError for an unknown bench or fewer than one round."""
+        """Raise InputError for an unknown bench, fewer than one round, or no published loop to compare with."""
         if self.name not in BENCHES:
             raise InputError(f"no bench {self.name!r}: choose one of {', '.join(BENCHES)}")
         if self.rounds < 1:
             raise InputError(f"--rounds {self.rounds}: give 1 or more")
+        if self.name == "mobileclip":
+            patched_open_clip(self.checkout)
 
 
 if __name__ == "__main__":
@@ -124,6 +131,7 @@ def main() -> None:
         shards=options.shards,
         teacher=options.teacher,
         processes=options.processes,
+        checkout=options.checkout,
     )
     module, function = BENCHES[options.name]
     rows = []

@@ -60,6 +60,8 @@ class BenchOptions:
     """For `run` only: weights of the teacher. None is the embedded teacher."""
     processes: int = 2
     """For `run` only: processes under torchrun."""
+    checkout: Path | None = None
+    """For `mobileclip` only: folder of MobileCLIP's training code."""
 
 
 def medians(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from benches.measure import BenchOptions, Row, in_own_process, medians, peak_memory_gb
 from benches.step import FEATURE_WIDTH, Side, random_batch, with_random_features
+from benches.step_parts import part_rows, settings_of_main
 from eval.base.freed_memory import keep_freed_memory
 from eval.base.tf32 import allow_tf32
 from longclip_teacher import LongCLIP, load_teacher
@@ -40,15 +40,15 @@ from training.settings.losses import LossOptions
 from training.teachers import Teachers
 
 __all__ = [
-    "CASES", "TOKENS", "OpenClipSide", "bench_open_clip", "captions_of", "open_clip_models", "our_side", "our_student",
-    "our_teacher", "write_weights",
+    "CASES", "STUDENT", "STUDENT_FILE", "TOKENS", "OpenClipSide", "bench_open_clip", "captions_of", "entropy_of",
+    "open_clip_models", "our_side", "our_student", "our_teacher", "write_weights",
 ]  # fmt: skip
 
 TOKENS = 77
-_STUDENT, _TEACHER = "MobileCLIP-S1", "ViT-B-16"
-_STUDENT_FILE, _TEACHER_FILE = "student.safetensors", "teacher.safetensors"
+STUDENT, _TEACHER = "MobileCLIP-S1", "ViT-B-16"
+STUDENT_FILE, _TEACHER_FILE = "student.safetensors", "teacher.safetensors"
 _LENGTHS = (12, 60)  # tokens per caption
-_BATCH_SIZES = {"cpu": 16, "cuda": 256}
+_BATCH_SIZES = {"cpu": 12, "cuda": 256}
 _FULL_BATCH_SIZES = {"cpu": 64, "cuda": 512}
 _SIDE = 224
 CASES = {  # whether pads are masked, and features stored
@@ -60,8 +60,8 @@ _LOSSES = LossOptions(clip_long=1.0, crd_long=1.0, clip_short=0.0, crd_short=0.0
 
 
 def bench_open_clip(options: BenchOptions) -> Iterator[Row]:
-    """Yield the samples/s of the cases, which one process makes in turns, then the peak memory of processes that make
-    steps of one side alone."""
+    """Yield the samples/s of the cases and the seconds of their parts, which one process makes in turns, then the peak
+    memory of processes that make steps of one side alone."""
     if options.precision == "fp16" and options.device.type == "cpu":
         raise InputError("--precision fp16: open_clip's training code has it on a GPU alone; give bf16 or fp32")
     batch_size = (_FULL_BATCH_SIZES if options.full else _BATCH_SIZES)[options.device.type]
@@ -102,9 +102,9 @@ def _rates(folder: Path, batch_size: int, options: BenchOptions, threads: int) -
     names = ["open_clip", *(f"{case}, {length} tokens" for case, length in sides)]
     functions = [lambda: theirs.steps(1), *(side.step for side in sides.values())]
     seconds, *ours = medians(functions, options.rounds, options.device, names)
-    return [
+    rows = [
         Row(
-            case=f"{case}: {_STUDENT} from {_TEACHER}, captions of {length} tokens, batch {batch_size}, "
+            case=f"{case}: {STUDENT} from {_TEACHER}, captions of {length} tokens, batch {batch_size}, "
             f"{threads} threads",
             unit="samples/s",
             ours=batch_size / taken,
@@ -115,6 +115,8 @@ def _rates(folder: Path, batch_size: int, options: BenchOptions, threads: int) -
         )
         for ((case, length), side), taken in zip(sides.items(), ours, strict=True)
     ]
+    hiding = {length: side for (_, length), side in sides.items() if side.distillation.teacher and side is not same}
+    return rows + part_rows(theirs, hiding, teacher, options.rounds)
 
 
 def _peak_of_open_clip(batch_size: int, options: BenchOptions, threads: int) -> float:
@@ -155,14 +157,14 @@ def open_clip_models(size: int) -> tuple[nn.Module, nn.Module]:
     """open_clip's student and teacher for pictures of `size` pixels, with the same random weights at every call."""
     torch.manual_seed(0)
     student, teacher = (
-        open_clip.create_model(name, force_image_size=size, output_dict=True) for name in (_STUDENT, _TEACHER)
+        open_clip.create_model(name, force_image_size=size, output_dict=True) for name in (STUDENT, _TEACHER)
     )
     return student, teacher.requires_grad_(False)
 
 
 def write_weights(models: tuple[nn.Module, nn.Module], folder: Path) -> None:
     """Write open_clip's student and teacher for `our_models`."""
-    for file, model in zip((_STUDENT_FILE, _TEACHER_FILE), models, strict=True):
+    for file, model in zip((STUDENT_FILE, _TEACHER_FILE), models, strict=True):
         save_file({key: value.contiguous().clone() for key, value in model.state_dict().items()}, folder / file)
 
 
@@ -175,7 +177,7 @@ def our_teacher(folder: Path) -> LongCLIP:
 def our_student(folder: Path, size: int, *, pad_mask: bool) -> MobileCLIP:
     """Our student with the weights of `folder`, which reads the same pictures as the teacher. Without `pad_mask` it
     reads all 77 positions, as open_clip's does."""
-    student = load_student(folder / _STUDENT_FILE, "s1", TOKENS, pad_mask)
+    student = load_student(folder / STUDENT_FILE, "s1", TOKENS, pad_mask)
     seen = {"image_size": size, "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD, "interpolation": "bicubic"}
     student.config = replace(student.config, image=replace(student.config.image, **seen))
     return student.requires_grad_(True).train()
@@ -208,10 +210,10 @@ class OpenClipSide:
         self.teacher.to(device)
         tokens = F.pad(self.batch.long_tokens, (0, TOKENS - self.batch.long_tokens.shape[1])).to(device)
         mean, std = (torch.tensor(value, device=device) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-        self._samples = normalized(self.batch.images, mean, std), tokens
+        self.samples = normalized(self.batch.images, mean, std), tokens
         decayed = [parameter for parameter in student.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in student.parameters() if parameter.ndim <= 1]
-        self._optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}], lr=1e-4
         )
         is_half = self.precision == "fp16"
@@ -224,21 +226,27 @@ class OpenClipSide:
             rank=1,  # rank 0 would log the first and the last step, and wait for the device
         )  # fmt: skip
 
+    def update(self) -> None:
+        """Clip the gradient, move the weights and clear the gradient, as each step does."""
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), self._arguments.grad_clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
     @cached_property
     def entropy(self) -> float:
         """The entropy of the teacher's distributions, mean of both directions. open_clip's loss is a cross-entropy,
         ours a divergence."""
         with torch.no_grad():
-            taught = self.teacher(*self._samples)
+            taught = self.teacher(*self.samples)
             logits = taught["logit_scale"] * taught["image_features"] @ taught["text_features"].T
-            return float(sum(_entropy(direction) for direction in (logits, logits.T)) / 2)
+            return float(sum(entropy_of(direction) for direction in (logits, logits.T)) / 2)
 
     def steps(self, count: int) -> None:
         """Make several steps without waiting between them."""
-        data = {"train": _Feed([self._samples] * count)}
-        with _settings_of_main():
+        data = {"train": _Feed([self.samples] * count)}
+        with settings_of_main():
             train_one_epoch(
-                self.student, data, self._loss, 0, self._optimizer, self._scaler, None, self.teacher, self._arguments
+                self.student, data, self._loss, 0, self.optimizer, self._scaler, None, self.teacher, self._arguments
             )
 
     def step(self) -> float:
@@ -247,21 +255,8 @@ class OpenClipSide:
         return self._loss.last - self.entropy
 
 
-@contextmanager
-def _settings_of_main() -> Iterator[None]:
-    """On a GPU, have cuDNN try which convolutions are fastest, as `open_clip_train.main` does, and let torch choose
-    cuDNN's attention, as it does by default."""
-    before = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before[0]
-        torch.backends.cuda.enable_cudnn_sdp(before[1])
-
-
-def _entropy(logits: Tensor) -> Tensor:
+def entropy_of(logits: Tensor) -> Tensor:
+    """The entropy of the softmax over each row, mean over rows."""
     logarithms = logits.float().log_softmax(dim=1)
     return -(logarithms.exp() * logarithms).sum(dim=1).mean()
 

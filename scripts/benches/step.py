@@ -44,7 +44,8 @@ _BATCH_SIZE, _GPU_BATCH_SIZE = 16, 256
 FEATURE_WIDTH = 512
 """Width of the features of `with_random_features`, that of a B/16."""
 _KEY = (0, 0)  # key of drop path; the same in every step
-_CONFIG = TrainConfig()  # its optimiser is the one that is measured
+CONFIG = TrainConfig()
+"""Its optimiser is the one that is measured."""
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Side:
     def __post_init__(self) -> None:
         self.module = self.module or self.distillation.distiller
         scaler = torch.amp.GradScaler(self.batch.images.device.type, enabled=self.precision == "fp16")
-        optimizer = build_optimizer(self.module, _CONFIG.optim, fused=self.fused)
+        optimizer = build_optimizer(self.module, CONFIG.optim, fused=self.fused)
         inputs = RunInputs(1, 1, None, {}, {})
         self.state = TrainState(self.distillation.distiller, optimizer, scaler, inputs)
         self.statistics = Statistics(self.distillation.distiller)
@@ -80,7 +81,7 @@ class Side:
             scaler=self.state.scaler,
             key=_KEY,
         )
-        apply_update(self.state, _CONFIG, losses["loss"], self.statistics)
+        apply_update(self.state, CONFIG, losses["loss"], self.statistics)
         return losses["loss"]
 
 

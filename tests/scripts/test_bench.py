@@ -55,6 +55,8 @@ def test_the_command_writes_its_rows(
     [
         (["recal"], "error: no bench 'recal': choose one of teacher-text, student-text"),
         (["recall", "--rounds", "0"], "error: --rounds 0"),
+        (["mobileclip"], "error: mobileclip needs --checkout, the folder of MobileCLIP's training code: clone"),
+        (["mobileclip", "--checkout", "docs"], "error: --checkout docs: no patched open_clip there: clone github.com/"),
     ],
 )
 def test_bad_arguments_end_in_one_line(arguments: list[str], message: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benches import memory
 from benches.measure import BenchOptions, in_own_process
@@ -20,6 +22,7 @@ from benches.open_clip_step import (
     write_weights,
 )  # fmt: skip
 from benches.step import FEATURE_WIDTH, Side, random_batch, step_case, with_random_features
+from benches.step_parts import part_rows
 from longclip_teacher.text import caption_lengths
 from mobileclip_student import create_student
 from training.data.store import TeacherInfo
@@ -41,9 +44,28 @@ def test_open_clips_step_and_ours_from_the_same_weights_have_the_same_loss(tmp_p
     models = open_clip_models(64)
     write_weights(models, tmp_path)
     theirs = OpenClipSide(*models, batch, "fp32")
-    ours = our_side(our_student(tmp_path, 64, pad_mask=False), our_teacher(tmp_path), batch, "fp32")
+    teacher = our_teacher(tmp_path)
+    ours = our_side(our_student(tmp_path, 64, pad_mask=False), teacher, batch, "fp32")
     assert theirs.entropy > 1  # of four pictures, at most log 4
     assert float(ours.step()) == pytest.approx(theirs.step(), abs=1e-4)
+
+    convolutions = [_first_convolution(model) for model in (theirs.student, ours.distillation.distiller)]
+    before = [weight.detach().clone() for weight in convolutions]
+    rows = part_rows(theirs, {12: ours}, teacher, rounds=1)
+    assert len(rows) == 5 and all(row.unit == "s" and row.ours > 0 and row.baseline > 0 for row in rows)
+    moved = [not torch.equal(old, new) for old, new in zip(before, convolutions, strict=True)]
+    assert moved == [True, True], "the last part is the update"
+
+
+def test_open_clip_reads_everything_on_the_device() -> None:
+    batch = captions_of(random_batch(2, 8), 12)
+    elsewhere = replace(batch, images=batch.images.to("meta"))  # as on a GPU: tokens stay on the host
+    side = OpenClipSide(nn.Linear(2, 2), nn.Linear(2, 2), elsewhere, "fp32")
+    assert [sample.device.type for sample in side.samples] == ["meta", "meta"]
+
+
+def _first_convolution(model: nn.Module) -> nn.Parameter:
+    return next(parameter for parameter in model.parameters() if parameter.ndim == 4)
 
 
 def test_captions_have_the_stated_lengths() -> None:
