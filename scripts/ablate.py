@@ -236,11 +236,12 @@ def run_jobs(jobs: Sequence[Job], processes: int, at_once: int) -> list[Job]:
             running.remove(job)
             return Ended(job, problem, time.monotonic() - began)
 
-        for ended in one_by_one(waiting, run) if at_once == 1 else side_by_side(waiting, run, at_once):
+        for ended in map(run, waiting) if at_once == 1 else side_by_side(waiting, run, at_once):
             clock.finish(ended.job)
-            progress.update(bar, advance=1, eta=clock.eta(*running))
+            eta = clock.eta(*running)
+            progress.update(bar, advance=1, eta=eta)
             how = f"failed: {ended.problem}" if ended.problem else f"done in {ended.seconds:.0f} s"
-            say(f"{_name(ended.job)} {how}, ETA {clock.eta()}")
+            say(f"{_name(ended.job)} {how}, ETA {eta}")
             if ended.problem:
                 failed.append(ended.job)
     return failed
@@ -257,11 +258,6 @@ class Ended:
 
 def _name(job: Job) -> str:
     return f"{job.variant.name} seed {job.seed}"
-
-
-def one_by_one(jobs: Iterable[Job], run: Callable[[Job], Ended]) -> Iterator[Ended]:
-    """Run the jobs in their order."""
-    return map(run, jobs)
 
 
 def side_by_side(jobs: Iterable[Job], run: Callable[[Job], Ended], at_once: int) -> Iterator[Ended]:

@@ -25,8 +25,7 @@ class _Relay:
     def pass_on(self, number: int, _: object = None) -> None:
         self.received.append(number)
         for process in tuple(self.processes):  # a thread may add one meanwhile
-            # torchrun itself would die of SIGUSR1
-            process.send_signal(signal.SIGTERM if number == signal.SIGUSR1 else number)
+            _send(process, number)
 
     def raise_received(self) -> None:
         if signal.SIGINT in self.received:
@@ -81,7 +80,7 @@ def run_passing_signals(
         process = subprocess.Popen(command, env=env, start_new_session=True, **options)
         relay.processes.add(process)
         for number in relay.received:  # one that came in between
-            process.send_signal(number)
+            _send(process, number)
         try:
             while (code := _ended(process)) is None:
                 tick()
@@ -93,6 +92,11 @@ def run_passing_signals(
             relay.processes.discard(process)
         relay.raise_received()
     return code
+
+
+def _send(process: subprocess.Popen[Any], number: int) -> None:
+    # torchrun itself would die of SIGUSR1
+    process.send_signal(signal.SIGTERM if number == signal.SIGUSR1 else number)
 
 
 def _ended(process: subprocess.Popen[Any]) -> int | None:
